@@ -1,0 +1,1 @@
+"""Aggregators as commutative monoids: empty, lift, merge, finish."""

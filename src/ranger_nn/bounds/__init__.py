@@ -1,0 +1,1 @@
+"""Bounds inference: axes, and the interval of each value that a region needs."""

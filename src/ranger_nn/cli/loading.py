@@ -1,0 +1,180 @@
+"""From MODEL and INPUT as text to a module and tensors on their device.
+
+This is where the command line meets PyTorch: `import_torch` is called when a command runs, never
+when a file of this folder is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ranger_nn.errors import InputError, MissingExtraError
+from ranger_nn.io.inputs import load_input, parse_input
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def import_torch() -> ModuleType:
+    """PyTorch, with its C++ side told to report errors only: warnings there speak of its own insides."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        return importlib.import_module("torch")
+    except ImportError as error:
+        raise MissingExtraError(
+            "the command line needs PyTorch, which is not installed. "
+            "Install it with: pip install 'ranger-nn[torch]'"
+        ) from error
+
+
+def load_model(chosen: argparse.Namespace, training: bool = False) -> nn.Module:
+    """The module that MODEL names, on its device, in its dtype and mode.
+
+    Raises:
+        InputError: no such archive, module or factory, or it does not give a `torch.nn.Module`.
+    """
+    torch = import_torch()
+    _check_device(torch, chosen.device)
+    torch.manual_seed(chosen.seed)
+    text: str = chosen.model
+    model = _load_archive(torch, text) if text.lower().endswith(".pt2") else _call_factory(text)
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"MODEL {text!r} gave {type(model).__name__}, not a torch.nn.Module.")
+    _set_mode(model, text, training)
+    dtype = getattr(torch, chosen.dtype) if chosen.dtype else None
+    return model.to(device=chosen.device, dtype=dtype)
+
+
+def load_inputs(chosen: argparse.Namespace, model: nn.Module) -> tuple[Tensor, ...]:
+    """One tensor per INPUT; floating-point values take the dtype of the model."""
+    torch = import_torch()
+    torch.manual_seed(chosen.seed)
+    dtype = _dtype_of(torch, chosen, model)
+    return tuple(_load_tensor(torch, text, dtype, chosen.device) for text in chosen.inputs)
+
+
+def load_shapes(chosen: argparse.Namespace, model: nn.Module) -> tuple[Tensor, ...]:
+    """One tensor without values (on the meta device) per INPUT: enough for a plan, whatever its size."""
+    torch = import_torch()
+    dtype = _dtype_of(torch, chosen, model)
+    return tuple(_meta_tensor(torch, text, dtype) for text in chosen.inputs)
+
+
+def leaves(outputs: Any) -> tuple[Tensor, ...]:
+    """All tensors of a model's outputs, however nested, in their order."""
+    torch = import_torch()
+    pytree = importlib.import_module("torch.utils._pytree")
+    return tuple(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
+
+
+@contextmanager
+def threads(chosen: argparse.Namespace) -> Iterator[None]:
+    """The stated number of threads inside the `with` block, the former number after it."""
+    torch = import_torch()
+    before = torch.get_num_threads()
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_device(torch: Any, name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name!r} is not a device. Give cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name!r}: bytes are counted on cpu and cuda only. Give one of these.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"--device {name!r}: PyTorch finds no CUDA device here. Leave the option out for the CPU."
+        )
+
+
+def _load_archive(torch: Any, path: str) -> Any:
+    if not Path(path).is_file():
+        raise InputError(f"MODEL {path!r}: there is no such file.")
+    try:
+        return torch.export.load(path).module()
+    except Exception as error:
+        # The reader raises many kinds of error on a file that is not an archive.
+        raise InputError(
+            f"MODEL {path!r} is not an archive of torch.export ({type(error).__name__}). "
+            "Make one with torch.export.save(torch.export.export(model, inputs), path)."
+        ) from error
+
+
+def _call_factory(text: str) -> Any:
+    module_name, colon, attributes = text.partition(":")
+    if not (module_name and colon and attributes):
+        raise InputError(f"MODEL {text!r} is neither a .pt2 archive nor of the form package.module:factory.")
+    with _working_folder_importable():
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ImportError as error:
+            raise InputError(f"MODEL {text!r}: cannot import {module_name!r}: {error}.") from error
+        for attribute in attributes.split("."):
+            if not hasattr(found, attribute):
+                raise InputError(f"MODEL {text!r}: {module_name!r} has no {attributes!r}.")
+            found = getattr(found, attribute)
+        if not callable(found):
+            raise InputError(f"MODEL {text!r}: {attributes!r} is not callable. Name a function or class.")
+        return found if isinstance(found, import_torch().nn.Module) else found()
+
+
+@contextmanager
+def _working_folder_importable() -> Iterator[None]:
+    """Console scripts do not look in the working folder, where a user's model usually is."""
+    folder = os.getcwd()
+    added = folder not in sys.path
+    if added:
+        sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if added and folder in sys.path:
+            sys.path.remove(folder)
+
+
+def _set_mode(model: nn.Module, text: str, training: bool) -> None:
+    try:
+        model.train(training)
+    except NotImplementedError as error:
+        # An exported module has the mode that it was exported in.
+        if training:
+            raise InputError(
+                f"MODEL {text!r}: an exported archive cannot be put into training mode. "
+                "Give package.module:factory for --train."
+            ) from error
+
+
+def _dtype_of(torch: Any, chosen: argparse.Namespace, model: nn.Module) -> Any:
+    if chosen.dtype:
+        return getattr(torch, chosen.dtype)
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(floating, torch.float32)
+
+
+def _load_tensor(torch: Any, text: str, dtype: Any, device: str) -> Tensor:
+    given = parse_input(text)
+    if isinstance(given, tuple):
+        return torch.rand(given, dtype=dtype, device=device)
+    tensor = torch.from_numpy(load_input(given).copy())
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _meta_tensor(torch: Any, text: str, dtype: Any) -> Tensor:
+    given = parse_input(text)
+    if isinstance(given, tuple):
+        return torch.empty(given, dtype=dtype, device="meta")
+    return _load_tensor(torch, text, dtype, "cpu").to("meta")

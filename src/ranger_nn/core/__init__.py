@@ -1,0 +1,1 @@
+"""Framework-free vocabulary: reach, links, graph, program. Enter at `graph.Graph` and `program.Program`."""

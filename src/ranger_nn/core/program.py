@@ -1,0 +1,76 @@
+"""The program that a plan is lowered to: a flat list of instructions over numbered slots.
+
+A slot holds one tensor (or the state of an aggregator). Everything that depends on shapes only, which boxes are
+read, which slots are freed, is decided when the program is made; running it is a loop that calls kernels.
+
+    reads = ( ((slot, cuts), (slot, cuts), ...) , dim )    parts joined along dim, each narrowed by its cuts
+    cuts  = ( (dim, start, length), ... )
+
+Enter at `Instruction`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ranger_nn.core.reach import Box
+
+Cut = tuple[int, int, int]
+Part = tuple[int, tuple[Cut, ...]]
+
+RUN, VJP, LIFT, MERGE, FINISH, REDUCE_VJP = "run", "vjp", "lift", "merge", "finish", "reduce_vjp"
+ALLOC, WRITE, TRIM, ADD, ZEROS, GIVE = "alloc", "write", "trim", "add", "zeros", "give"
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A region of a value, put together from parts of slots along `dim`."""
+
+    parts: tuple[Part, ...]
+    dim: int = 0
+    nbytes: int = 0
+    box: Box = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One step: `op` on `reads`, results into the slots `outs`, then the slots in `frees` are dropped.
+
+    `node` indexes the graph's nodes (-1: none). `out_box` is the region of the node's output that is computed;
+    `wanted` (VJP) says for which inputs a gradient is asked; `shape`/`value` serve ALLOC and ZEROS.
+    `live` is the projected number of bytes while it runs, workspace included.
+    """
+
+    op: str
+    node: int
+    reads: tuple[Read, ...]
+    outs: tuple[int, ...]
+    frees: tuple[int, ...] = ()
+    out_box: Box = ()
+    wanted: tuple[bool, ...] = ()
+    value: int = -1
+    shape: tuple[int, ...] = ()
+    count: tuple[int, int] = (0, 0)
+    sweep: int = 0
+    region: int = -1
+    live: int = 0
+
+
+@dataclass(slots=True)
+class Program:
+    """Instructions, and where inputs are found and outputs left.
+
+    `external` maps value index to slot for inputs, parameters and constants; `results` maps value index to slot
+    for what the program leaves behind (outputs, kept values, gradients).
+    """
+
+    instructions: list[Instruction]
+    slots: int
+    external: dict[int, int]
+    results: dict[int, int] = field(default_factory=dict)
+    grads: dict[int, int] = field(default_factory=dict)
+    kept: tuple[int, ...] = ()
+    peak: int = 0
+    peak_at: int = -1
+    macs: int = 0
+    regions: int = 0

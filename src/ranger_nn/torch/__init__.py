@@ -1,0 +1,1 @@
+"""PyTorch adapter: capture, kernels, module. The only room that imports torch."""

@@ -1,0 +1,271 @@
+"""Kernels: run one operator on one region, forward and vector-Jacobian product.
+
+`bind(out_box, in_boxes)` is called once per shape, when a program is made ready; it returns the function that the
+loop over regions calls. What a kernel is given is exactly `in_boxes` of its inputs; it gives back exactly
+`out_box` of its output. Enter at `Kernel`; families that need more than the plain call are in the
+`kernels_*.py` files beside this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ranger_nn.core.reach import Box
+
+Local = Callable[..., Any]
+
+
+def lengths(box: Box) -> list[int]:
+    """Sizes of a box."""
+    return [hi - lo for lo, hi in box]
+
+
+def fresh(grads: Sequence[Tensor | None], given: Sequence[Tensor], likes: Sequence[Tensor | None]) -> list[Any]:
+    """Gradients that own their memory: what shares storage with another tensor, or is expanded, is copied."""
+    seen = {t.untyped_storage().data_ptr() for t in given}
+    result: list[Any] = []
+    for g, like in zip(grads, likes, strict=True):
+        if like is None:
+            result.append(None)
+            continue
+        if g is None:
+            result.append(torch.zeros_like(like))
+            continue
+        storage = g.untyped_storage().data_ptr()
+        if storage in seen or any(s == 0 and n > 1 for s, n in zip(g.stride(), g.shape, strict=True)):
+            g = g.clone(memory_format=torch.contiguous_format)
+            storage = g.untyped_storage().data_ptr()
+        seen.add(storage)
+        result.append(g)
+    return result
+
+
+class Kernel:
+    """One operator. Subclasses say how it runs on a region; the product rule comes from autograd by default."""
+
+    members = 1
+    """Operators inside: what backward saves is about this many outputs."""
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """The function from local inputs to the local output."""
+        raise NotImplementedError
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """Bytes of workspace of one forward call, beyond inputs and output."""
+        return 0
+
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """Bytes of workspace of one backward call, beyond inputs, the output's gradient and the results."""
+        return out_bytes * (self.members + 1) + sum(in_bytes)
+
+    def bind_vjp(self, out_box: Box, in_boxes: Sequence[Box], wanted: Sequence[bool]) -> Local:
+        """The function (inputs..., output gradient) -> gradients of the wanted inputs, others None."""
+        local = self.bind(out_box, in_boxes)
+
+        def vjp(*args: Any) -> list[Any]:
+            *xs, grad = args
+            leaves = [
+                x.detach().requires_grad_() if w else x for x, w in zip(xs, wanted, strict=True)
+            ]
+            with torch.enable_grad():
+                out = local(*leaves)
+            asked = [x for x, w in zip(leaves, wanted, strict=True) if w]
+            found = iter(
+                torch.autograd.grad(out, asked, grad.to(out.dtype), allow_unused=True)
+                if out.requires_grad
+                else [None] * len(asked)
+            )
+            grads = [next(found) if w else None for w in wanted]
+            del out
+            return fresh(grads, [*xs, grad], [x if w else None for x, w in zip(xs, wanted, strict=True)])
+
+        return vjp
+
+
+class Call(Kernel):
+    """An operator that runs on a region as it runs on the whole: pointwise, linear, channel norms, permutations."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        """`function` takes the tensor inputs in order; constants are bound in it."""
+        self.function = function
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """The function itself."""
+        return self.function
+
+
+class Light(Call):
+    """A call whose backward needs no more than the results (sums, concatenations, views)."""
+
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """The local forward that autograd differentiates."""
+        return out_bytes
+
+
+class Linear(Kernel):
+    """x @ W.T + b; backward without running forward again."""
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """`torch.nn.functional.linear`."""
+        return torch.nn.functional.linear
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """A contiguous copy of the input where its region is not."""
+        return in_bytes[0]
+
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """Contiguous copies of input and gradient."""
+        return out_bytes + in_bytes[0]
+
+    def bind_vjp(self, out_box: Box, in_boxes: Sequence[Box], wanted: Sequence[bool]) -> Local:
+        """Two matrix products and a sum."""
+
+        def vjp(*args: Any) -> list[Any]:
+            *xs, grad = args
+            if torch.is_autocast_enabled(grad.device.type):
+                return generic(*args)
+            x, weight = xs[0], xs[1]
+            rows = grad.reshape(-1, grad.shape[-1])
+            grads: list[Any] = [None] * len(wanted)
+            if wanted[0]:
+                grads[0] = torch.matmul(grad, weight)
+            if wanted[1]:
+                grads[1] = rows.t() @ x.reshape(-1, x.shape[-1])
+            if len(wanted) > 2 and wanted[2]:
+                grads[2] = rows.sum(0)
+            return grads
+
+        generic = super().bind_vjp(out_box, in_boxes, wanted)
+        return vjp
+
+
+class Fused(Kernel):
+    """A chain of pointwise operators, run member by member; what is no longer read is dropped at once."""
+
+    def __init__(self, steps: Sequence[tuple[Kernel, tuple[int, ...], int]], inputs: int, result: int) -> None:
+        """`steps`: (kernel, argument registers, result register); registers below `inputs` are the inputs."""
+        self.steps = steps
+        self.inputs = inputs
+        self.result = result
+        self.members = len(steps)
+        last: dict[int, int] = {}
+        for k, (_, args, _out) in enumerate(steps):
+            for a in args:
+                last[a] = k
+        self.drops = [[r for r, k in last.items() if k == i and r >= inputs] for i in range(len(steps))]
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """Run the members in order."""
+        program = [
+            (kernel.bind(out_box, in_boxes), args, out, drops)
+            for (kernel, args, out), drops in zip(self.steps, self.drops, strict=True)
+        ]
+        count, result = self.inputs, self.result
+
+        def local(*xs: Any) -> Any:
+            registers: dict[int, Any] = dict(enumerate(xs[:count]))
+            for function, args, out, drops in program:
+                registers[out] = function(*[registers[a] for a in args])
+                for r in drops:
+                    del registers[r]
+            return registers[result]
+
+        return local
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """One intermediate of each of two members."""
+        return out_bytes * min(2, self.members - 1)
+
+
+class Opaque(Kernel):
+    """An operator without a region rule: it always sees whole inputs."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        """`function` takes the tensor inputs in order and gives a tensor or a tuple of tensors."""
+        self.function = function
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """The function itself."""
+        return self.function
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """As much again as it reads."""
+        return sum(in_bytes)
+
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """Forward's result and as much as it reads."""
+        return 2 * out_bytes + 2 * sum(in_bytes)
+
+    def bind_vjp(self, out_box: Box, in_boxes: Sequence[Box], wanted: Sequence[bool]) -> Local:
+        """Autograd through the whole operator; the last arguments are the gradients of its outputs (or None)."""
+        local = self.bind(out_box, in_boxes)
+        count = len(wanted)
+
+        def vjp(*args: Any) -> list[Any]:
+            xs, grads = args[:count], args[count:]
+            leaves = [x.detach().requires_grad_() if w else x for x, w in zip(xs, wanted, strict=True)]
+            with torch.enable_grad():
+                outs = local(*leaves)
+            outs = (outs,) if isinstance(outs, Tensor) else outs
+            pairs = [(o, g) for o, g in zip(outs, grads, strict=False) if g is not None and o.requires_grad]
+            asked = [x for x, w in zip(leaves, wanted, strict=True) if w]
+            found = iter(
+                torch.autograd.grad([o for o, _ in pairs], asked, [g for _, g in pairs], allow_unused=True)
+                if pairs
+                else [None] * len(asked)
+            )
+            result = [next(found) if w else None for w in wanted]
+            given = [t for t in (*xs, *grads) if isinstance(t, Tensor)]
+            return fresh(result, given, [x if w else None for x, w in zip(xs, wanted, strict=True)])
+
+        return vjp
+
+
+class Dropout(Kernel):
+    """Dropout whose mask depends on the absolute position only: any region, drawn again, gets the same mask.
+
+    The mask of index r along the first cut dimension is drawn by a generator seeded with (seed, r); the seed is the
+    second input, drawn once per forward from the global generator, as the untouched network draws.
+    """
+
+    def __init__(self, p: float, shape: tuple[int, ...], dim: int) -> None:
+        """`dim`: the dimension along which the mask is drawn slice by slice."""
+        self.p, self.shape, self.dim = p, shape, dim
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """The mask."""
+        return 2 * out_bytes
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """Multiply by the mask of this box."""
+        dim, shape, p = self.dim, self.shape, self.p
+        lo, hi = out_box[dim] if out_box else (0, 1)
+        crops = [(d, a, b - a) for d, (a, b) in enumerate(out_box) if d != dim and b - a < shape[d]]
+        slab = [1 if d == dim else n for d, n in enumerate(shape)]
+        scale = 0.0 if p >= 1 else 1.0 / (1.0 - p)
+
+        def mask(seed: int, like: Tensor) -> Tensor:
+            generator = torch.Generator(device=like.device)
+            rows = like.new_empty(lengths(out_box))
+            for r in range(lo, hi):
+                generator.manual_seed((seed * 1000003 + r * 7919) % (2**63))
+                row = torch.empty(slab, dtype=like.dtype, device=like.device).bernoulli_(1 - p, generator=generator)
+                for d, start, length in crops:
+                    row = row.narrow(d, start, length)
+                rows.narrow(dim, r - lo, 1).copy_(row)
+            return rows.mul_(scale)
+
+        def local(x: Tensor, seed: Tensor) -> Tensor:
+            return x * mask(int(seed), x)
+
+        return local
+
+
+def nbytes(box: Box, itemsize: int) -> int:
+    """Bytes of a region."""
+    return prod(hi - lo for lo, hi in box) * itemsize

@@ -1,0 +1,282 @@
+"""Kernels that move elements: views, crops, pads, concatenation, roll, pixel shuffles, on a region."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ranger_nn.core.reach import Border, Box
+from ranger_nn.ops.movement import inner, leading, view_groups
+from ranger_nn.torch.kernels import Light, Local, lengths
+
+
+class Movement(Light):
+    """Base of the movement kernels: no arithmetic, backward through autograd."""
+
+    def __init__(self) -> None:
+        """Nothing to bind."""
+        super().__init__(lambda x: x)
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """A copy where the region is not contiguous."""
+        return in_bytes[0]
+
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """Forward again and a copy of the gradient."""
+        return 2 * out_bytes + sum(in_bytes)
+
+
+class View(Movement):
+    """Reshape of a region: flatten each group, crop it where the cut does not fall on a row, shape it again."""
+
+    def __init__(self, shape: Sequence[int], out: Sequence[int]) -> None:
+        """Whole shapes before and after."""
+        super().__init__()
+        self.shape, self.out = tuple(shape), tuple(out)
+        self.groups = view_groups(self.shape, self.out)
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """Reshape, crop, reshape."""
+        final = lengths(out_box)
+        flat: list[int] = []
+        crops: list[tuple[int, int, int]] = []
+        box = in_boxes[0]
+        if self.groups is None or lengths(box) == list(self.shape):
+            return lambda x: x.reshape(final)
+        for g, (left, right) in enumerate(self.groups):
+            count = 1
+            for d in left:
+                count *= box[d][1] - box[d][0]
+            flat.append(count)
+            lead_in, lead_out = leading(left, self.shape), leading(right, self.out)
+            if lead_in is None or lead_out is None:
+                continue
+            offset = box[lead_in][0] * inner(left, lead_in, self.shape)
+            step = inner(right, lead_out, self.out)
+            start, stop = out_box[lead_out][0] * step - offset, out_box[lead_out][1] * step - offset
+            if (start, stop) != (0, count):
+                crops.append((g, start, stop - start))
+        if not crops:
+            return lambda x: x.reshape(final)
+
+        def local(x: Tensor) -> Tensor:
+            x = x.reshape(flat)
+            for dim, start, length in crops:
+                x = x.narrow(dim, start, length)
+            return x.reshape(final)
+
+        return local
+
+
+class Expand(Movement):
+    """Broadcast to the size of the region."""
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """`Tensor.expand`."""
+        sizes = lengths(out_box)
+        return lambda x: x.expand(sizes)
+
+
+class Repeat(Movement):
+    """Tile along the dimensions that are read whole."""
+
+    def __init__(self, repeats: Sequence[int]) -> None:
+        """`repeats` as in `Tensor.repeat`."""
+        super().__init__()
+        self.repeats = list(repeats)
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """`Tensor.repeat`."""
+        return lambda x: x.repeat(self.repeats)
+
+
+class Crop(Movement):
+    """Slice with a step: the region read starts at the first index and ends at the last."""
+
+    def __init__(self, dim: int, step: int) -> None:
+        """Dimension and step."""
+        super().__init__()
+        self.dim, self.step = dim, step
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """Take every `step`-th index."""
+        dim, step, stop = self.dim, self.step, in_boxes[0][self.dim][1] - in_boxes[0][self.dim][0]
+        if step == 1:
+            return lambda x: x
+        return lambda x: torch.ops.aten.slice.Tensor(x, dim, 0, stop, step)
+
+
+class Pad(Movement):
+    """Padding by a constant, the edge, a mirror or the other end."""
+
+    def __init__(self, before: Sequence[int], shape: Sequence[int], out: Sequence[int], border: Border, value: float):
+        """`before[d]`: indices in front of dimension d, negative to cut off."""
+        super().__init__()
+        self.before, self.shape, self.out, self.border, self.value = before, shape, out, border, value
+
+    def _index(self, dim: int, interval: tuple[int, int], base: int) -> list[int]:
+        size = self.shape[dim]
+        result = []
+        for o in range(*interval):
+            i = o - self.before[dim]
+            if self.border is Border.REPLICATE:
+                i = min(max(i, 0), size - 1)
+            elif self.border is Border.CIRCULAR:
+                i %= size
+            elif not 0 <= i < size:
+                i = -i if i < 0 else 2 * (size - 1) - i
+            result.append(i - base)
+        return result
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """Constant: F.pad by what is missing. Otherwise gather the indices of each padded dimension."""
+        box = in_boxes[0]
+        if self.border is Border.FILL:
+            pads: list[int] = []
+            for d in reversed(range(len(out_box))):
+                lo = out_box[d][0] - self.before[d]
+                pads += [box[d][0] - lo, (out_box[d][1] - self.before[d]) - box[d][1]]
+                if box[d][1] == box[d][0]:
+                    pads[-2:] = [0, out_box[d][1] - out_box[d][0]]
+            value = self.value
+            return (lambda x: F.pad(x, pads, value=value)) if any(pads) else (lambda x: x)
+        gathers = []
+        for d, interval in enumerate(out_box):
+            index = self._index(d, interval, box[d][0])
+            if index != list(range(box[d][1] - box[d][0])):
+                gathers.append((d, index))
+
+        def local(x: Tensor) -> Tensor:
+            for dim, index in gathers:
+                x = x.index_select(dim, torch.tensor(index, device=x.device))
+            return x
+
+        return local
+
+
+class Concatenate(Movement):
+    """Concatenation of those inputs that reach into the region."""
+
+    def __init__(self, dim: int) -> None:
+        """`dim`, not negative."""
+        super().__init__()
+        self.dim = dim
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """None."""
+        return 0
+
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """None: the gradient is cut in pieces."""
+        return out_bytes // 4
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """`torch.cat`."""
+        dim = self.dim
+        keep = [i for i, box in enumerate(in_boxes) if box[dim][1] > box[dim][0]]
+
+        def local(*xs: Tensor) -> Tensor:
+            return torch.cat([xs[i] for i in keep], dim)
+
+        return local
+
+    def bind_vjp(self, out_box: Box, in_boxes: Sequence[Box], wanted: Sequence[bool]) -> Local:
+        """Copies of the gradient's pieces."""
+        dim, pieces, offset = self.dim, [], 0
+        for box, w in zip(in_boxes, wanted, strict=True):
+            length = box[dim][1] - box[dim][0]
+            pieces.append((w, offset, length))
+            offset += length
+
+        def vjp(*args: Any) -> list[Any]:
+            grad = args[-1]
+            return [
+                grad.narrow(dim, start, length).clone(memory_format=torch.contiguous_format) if w else None
+                for w, start, length in pieces
+            ]
+
+        return vjp
+
+
+class Roll(Movement):
+    """Circular shift; a region away from the seam is read as it is."""
+
+    def __init__(self, shifts: dict[int, int], shape: Sequence[int]) -> None:
+        """Shift of each rolled dimension."""
+        super().__init__()
+        self.shifts, self.shape = shifts, shape
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """Roll and crop the dimensions that cross the seam."""
+        todo = []
+        for d, shift in self.shifts.items():
+            (a, b), (lo, hi) = out_box[d], in_boxes[0][d]
+            if (hi - lo) != (b - a) or (hi - lo == self.shape[d] and shift % self.shape[d]):
+                todo.append((d, shift, a, b - a))
+
+        def local(x: Tensor) -> Tensor:
+            for dim, shift, start, length in todo:
+                x = torch.roll(x, shift, dim).narrow(dim, start, length)
+            return x
+
+        return local
+
+
+class PixelShuffle(Movement):
+    """Depth to space: shuffle the region, crop it."""
+
+    def __init__(self, factor: int) -> None:
+        """Up-scale factor."""
+        super().__init__()
+        self.factor = factor
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """`pixel_shuffle`, cropped."""
+        factor, crops = self.factor, []
+        for d in (len(out_box) - 2, len(out_box) - 1):
+            (a, b), (lo, hi) = out_box[d], in_boxes[0][d]
+            if (a - lo * factor, b - a) != (0, (hi - lo) * factor):
+                crops.append((d, a - lo * factor, b - a))
+
+        def local(x: Tensor) -> Tensor:
+            x = F.pixel_shuffle(x, factor)
+            for dim, start, length in crops:
+                x = x.narrow(dim, start, length)
+            return x
+
+        return local
+
+
+class Scatter(Movement):
+    """The first input with the second written over [start, start + length) of `dim` (step 1)."""
+
+    def __init__(self, dim: int, start: int, squeeze: bool) -> None:
+        """`squeeze`: the second input lacks `dim` (select_scatter)."""
+        super().__init__()
+        self.dim, self.start, self.squeeze = dim, start, squeeze
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """Copy, then overwrite the part that falls into the region."""
+        dim, squeeze = self.dim, self.squeeze
+        if squeeze:
+            lo, hi = self.start, self.start + 1
+        else:
+            lo, hi = in_boxes[1][dim][0] + self.start, in_boxes[1][dim][1] + self.start
+        start, stop = out_box[dim]
+        a, b = max(lo, start), min(hi, stop)
+
+        def local(base: Tensor, source: Tensor) -> Tensor:
+            if b <= a:
+                return base
+            source = source.unsqueeze(dim) if squeeze else source
+            pieces = [base.narrow(dim, 0, a - start)] if a > start else []
+            pieces.append(source.narrow(dim, a - lo, b - a).to(base.dtype))
+            if stop > b:
+                pieces.append(base.narrow(dim, b - start, stop - b))
+            return torch.cat(pieces, dim)
+
+        return local

@@ -1,0 +1,175 @@
+"""Kernels of reductions: lift a region, merge states, finish, and the gradient of a region.
+
+The monoids are `ranger_nn.aggregate`'s; here they meet PyTorch. A state slot holds a tuple of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from ranger_nn.aggregate.monoid import Extremum, Moments, Monoid, State, Sum, count
+from ranger_nn.core.reach import Box
+from ranger_nn.torch.kernels import Kernel, Local
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class Reduce(Kernel):
+    """A reduction over `axis` of `shape`; `whole` is the untouched call.
+
+    `groups` > 0: moments of groups of channels (dimension 1 is split in `groups`), as group, instance and batch
+    normalisation need them; the result is then stacked (mean, variance) in the computing precision.
+    """
+
+    def __init__(
+        self,
+        monoid: Monoid,
+        shape: Sequence[int],
+        axis: Sequence[int],
+        keepdim: bool,
+        whole: Callable[[Tensor], Tensor] | None,
+        groups: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`shape`: whole shape of the input; `dtype`: of the result."""
+        self.monoid, self.keepdim, self.whole, self.groups, self.dtype = monoid, keepdim, whole, groups, dtype
+        self.shape = tuple(shape)
+        self.axis = tuple(sorted(axis))
+        self.total = count(self._split_shape(self.shape), self.axis)
+
+    def _split_shape(self, shape: Sequence[int]) -> list[int]:
+        if not self.groups:
+            return list(shape)
+        return [shape[0], self.groups, shape[1] // self.groups, *shape[2:]]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.reshape(self._split_shape(x.shape)) if self.groups else x
+
+    def count(self, box: Box) -> int:
+        """Elements behind one entry, in a region."""
+        return count(self._split_shape([b - a for a, b in box]), self.axis)
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """The whole reduction in one call."""
+        if self.whole is not None:
+            return self.whole
+        return lambda x: self.finish(self.lift(x))
+
+    def lift(self, x: Tensor) -> State:
+        """State of one region."""
+        return self.monoid.lift(xp, self._split(_wide(x)), self.axis)
+
+    def merge(self, a: State, b: State, n_a: int, n_b: int) -> State:
+        """State of two regions."""
+        return self.monoid.merge(xp, a, b, n_a, n_b)
+
+    def finish(self, state: State) -> Tensor:
+        """The result, in the untouched operator's shape and precision."""
+        result = self.monoid.finish(xp, state, self.total)
+        if self.groups:
+            mean, var = result
+            keep = [d for d in range(mean.dim()) if d not in self.axis]
+            shape = [mean.shape[d] for d in keep]
+            return torch.stack([mean.reshape(shape), var.reshape(shape)])
+        if isinstance(self.monoid, Moments):
+            result = result[1]
+        if not self.keepdim:
+            result = result.squeeze(self.axis)
+        return result.to(self.dtype) if self.dtype is not None else result
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """Deviations, or the mask of ties; a contiguous copy where channels are grouped."""
+        return (2 if isinstance(self.monoid, Sum) else 3) * in_bytes[0] + 64
+
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """As much as the region, twice."""
+        return 3 * in_bytes[0]
+
+    def region_vjp(self, x: Tensor, state: State, grad: Tensor) -> Tensor:
+        """Gradient of a region from the finished state and the result's gradient."""
+        wide = self._split(_wide(x))
+        ndim = wide.dim()
+        kept = [1 if d in self.axis else wide.shape[d] for d in range(ndim)]
+        if self.groups:
+            g_mean, g_var = (g.reshape(kept) for g in grad.unbind(0))
+            out = (wide - state[0]) * (g_var * (2 / self.total)) + g_mean / self.total
+        elif isinstance(self.monoid, Moments):
+            out = (wide - state[0]) * (grad.reshape(kept) * (2 / (self.total - self.monoid.correction)))
+        elif isinstance(self.monoid, Extremum):
+            hit = self.monoid.sign * wide == state[0]
+            out = hit * (grad.reshape(kept) / state[1])
+        else:
+            mean = isinstance(self.monoid, Sum) and self.monoid.mean
+            out = (grad.to(wide.dtype).reshape(kept) / (self.total if mean else 1)).expand(wide.shape).contiguous()
+        return out.to(x.dtype).reshape(x.shape)
+
+    def bind_vjp(self, out_box: Box, in_boxes: Sequence[Box], wanted: Sequence[bool]) -> Local:
+        """Gradient where the reduction ran in one piece."""
+        if self.whole is not None:
+            return super().bind_vjp(out_box, in_boxes, wanted)
+
+        def vjp(x: Tensor, grad: Tensor) -> list[Any]:
+            return [self.region_vjp(x, self.lift(x), grad)]
+
+        return vjp
+
+
+class NormApply(Kernel):
+    """(x - mean) / sqrt(var + eps) * weight + bias with moments given: inputs x, stats, [weight], [bias]."""
+
+    members = 3
+
+    def __init__(self, groups: int, eps: float, weight: bool, bias: bool, batch: bool) -> None:
+        """`groups` of channels; `batch`: moments are over the batch too (batch normalisation)."""
+        self.groups, self.eps, self.weight, self.bias, self.batch = groups, eps, weight, bias, batch
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """The scaled input."""
+        return int(1.1 * out_bytes) + 256
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """One multiply-add with a scale and shift for each sample and channel."""
+        groups, eps, weight, bias = self.groups, self.eps, self.weight, self.bias
+
+        def local(x: Tensor, stats: Tensor, *affine: Tensor) -> Tensor:
+            mean, var = stats[0], stats[1]
+            scale = torch.rsqrt(var + eps)
+            rows, channels = mean.shape[0], x.shape[1]
+            scale = scale.unsqueeze(-1).expand(rows, groups, channels // groups).reshape(rows, channels)
+            mean = mean.unsqueeze(-1).expand(rows, groups, channels // groups).reshape(rows, channels)
+            if weight:
+                scale = scale * affine[0]
+            shift = -mean * scale
+            if bias:
+                shift = shift + affine[-1]
+            shape = [rows, channels] + [1] * (x.dim() - 2)
+            return torch.addcmul(shift.view(shape), x.to(scale.dtype), scale.view(shape)).to(x.dtype)
+
+        return local
+
+
+class RunningStatistics(Kernel):
+    """Batch normalisation's side effect, once per forward: inputs stats, running mean, running variance."""
+
+    def __init__(self, momentum: float, n: int) -> None:
+        """`n`: elements behind one channel (running variance is the unbiased one)."""
+        self.momentum, self.n = momentum, n
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """Update in place, give back the statistics."""
+
+        def local(stats: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+            with torch.no_grad():
+                unbiased = stats[1, 0] * (self.n / (self.n - 1) if self.n > 1 else 1.0)
+                mean.mul_(1 - self.momentum).add_(stats[0, 0].to(mean.dtype), alpha=self.momentum)
+                var.mul_(1 - self.momentum).add_(unbiased.to(var.dtype), alpha=self.momentum)
+            return stats.new_zeros(1)
+
+        return local

@@ -1,0 +1,162 @@
+"""Kernel of resampling (nearest, linear, cubic) on a region.
+
+Where the scale is a power of two per dimension and corners are not aligned, the framework's own operator runs on a
+crop with a margin: the coordinates are computed without rounding, so the numbers are the same. Everywhere else the
+taps and weights of each output index are read off the framework once, by resampling one-hot combs along the
+dimension, and applied as a gather: the region then uses the very weights of the untouched call, rounding included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ranger_nn.core.reach import Box
+from ranger_nn.torch.kernels import Kernel, Local
+
+PERIOD = 8
+MODES = {
+    "nearest": ("nearest", "nearest", "nearest"),
+    "nearest-exact": ("nearest-exact", "nearest-exact", "nearest-exact"),
+    "linear": ("linear", "bilinear", "trilinear"),
+    "cubic": ("", "bicubic", ""),
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One resampled dimension: whole sizes, and the scale factor if the caller gave one."""
+
+    size: int
+    out: int
+    factor: float | None
+
+    @property
+    def exact_factor(self) -> int | None:
+        """The integer up-scale, where it is a power of two that holds for the whole dimension."""
+        step = self.out // self.size if self.size else 0
+        if self.out != step * self.size or step < 1 or step & (step - 1):
+            return None
+        return step if self.factor is None or self.factor == step else None
+
+
+def _resample(x: Tensor, mode: str, axes: Sequence[Axis], align: bool, sizes: Sequence[int] | None = None) -> Tensor:
+    rank = len(axes)
+    options = {} if mode.startswith("nearest") else {"align_corners": align}
+    name = MODES[mode][rank - 1]
+    if sizes is not None or any(a.factor is None for a in axes):
+        return F.interpolate(x, size=list(sizes or [a.out for a in axes]), mode=name, **options)
+    return F.interpolate(x, scale_factor=[float(a.factor or 1) for a in axes], mode=name, **options)
+
+
+@lru_cache(maxsize=256)
+def taps(axis: Axis, mode: str, align: bool, dtype: torch.dtype) -> tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]:
+    """For each output index: the input indices read and their weights, as the framework has them."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    comb = torch.zeros(1, PERIOD, axis.size, dtype=compute)
+    for k in range(PERIOD):
+        comb[0, k, k::PERIOD] = 1
+    if mode == "cubic":
+        flat = _resample(comb[:, :, :, None], mode, [axis, Axis(1, 1, None if axis.factor is None else 1.0)], align)[0, :, :, 0]
+    else:
+        flat = _resample(comb, mode, [axis], align)[0]
+    weights = flat.t().tolist()
+    result = []
+    for o in range(axis.out):
+        if align:
+            source = o * (axis.size - 1) / max(1, axis.out - 1)
+        else:
+            scale = 1 / axis.factor if axis.factor else axis.size / axis.out
+            source = (o + 0.5) * scale - 0.5
+            source = o * scale if mode == "nearest" else source + 0.5 if mode == "nearest-exact" else source
+        base = math.floor(source)
+        near = [j for j in range(base - 3, base + 5) if 0 <= j < axis.size]
+        if not near:
+            near = [min(max(base, 0), axis.size - 1)]
+        found = [(j, weights[o][j % PERIOD]) for j in near if weights[o][j % PERIOD] != 0.0]
+        found = found or [(near[0], 0.0)]
+        result.append((tuple(j for j, _ in found), tuple(w for _, w in found)))
+    return tuple(result)
+
+
+class Resample(Kernel):
+    """Nearest, linear or cubic resampling of the last `len(axes)` dimensions."""
+
+    def __init__(self, mode: str, axes: Sequence[Axis], align: bool, dtype: torch.dtype) -> None:
+        """`axes`: one for each resampled dimension, in order."""
+        self.mode, self.axes, self.align, self.dtype = mode, tuple(axes), align, dtype
+        exact = not align or mode.startswith("nearest")
+        self.native = exact and all(a.exact_factor for a in self.axes)
+        self.margin = {"linear": 1, "cubic": 2}.get(mode, 0)
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """The result before it is cropped, or one tap of a gather."""
+        return int(0.3 * out_bytes) + in_bytes[0] if self.native else 2 * out_bytes + in_bytes[0]
+
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+        """Forward again and the gradient before the crop."""
+        return int((2.4 if self.native else 8) * out_bytes) + 2 * in_bytes[0]
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """Native on a crop, or a gather along each cut dimension after the native call on the others."""
+        lead = len(out_box) - len(self.axes)
+        whole = [out_box[lead + i] == (0, a.out) for i, a in enumerate(self.axes)]
+        if all(whole):
+            return lambda x: _resample(x, self.mode, self.axes, self.align)
+        if self.native:
+            return self._crop(out_box, in_boxes[0], lead)
+        return self._gather(out_box, in_boxes[0], lead, whole)
+
+    def _crop(self, out_box: Box, in_box: Box, lead: int) -> Local:
+        sizes, crops, axes = [], [], []
+        for i, axis in enumerate(self.axes):
+            factor = axis.exact_factor or 1
+            (a, b), (lo, hi) = out_box[lead + i], in_box[lead + i]
+            sizes.append((hi - lo) * factor)
+            axes.append(Axis(hi - lo, (hi - lo) * factor, None))
+            if (a - lo * factor, b - a) != (0, sizes[-1]):
+                crops.append((lead + i, a - lo * factor, b - a))
+        mode, align = self.mode, self.align
+
+        def local(x: Tensor) -> Tensor:
+            y = _resample(x, mode, axes, align, sizes)
+            for dim, start, length in crops:
+                y = y.narrow(dim, start, length)
+            return y
+
+        return local
+
+    def _gather(self, out_box: Box, in_box: Box, lead: int, whole: list[bool]) -> Local:
+        tables: list[tuple[int, list[list[int]], list[list[float]]]] = []
+        for i, axis in enumerate(self.axes):
+            if whole[i] and axis.size == axis.out and axis.factor in (None, 1.0):
+                continue
+            (a, b), base = out_box[lead + i], in_box[lead + i][0]
+            rows = taps(axis, self.mode, self.align, self.dtype)[a:b]
+            depth = max(len(js) for js, _ in rows)
+            index = [[(js[k] if k < len(js) else js[0]) - base for js, _ in rows] for k in range(depth)]
+            weight = [[ws[k] if k < len(ws) else 0.0 for _, ws in rows] for k in range(depth)]
+            tables.append((lead + i, index, weight))
+        rank, nearest = len(out_box), self.mode.startswith("nearest")
+
+        def local(x: Tensor) -> Tensor:
+            wide = x if x.dtype in (torch.float32, torch.float64) or nearest else x.float()
+            for dim, index, weight in tables:
+                total = None
+                for js, ws in zip(index, weight, strict=True):
+                    piece = wide.index_select(dim, torch.tensor(js, device=x.device))
+                    if not nearest:
+                        shape = [1] * rank
+                        shape[dim] = len(ws)
+                        piece = piece * torch.tensor(ws, dtype=wide.dtype, device=x.device).view(shape)
+                    total = piece if total is None else total + piece
+                wide = wide if total is None else total
+            return wide.to(x.dtype)
+
+        return local

@@ -1,0 +1,73 @@
+"""Every network of the zoo, tile and slide: the untouched numbers and gradients."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+import ranger_nn
+from tests.support import FLOAT32_FORWARD, FLOAT32_GRADIENT, Entry, Gradients, check, compare, run
+from tests.zoo import ZOO
+
+SCHEDULES = ("tile", "slide")
+SINGLE = ("basicunet_batch", "segresnet_padded", "mobilenetv2", "convnextv2", "unet_3d", "tcn")
+
+
+def entries(names: tuple[str, ...] = ()) -> list[object]:
+    """The zoo, or a part of it, as pytest parameters; the heavy ones are marked slow."""
+    return [
+        pytest.param(entry, id=entry.name, marks=[pytest.mark.slow] if entry.heavy else [])
+        for entry in ZOO
+        if not names or entry.name in names
+    ]
+
+
+@lru_cache(maxsize=1)
+def reference(entry: Entry) -> Gradients:
+    """The untouched network's numbers, computed once for all cases of an entry."""
+    return run(entry.make(), entry.inputs(), entry.pick)
+
+
+@pytest.fixture
+def entry(request: pytest.FixtureRequest) -> Entry:
+    """The entry, skipped where its package is not installed."""
+    chosen: Entry = request.param
+    if chosen.needs is not None:
+        pytest.importorskip(chosen.needs)
+    return chosen
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("entry", entries(), indirect=True, scope="module")
+def test_regions_that_do_not_divide(entry: Entry, schedule: str) -> None:
+    """Regions of a fixed odd size: forward, gradients of inputs and of all parameters."""
+    small = ranger_nn.regionalize(entry.make(), regions=entry.regions, schedule=schedule)
+    check(run(small, entry.inputs(), entry.pick), reference(entry))
+
+
+@pytest.mark.parametrize("entry", entries(), indirect=True)
+def test_inside_a_budget(entry: Entry) -> None:
+    """Regions and schedules of the planner's choice, at six tenths of what the fastest plan needs."""
+    model, inputs = entry.make(), entry.inputs()
+    fastest = ranger_nn.plan(model, inputs, training=True)
+    memory = int(0.6 * fastest.projected)
+    try:
+        ranger_nn.plan(model, inputs, memory=memory, training=True)
+    except ranger_nn.BudgetError as error:
+        memory = error.least or 0
+    small = ranger_nn.regionalize(model, memory=memory)
+    check(run(small, inputs, entry.pick), reference(entry))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("entry", entries(SINGLE), indirect=True)
+def test_single_precision(entry: Entry, schedule: str) -> None:
+    """The same in float32, to its own rounding."""
+
+    def regional(model: torch.nn.Module) -> torch.nn.Module:
+        return ranger_nn.regionalize(model, regions=entry.regions, schedule=schedule)
+
+    model, inputs = entry.make(torch.float32), entry.inputs(torch.float32)
+    compare(model, regional, inputs, entry.pick, FLOAT32_FORWARD, FLOAT32_GRADIENT)

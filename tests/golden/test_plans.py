@@ -1,0 +1,57 @@
+"""The plan of every network of the zoo, as text, in one file each beside this one.
+
+A change of the planner shows as a change of text that a reviewer can read. After looking at it,
+write the new texts with `RANGER_UPDATE_GOLDEN=1 pytest tests/golden`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import ranger_nn
+from tests.support import Entry
+from tests.zoo import ZOO
+
+FOLDER = Path(__file__).parent
+UPDATE = os.environ.get("RANGER_UPDATE_GOLDEN", "") not in ("", "0")
+SHARE = 0.5  # of what the fastest plan needs
+
+
+def larger(entry: Entry) -> tuple[int, ...]:
+    """The test size times four in the plane, times two in a volume: where a budget binds."""
+    batch, channels, *sizes = entry.shapes[0]
+    factor = 2 if len(sizes) == 3 else 4
+    return (batch, channels, *(factor * n for n in sizes))
+
+
+def planned(entry: Entry) -> str:
+    """The text of the plan at half the memory of the fastest one, or at the least that fits."""
+    model, x = entry.make(torch.float32), torch.empty(larger(entry), device="meta")
+    fastest = ranger_nn.plan(model, x)
+    memory = max(1, int(SHARE * fastest.projected))
+    try:
+        plan = ranger_nn.plan(model, x, memory=memory)
+    except ranger_nn.BudgetError as error:
+        plan = ranger_nn.plan(model, x, memory=error.least)
+    return f"{entry.name} on {'x'.join(map(str, x.shape))}\n{plan}\n"
+
+
+@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+def test_plan(entry: Entry) -> None:
+    """The text of the plan is what it was."""
+    if entry.needs is not None:
+        pytest.importorskip(entry.needs)
+    text, golden = planned(entry), FOLDER / f"{entry.name}.txt"
+    if UPDATE:
+        golden.write_text(text, encoding="utf-8")
+    assert golden.exists(), f"no {golden.name}: run with RANGER_UPDATE_GOLDEN=1 and read what it writes"
+    assert text == golden.read_text(encoding="utf-8")
+
+
+def test_every_file_has_its_network() -> None:
+    """No text is left behind when a network leaves the zoo."""
+    assert {f.stem for f in FOLDER.glob("*.txt")} <= {entry.name for entry in ZOO}

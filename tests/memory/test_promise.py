@@ -1,0 +1,85 @@
+"""The promise: measured <= projected <= allowed, and projected close to measured.
+
+The input exists before and the final output is taken off. The output's gradient exists before too,
+so that no loss is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ranger_nn
+from tests.support import Entry, leaves
+from tests.zoo import ZOO
+
+CLOSE = 1.15
+NAMES = (
+    "basicunet",
+    "basicunet_batch",
+    "unet",
+    "segresnet",
+    "mobilenetv2",
+    "resnet18",
+    "convnextv2",
+    "autoencoderkl_decoder",
+)
+SHARES = (1.0, 0.5, 0.0)  # of the fastest plan's memory; 0 is the least that fits
+
+
+def large(entry: Entry) -> Tensor:
+    """An input at which activations are far larger than what Python and kernels hold besides."""
+    side = 48 if entry.name == "autoencoderkl_decoder" else 384
+    return torch.randn(1, entry.shapes[0][1], side, side, generator=torch.Generator().manual_seed(0))
+
+
+def budget(model: nn.Module, x: Tensor, share: float, training: bool) -> int:
+    """A share of the memory of the fastest plan, or the least that fits if that is more."""
+    fastest = ranger_nn.plan(model, x, training=training).projected
+    memory = max(1, int(share * fastest))
+    try:
+        ranger_nn.plan(model, x, memory=memory, training=training)
+    except ranger_nn.BudgetError as error:
+        return error.least or 0
+    return memory
+
+
+def peak(work: Callable[[], Tensor]) -> int:
+    """Bytes at the peak of `work`, less the final output, after a first call that makes the plan."""
+    work()
+    with ranger_nn.measure() as used:
+        y = work()
+    return used.peak - y.numel() * y.element_size()
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("entry", [e for e in ZOO if e.name in NAMES], ids=lambda e: e.name)
+def test_measured_projected_allowed(entry: Entry, training: bool, share: float) -> None:
+    """In this order, and the projection at most 15 % above what was measured."""
+    if entry.needs is not None:
+        pytest.importorskip(entry.needs)
+    model, x = entry.make(torch.float32), large(entry)
+    allowed = budget(model, x, share, training)
+    plan = ranger_nn.plan(model, x, memory=allowed, training=training)
+    assert plan.allowed == allowed
+    assert plan.projected <= plan.allowed
+    small = ranger_nn.regionalize(model, memory=allowed)
+
+    with torch.no_grad():
+        weights = torch.ones_like(leaves(small(x))[0])
+
+    def work() -> Tensor:
+        with torch.set_grad_enabled(training):
+            y = leaves(small(x))[0]
+        if training:
+            model.zero_grad(set_to_none=True)
+            y.backward(weights)
+        return y.detach()
+
+    measured = peak(work)
+    assert measured <= plan.projected
+    assert plan.projected <= CLOSE * measured
