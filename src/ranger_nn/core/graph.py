@@ -53,9 +53,9 @@ class Rule:
 class Node:
     """One operator: `inputs` and `outputs` are value indices, `macs` the multiply-adds of the whole output.
 
-    `alias`: the input that the output is a view of, if any. `vjp_reads`: positions of the inputs whose
-    values backward needs. `scratch` / `vjp_scratch`: bytes of workspace for each byte of output.
-    `random`: draws random numbers (it runs once; its output is kept for backward).
+    `alias`: the input that the output is a view of, if any (`may_copy`: or a
+    copy, depending on the region). `vjp_reads`: positions of the inputs whose
+    values backward needs. `random`: draws random numbers (it runs once; its output is kept for backward).
     """
 
     name: str
@@ -66,9 +66,8 @@ class Node:
     kernel: Any = field(compare=False)
     macs: int = 0
     alias: int | None = None
+    may_copy: bool = False
     vjp_reads: tuple[int, ...] = ()
-    scratch: float = 0.0
-    vjp_scratch: float = 1.0
     random: bool = False
     where: str = ""
 

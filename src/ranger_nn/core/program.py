@@ -32,7 +32,7 @@ class Read:
     box: Box = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Instruction:
     """One step: `op` on `reads`, results into the slots `outs`, then the slots in `frees` are dropped.
 
@@ -45,12 +45,13 @@ class Instruction:
     node: int
     reads: tuple[Read, ...]
     outs: tuple[int, ...]
-    frees: tuple[int, ...] = ()
+    frees: list[int] = field(default_factory=list)
     out_box: Box = ()
     wanted: tuple[bool, ...] = ()
     value: int = -1
     shape: tuple[int, ...] = ()
-    count: tuple[int, int] = (0, 0)
+    count: tuple[int, ...] = ()
+    border: bool = False
     sweep: int = 0
     region: int = -1
     live: int = 0

@@ -48,6 +48,9 @@ def fresh(grads: Sequence[Tensor | None], given: Sequence[Tensor], likes: Sequen
 class Kernel:
     """One operator. Subclasses say how it runs on a region; the product rule comes from autograd by default."""
 
+    may_copy = False
+    """A node that is a view of its input may also give a copy, depending on the region."""
+
     members = 1
     """Operators inside: what backward saves is about this many outputs."""
 

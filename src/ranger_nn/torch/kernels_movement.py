@@ -17,6 +17,8 @@ from ranger_nn.torch.kernels import Light, Local, lengths
 class Movement(Light):
     """Base of the movement kernels: no arithmetic, backward through autograd."""
 
+    may_copy = True
+
     def __init__(self) -> None:
         """Nothing to bind."""
         super().__init__(lambda x: x)
@@ -75,6 +77,8 @@ class View(Movement):
 class Expand(Movement):
     """Broadcast to the size of the region."""
 
+    may_copy = False
+
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """`Tensor.expand`."""
         sizes = lengths(out_box)
@@ -96,6 +100,8 @@ class Repeat(Movement):
 
 class Crop(Movement):
     """Slice with a step: the region read starts at the first index and ends at the last."""
+
+    may_copy = False
 
     def __init__(self, dim: int, step: int) -> None:
         """Dimension and step."""

@@ -1,0 +1,67 @@
+"""Axes: which dimension of each value belongs to the same spatial (or time) axis of the network.
+
+Links join dimensions: rows of the image, rows of every feature map, the token dimension of a flattened map. A
+joined class is an axis along which the network can be partitioned. Enter at `find_axes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ranger_nn.core.graph import COMPUTED, INPUT, Graph
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One partitionable axis: `dims` maps a value to its dimension on it; `name` is for people."""
+
+    name: str
+    dims: dict[int, int]
+    size: int
+
+
+def _find(parent: dict[tuple[int, int], tuple[int, int]], key: tuple[int, int]) -> tuple[int, int]:
+    root = key
+    while parent.setdefault(root, root) != root:
+        root = parent[root]
+    while parent[key] != root:
+        parent[key], key = root, parent[key]
+    return root
+
+
+def find_axes(graph: Graph) -> list[Axis]:
+    """Axes in the order in which the planner should cut them: rows before columns; the batch is left out."""
+    parent: dict[tuple[int, int], tuple[int, int]] = {}
+    values = graph.values
+    for node in graph.nodes:
+        if len(node.outputs) != 1:
+            continue
+        out = node.outputs[0]
+        for v, row in zip(node.inputs, node.rule.links, strict=True):
+            for d, link in enumerate(row):
+                if link is None or values[v].shape[d] < 2 or values[out].shape[link.out_dim] < 2:
+                    continue
+                a, b = _find(parent, (v, d)), _find(parent, (out, link.out_dim))
+                parent[a] = b
+    classes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for key in parent:
+        classes.setdefault(_find(parent, key), []).append(key)
+    batch = {(v, 0) for v in graph.inputs if len(values[v].shape) > 2}
+    found = []
+    for members in classes.values():
+        dims = dict(members)
+        if len(dims) != len(members) or batch & set(members):
+            continue
+        weight = sum(values[v].nbytes for v in dims if values[v].kind in (COMPUTED, INPUT))
+        first = min((d, v) for v, d in members if v in graph.inputs) if set(dims) & set(graph.inputs) else (99, 0)
+        found.append((weight, first, dims))
+    if not found:
+        return []
+    heaviest = max(w for w, _, _ in found)
+    kept = sorted(((first, -w, dims) for w, first, dims in found if w * 4 >= heaviest), key=lambda f: f[:2])
+    spatial = [k for k in kept if k[0][0] != 1 or len(values[k[0][1]].shape) < 4] or kept
+    names = {1: ["time"], 2: ["rows", "columns"], 3: ["depth", "rows", "columns"]}.get(min(len(spatial), 3), ["time"])
+    return [
+        Axis(names[i], dims, max(values[v].shape[d] for v, d in dims.items()))
+        for i, (_, _, dims) in enumerate(spatial[:3])
+    ]

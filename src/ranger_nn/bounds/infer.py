@@ -1,0 +1,59 @@
+"""Bounds inference: the interval of an input that an interval of a node's output needs, along one axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ranger_nn.bounds.axes import Axis
+from ranger_nn.core.graph import Graph, Node
+from ranger_nn.core.reach import Interval
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Sizes and needs along the axes that a sweep cuts."""
+
+    graph: Graph
+    axes: tuple[Axis, ...]
+
+    def dim(self, value: int, axis: int) -> int | None:
+        """Dimension of `value` on `axis`, None where it has none."""
+        return self.axes[axis].dims.get(value)
+
+    def size(self, value: int, axis: int) -> int:
+        """Length of `value` along `axis` (1 where it has none)."""
+        d = self.dim(value, axis)
+        return 1 if d is None else self.graph.values[value].shape[d]
+
+    def needs(self, node: Node, position: int, axis: int, start: int, stop: int) -> Interval:
+        """Interval of input `position` that output [start, stop) needs along `axis`."""
+        value = node.inputs[position]
+        d = self.dim(value, axis)
+        if stop <= start:
+            return 0, 0
+        if d is None:
+            return 0, 1
+        size = self.graph.values[value].shape[d]
+        link = node.rule.links[position][d]
+        out = self.dim(node.outputs[0], axis)
+        if link is None or link.out_dim != out:
+            return 0, size
+        return link.needs(start, stop, size)
+
+    def blocked(self, node: Node, position: int, axis: int) -> bool:
+        """True where input `position` is cut along `axis` but must be read whole."""
+        value = node.inputs[position]
+        d = self.dim(value, axis)
+        if d is None:
+            return False
+        link = node.rule.links[position][d]
+        return link is None or len(node.outputs) != 1 or link.out_dim != self.dim(node.outputs[0], axis)
+
+    def is_cut(self, value: int) -> bool:
+        """True where the value has a dimension on one of the axes."""
+        return any(value in axis.dims for axis in self.axes)
+
+
+def share(size: int, index: int, count: int) -> Interval:
+    """Region `index` of `count` of a dimension: sizes differ by at most one."""
+    return size * index // count, size * (index + 1) // count

@@ -1,0 +1,519 @@
+"""Lower a schedule to the forward program: prologues and sweeps, level after level.
+
+Sliding along axis 0: at each step every value is produced up to the rows that its readers need, and keeps the rows
+that they have yet to read. Tiles: for each tile the interval of every value is inferred backwards from the tile's
+own share of the results. Enter at `lower_forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+
+from ranger_nn.bounds.infer import Bounds, share
+from ranger_nn.core.graph import COMPUTED, Node
+from ranger_nn.core.program import ALLOC, FINISH, LIFT, MERGE, RUN, TRIM, WRITE, Program, Read
+from ranger_nn.core.reach import Box, Interval
+from ranger_nn.planning.builder import Builder, Located, Page, box_bytes
+from ranger_nn.planning.stages import PROLOGUE, REDUCE, REGIONAL, Stages
+
+FOREVER = 1 << 30
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Decisions of the planner: sliding steps along axis 0 (0: no sliding), tiles per axis, cuts, holds.
+
+    `holds[v]`: the last level at which v is read from memory; later levels compute it again.
+    """
+
+    steps: int
+    tiles: tuple[int, ...]
+    cuts: tuple[int, ...] = ()
+    holds: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def slides(self) -> bool:
+        """True where axis 0 is slid along, False where it is tiled."""
+        return self.steps > 0
+
+
+@dataclass
+class Sweep:
+    """What runs in the sweep of one level: nodes and reductions in order, and the results it leaves."""
+
+    nodes: list[int] = field(default_factory=list)
+    sinks: set[int] = field(default_factory=set)
+    stored_reads: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Demand:
+    """Sweeps of all levels, and the level at which each stored value is last read."""
+
+    sweeps: list[Sweep]
+    stored: dict[int, int]
+
+
+def demand(bounds: Bounds, stages: Stages, schedule: Schedule) -> Demand:
+    """Which nodes each sweep must run: from its results backwards to values in memory."""
+    graph = bounds.graph
+    holds = dict(schedule.holds)
+    stored: dict[int, int] = {}
+    for v, readers in stages.whole_reads.items():
+        for k in readers:
+            stored[v] = max(stored.get(v, 0), stages.level[k])
+    sweeps = [Sweep() for _ in stages.levels]
+    for v in graph.outputs:
+        if v in stages.producer and stages.kind[stages.producer[v]] == REGIONAL:
+            sweeps[stages.level[stages.producer[v]]].sinks.add(v)
+    for L in reversed(range(len(sweeps))):
+        sweep = sweeps[L]
+        sweep.sinks |= {v for v in stored if stages.level[stages.producer[v]] == L}
+        todo = [stages.producer[v] for v in sweep.sinks] + stages.levels[L].reduces
+        seen: set[int] = set()
+        while todo:
+            k = todo.pop()
+            if k in seen:
+                continue
+            seen.add(k)
+            for i, v in enumerate(graph.nodes[k].inputs):
+                p = stages.producer.get(v)
+                if p is None or stages.kind[p] != REGIONAL:
+                    continue
+                whole = any(bounds.blocked(graph.nodes[k], i, a) for a in range(len(bounds.axes)))
+                whole = whole and stages.kind[k] == REGIONAL
+                if stages.level[p] == L and not whole:
+                    todo.append(p)
+                elif whole or holds.get(v, FOREVER) >= L:
+                    stored[v] = max(stored.get(v, 0), L)
+                    sweep.stored_reads.add(v)
+                else:
+                    todo.append(p)
+        sweep.nodes = sorted(seen)
+    return Demand(sweeps, stored)
+
+
+class ForwardLowering:
+    """State of lowering: where every value is."""
+
+    def __init__(self, bounds: Bounds, stages: Stages, schedule: Schedule, keep: Collection[int], streaming: bool) -> None:
+        """`keep`: values that backward will read; `streaming`: paged values may be dropped as they are read."""
+        self.bounds, self.stages, self.schedule, self.keep = bounds, stages, schedule, set(keep)
+        self.graph = bounds.graph
+        self.builder = Builder(self.graph)
+        self.demand = demand(bounds, stages, schedule)
+        self.places: dict[int, Located] = {}
+        self.states: dict[int, int] = {}
+        self.streaming = streaming
+        self.slide = 0 if schedule.slides else None
+        self.tile_axes = [a for a in range(len(bounds.axes)) if a != self.slide and schedule.tiles[a] > 1]
+        self.last_use = self._last_uses()
+        self.external: dict[int, int] = {}
+        for value in self.graph.values:
+            if value.kind != COMPUTED:
+                slot = self.builder.slot(0)
+                self.external[value.index] = slot
+                self.places[value.index] = Located(slot)
+
+    def _last_uses(self) -> dict[int, tuple[int, int, int]]:
+        last: dict[int, tuple[int, int, int]] = {}
+
+        def use(v: int, when: tuple[int, int, int]) -> None:
+            last[v] = max(last.get(v, (-1, 0, 0)), when)
+
+        for L, (level, sweep) in enumerate(zip(self.stages.levels, self.demand.sweeps, strict=True)):
+            for k in level.prologue:
+                for v in self.graph.nodes[k].inputs:
+                    use(v, (L, 0, k))
+            for k in sweep.nodes:
+                for v in self.graph.nodes[k].inputs:
+                    use(v, (L, 1, 0))
+        for v in (*self.graph.outputs, *self.keep):
+            last[v] = (FOREVER, 0, 0)
+        return last
+
+    def lower(self) -> Program:
+        """The whole program."""
+        for L, level in enumerate(self.stages.levels):
+            self.builder.sweep = L
+            for k in level.prologue:
+                self._prologue(L, k)
+            if self.demand.sweeps[L].nodes:
+                self._sweep(L)
+            self._free_after((L, 1, 0))
+        program = self.builder.program(self.external)
+        for v in (*self.graph.outputs, *self.keep):
+            place = self.places.get(v)
+            if place is not None and place.pages is None:
+                program.results[v] = place.slot
+        program.kept = tuple(sorted(self.keep))
+        return program
+
+    def _free_after(self, when: tuple[int, int, int]) -> None:
+        for v, place in list(self.places.items()):
+            if self.graph.values[v].kind != COMPUTED or self.last_use.get(v, (-1, 0, 0)) > when:
+                continue
+            for slot in [place.slot] if place.pages is None else [p.slot for p in place.pages]:
+                self.builder.drop(slot)
+            del self.places[v]
+
+    def full_box(self, v: int) -> Box:
+        """All of a value."""
+        return tuple((0, n) for n in self.graph.values[v].shape)
+
+    def read(self, v: int, box: Box, window: dict[int, Located] | None = None) -> Read:
+        """Read a region, from the sweep's window if it is there."""
+        place = (window or {}).get(v) or self.places[v]
+        value = self.graph.values[v]
+        return self.builder.read(place, box, value.itemsize, value.shape)
+
+    def _prologue(self, L: int, k: int) -> None:
+        node = self.graph.nodes[k]
+        reads = [self.read(v, self.full_box(v)) for v in node.inputs]
+        out_bytes = [self.graph.values[v].nbytes for v in node.outputs]
+        view = reads[node.alias].parts[0][0] if node.alias is not None and len(reads[node.alias].parts) == 1 else None
+        scratch = node.kernel.scratch(sum(out_bytes), [r.nbytes for r in reads], False)
+        results = [(n, view, node.may_copy) for n in out_bytes]
+        out_box = self.full_box(node.outputs[0])
+        outs = self.builder.emit(RUN, k, reads, results, scratch=scratch, out_box=out_box, value=node.outputs[0])
+        self.builder.macs += node.macs
+        for v, slot in zip(node.outputs, outs, strict=True):
+            self.places[v] = Located(slot)
+        self._free_after((L, 0, k))
+
+    # ---- sweeps -------------------------------------------------------------------------------------------
+
+    def _paged(self, v: int, L: int) -> bool:
+        whole = v in self.stages.whole_reads or v in self.graph.outputs
+        return self.slide is not None and not self.tile_axes and not whole and self.bounds.dim(v, 0) is not None
+
+    def _sweep(self, L: int) -> None:
+        sweep = self.demand.sweeps[L]
+        stores: dict[int, Located] = {}
+        for v in sorted(sweep.sinks):
+            value = self.graph.values[v]
+            if not self._paged(v, L):
+                external = v in self.graph.outputs
+                (slot,) = self.builder.emit(ALLOC, -1, [], [(0 if external else value.nbytes, None, False)],
+                                            value=v, shape=value.shape)
+                stores[v] = Located(slot)
+        users = sweep_users(self.graph, sweep.nodes)
+        for tile in product(*(range(self.schedule.tiles[a]) for a in self.tile_axes)):
+            strip = Strip(self, L, sweep, users, stores, dict(zip(self.tile_axes, tile, strict=True)))
+            strip.run()
+            stores = strip.stores
+        for k in sweep.nodes:
+            if self.stages.kind[k] == REDUCE:
+                self._finish(k)
+        self.places.update(stores)
+
+    def _finish(self, k: int) -> None:
+        node = self.graph.nodes[k]
+        state = self.states[k]
+        (v,) = node.outputs
+        read = Read(((state, ()),), 0, 0, ())
+        (slot,) = self.builder.emit(FINISH, k, [read], [(self.graph.values[v].nbytes, None, False)], value=v)
+        self.places[v] = Located(slot)
+        if v not in self.keep:
+            self.builder.drop(self.states.pop(k))
+
+
+def sweep_users(graph: object, nodes: list[int]) -> dict[int, list[tuple[int, int]]]:
+    """For each value: (node, input position) of its readers in a sweep."""
+    users: dict[int, list[tuple[int, int]]] = {}
+    for k in nodes:
+        for i, v in enumerate(graph.nodes[k].inputs):  # type: ignore[attr-defined]
+            users.setdefault(v, []).append((k, i))
+    return users
+
+
+class Strip:
+    """One tile across the tiled axes, walked along the sliding axis if there is one."""
+
+    def __init__(
+        self,
+        parent: ForwardLowering,
+        L: int,
+        sweep: Sweep,
+        users: dict[int, list[tuple[int, int]]],
+        stores: dict[int, Located],
+        tile: dict[int, int],
+    ) -> None:
+        """`tile`: index on each tiled axis; `stores`: where the sweep's results go."""
+        self.p, self.L, self.sweep, self.users, self.stores, self.tile = parent, L, sweep, users, stores, tile
+        self.graph, self.bounds, self.builder = parent.graph, parent.bounds, parent.builder
+        self.windows: dict[int, Located] = {}
+        self.produced = {self.graph.nodes[k].outputs[0] for k in sweep.nodes if parent.stages.kind[k] == REGIONAL}
+        self.intervals = {a: tile_intervals(parent, sweep, users, a, i) for a, i in tile.items()}
+        self.order = {k: n for n, k in enumerate(sweep.nodes)}
+        self.ends: dict[int, int] = {}
+        self.streamed = self._streamed_stores()
+
+    def _streamed_stores(self) -> set[int]:
+        """Paged values that this sweep reads last: their pages are dropped as it goes."""
+        p = self.p
+        if p.slide is None or p.tile_axes or not p.streaming:
+            return set()
+        return {
+            v
+            for v in self.users
+            if v in p.places and p.places[v].pages is not None and p.last_use.get(v) == (self.L, 1, 0)
+        }
+
+    def run(self) -> None:
+        """All steps."""
+        steps = max(1, self.p.schedule.steps)
+        for t in range(steps):
+            new = slide_ends(self.p, self.sweep, self.users, self.produced, t, steps, self.ends)
+            for k in self.sweep.nodes:
+                node = self.graph.nodes[k]
+                if self.p.stages.kind[k] == REDUCE:
+                    self._lift(k, node, t, steps)
+                else:
+                    v = node.outputs[0]
+                    start = self.ends.get(v, 0)
+                    if new[v] > start:
+                        self._run(k, node, v, (start, new[v]))
+                self._drop_after(k, new, t, steps)
+            self.ends = new
+            self.builder.region += 1
+        for v, place in list(self.windows.items()):
+            if v in self.stores and self.stores[v] is place:
+                continue
+            for page in place.pages or []:
+                self.builder.drop(page.slot)
+        self.windows.clear()
+
+    # -- boxes
+
+    def out_box(self, v: int, rows: Interval) -> Box:
+        """Region of an output: `rows` on the sliding axis, the tile's interval on the others."""
+        box = [(0, n) for n in self.graph.values[v].shape]
+        for a in range(len(self.bounds.axes)):
+            d = self.bounds.dim(v, a)
+            if d is None:
+                continue
+            if a == self.p.slide:
+                box[d] = rows
+            elif a in self.intervals:
+                box[d] = self.intervals[a][v]
+        return tuple(box)
+
+    def in_box(self, node: Node, position: int, out: Box) -> Box:
+        """Region of an input that the output region `out` needs."""
+        return needed_box(self.bounds, node, position, out)
+
+    # -- instructions
+
+    def _run(self, k: int, node: Node, v: int, rows: Interval) -> None:
+        out = self.out_box(v, rows)
+        value = self.graph.values[v]
+        boxes = [self.in_box(node, i, out) for i in range(len(node.inputs))]
+        reads = [self.p.read(u, box, self.windows) for u, box in zip(node.inputs, boxes, strict=True)]
+        out_bytes = box_bytes(out, value.itemsize)
+        view = None
+        if node.alias is not None and len(reads[node.alias].parts) == 1:
+            view = reads[node.alias].parts[0][0]
+            if self.builder.bytes.get(self.builder.storage[view], 0) == 0 and node.may_copy:
+                view = None
+        border = prod(hi - lo for lo, hi in boxes[0]) != 0 if boxes else False
+        scratch = node.kernel.scratch(out_bytes, [r.nbytes for r in reads], border)
+        (slot,) = self.builder.emit(RUN, k, reads, [(out_bytes, view, node.may_copy)], scratch=scratch, out_box=out, value=v)
+        whole = max(1, prod(value.shape))
+        self.builder.macs += node.macs * prod(hi - lo for lo, hi in out) // whole
+        self._place(v, slot, rows, out)
+
+    def _place(self, v: int, slot: int, rows: Interval, out: Box) -> None:
+        dim = self.bounds.dim(v, self.p.slide) if self.p.slide is not None else None
+        window = self.windows.get(v)
+        if window is None:
+            origin = {}
+            for a in self.intervals:
+                d = self.bounds.dim(v, a)
+                if d is not None:
+                    origin[d] = (out[d][0], out[d][1] - out[d][0])
+            window = self.windows[v] = Located(-1, dim, [], origin)
+        assert window.pages is not None
+        lo, hi = rows if dim is not None else (0, 1)
+        window.pages.append(Page(lo, hi, slot, lo))
+        if v not in self.sweep.sinks:
+            return
+        if self.p._paged(v, self.L):
+            self.stores[v] = window
+            return
+        target = list(out)
+        for a, index in self.tile.items():
+            d = self.bounds.dim(v, a)
+            if d is not None:
+                target[d] = share(self.graph.values[v].shape[d], index, self.p.schedule.tiles[a])
+        if any(hi <= lo for lo, hi in target):
+            return
+        box = tuple(target)
+        reads = [self.p.read(v, box, {v: self.stores[v]}), self.p.read(v, box, self.windows)]
+        self.builder.emit(WRITE, -1, reads, value=v, out_box=box)
+        if v not in self.users:
+            window.pages.pop()
+            self.builder.drop(slot)
+
+    def _lift(self, k: int, node: Node, t: int, steps: int) -> None:
+        v = node.inputs[0]
+        box = [(0, n) for n in self.graph.values[v].shape]
+        for a in range(len(self.bounds.axes)):
+            d = self.bounds.dim(v, a)
+            if d is None:
+                continue
+            index, count = (t, steps) if a == self.p.slide else (self.tile.get(a, 0), self.p.schedule.tiles[a] if a in self.tile else 1)
+            box[d] = share(self.graph.values[v].shape[d], index, count)
+        if any(hi <= lo for lo, hi in box):
+            return
+        read = self.p.read(v, tuple(box), self.windows)
+        scratch = node.kernel.scratch(0, [read.nbytes], False)
+        small = 4 * self.graph.values[node.outputs[0]].nbytes + 64
+        (part,) = self.builder.emit(LIFT, k, [read], [(small, None, False)], scratch=scratch)
+        n = node.kernel.count(tuple(box))
+        if k not in self.p.states:
+            self.p.states[k] = part
+            self.counts()[k] = n
+            return
+        reads = [Read(((self.p.states[k], ()),)), Read(((part, ()),))]
+        (merged,) = self.builder.emit(MERGE, k, reads, [(small, None, False)], count=(self.counts()[k], n))
+        self.builder.drop(self.p.states[k])
+        self.builder.drop(part)
+        self.p.states[k] = merged
+        self.counts()[k] += n
+
+    def counts(self) -> dict[int, int]:
+        """Elements behind each reduction's state so far."""
+        if not hasattr(self.p, "lifted"):
+            self.p.lifted = {}  # type: ignore[attr-defined]
+        return self.p.lifted  # type: ignore[attr-defined,no-any-return]
+
+    # -- lifetimes
+
+    def _drop_after(self, k: int, new: dict[int, int], t: int, steps: int) -> None:
+        for v in set(self.graph.nodes[k].inputs):
+            in_window = v in self.windows and self.stores.get(v) is not self.windows[v]
+            if not in_window and v not in self.streamed:
+                continue
+            if max(self.order[u] for u, _ in self.users[v]) != self.order[k]:
+                continue
+            place = self.windows[v] if in_window else self.p.places[v]
+            drop_rows(self.builder, self.graph, v, place, self._keep_from(v, new, t, steps))
+
+    def _keep_from(self, v: int, new: dict[int, int], t: int, steps: int) -> int:
+        if self.p.slide is None:
+            return FOREVER
+        keep = size = self.bounds.size(v, self.p.slide)
+        for k, i in self.users[v]:
+            node = self.graph.nodes[k]
+            if self.p.stages.kind[k] == REDUCE:
+                keep = min(keep, share(size, t, steps)[1])
+                continue
+            out = node.outputs[0]
+            total = self.bounds.size(out, self.p.slide)
+            if new[out] < total:
+                keep = min(keep, self.bounds.needs(node, i, self.p.slide, new[out], total)[0])
+        return FOREVER if keep >= size else keep
+
+
+def needed_box(bounds: Bounds, node: Node, position: int, out: Box) -> Box:
+    """Region of input `position` that the region `out` of the node's output needs."""
+    v, result = node.inputs[position], node.outputs[0]
+    box = [(0, n) for n in bounds.graph.values[v].shape]
+    for a in range(len(bounds.axes)):
+        d = bounds.dim(v, a)
+        if d is None:
+            continue
+        o = bounds.dim(result, a)
+        box[d] = bounds.needs(node, position, a, *(out[o] if o is not None else (0, 1)))
+    return tuple(box)
+
+
+def drop_rows(builder: Builder, graph: object, v: int, place: Located, keep: int) -> None:
+    """Free the pages below row `keep`; copy out the rest of a page that is at least half dead."""
+    pages = place.pages or []
+    while pages and pages[0].hi <= keep:
+        builder.drop(pages.pop(0).slot)
+    if not pages or pages[0].lo >= keep or place.dim is None:
+        return
+    page = pages[0]
+    if (keep - page.base) * 2 < page.hi - page.base or not builder.owns(page.slot):
+        page.lo = max(page.lo, keep)
+        return
+    total = builder.bytes[builder.storage[page.slot]]
+    nbytes = total * (page.hi - keep) // max(1, page.hi - page.base)
+    if total < 4096:
+        page.lo = keep
+        return
+    read = Read(((page.slot, ((place.dim, keep - page.base, page.hi - keep),)),), place.dim, nbytes)
+    (slot,) = builder.emit(TRIM, -1, [read], [(nbytes, None, False)], value=v)
+    builder.drop(page.slot)
+    pages[0] = Page(keep, page.hi, slot, keep)
+
+
+def tile_intervals(
+    p: ForwardLowering, sweep: Sweep, users: dict[int, list[tuple[int, int]]], axis: int, index: int
+) -> dict[int, Interval]:
+    """Interval along a tiled axis of each value that the sweep produces: own share of results plus halo."""
+    found: dict[int, Interval] = {}
+    count = p.schedule.tiles[axis]
+    for k in reversed(sweep.nodes):
+        if p.stages.kind[k] == REDUCE:
+            continue
+        v = p.graph.nodes[k].outputs[0]
+        size = p.bounds.size(v, axis)
+        parts = [share(size, index, count)] if v in sweep.sinks else []
+        for u, i in users.get(v, []):
+            if p.stages.kind[u] == REDUCE:
+                parts.append(share(size, index, count))
+            else:
+                parts.append(p.bounds.needs(p.graph.nodes[u], i, axis, *found[p.graph.nodes[u].outputs[0]]))
+        parts = [q for q in parts if q[1] > q[0]]
+        found[v] = (min(lo for lo, _ in parts), max(hi for _, hi in parts)) if parts else (0, 0)
+        if p.bounds.dim(v, axis) is None:
+            found[v] = (0, 1)
+    return found
+
+
+def slide_ends(
+    p: ForwardLowering,
+    sweep: Sweep,
+    users: dict[int, list[tuple[int, int]]],
+    produced: set[int],
+    t: int,
+    steps: int,
+    ends: dict[int, int],
+) -> dict[int, int]:
+    """Rows up to which each value must be produced by step t: its share of a result, or what readers need."""
+    new: dict[int, int] = {}
+    for k in reversed(sweep.nodes):
+        if p.stages.kind[k] == REDUCE:
+            continue
+        v = p.graph.nodes[k].outputs[0]
+        if p.slide is None or p.bounds.dim(v, p.slide) is None:
+            new[v] = 1
+            continue
+        size = p.bounds.size(v, p.slide)
+        end = share(size, t, steps)[1] if v in sweep.sinks else 0
+        for u, i in users.get(v, []):
+            if p.stages.kind[u] == REDUCE:
+                end = max(end, share(size, t, steps)[1])
+                continue
+            out = p.graph.nodes[u].outputs[0]
+            end = max(end, p.bounds.needs(p.graph.nodes[u], i, p.slide, 0, new[out])[1])
+        new[v] = max(end, ends.get(v, 0))
+    return new
+
+
+def lower_forward(
+    bounds: Bounds, stages: Stages, schedule: Schedule, keep: Collection[int] = (), streaming: bool = True
+) -> tuple[Program, ForwardLowering]:
+    """The forward program of a schedule, and the state of its lowering (backward goes on from there)."""
+    lowering = ForwardLowering(bounds, stages, schedule, keep, streaming)
+    return lowering.lower(), lowering
+
+
+__all__ = ["Demand", "ForwardLowering", "PROLOGUE", "Schedule", "demand", "lower_forward", "needed_box"]

@@ -1,0 +1,160 @@
+"""What a plan tells: a frozen record, its table, its JSON. The plot is in `planning/plot.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from ranger_nn.bounds.axes import Axis
+from ranger_nn.core.graph import Graph
+from ranger_nn.core.program import Program
+from ranger_nn.planning.budget import format_bytes
+from ranger_nn.planning.forward import ForwardLowering, Schedule
+from ranger_nn.planning.stages import PROLOGUE
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One line of the table: `region` in elements of the sweep's largest result, `projected` in bytes."""
+
+    sweep: int
+    operators: int
+    schedule: str
+    regions: int
+    region: str
+    halo: str
+    stored: int
+    projected: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a network will be run. Bytes are int; `extra_macs` 0.03 means 3 % of the work is done twice."""
+
+    model: str
+    training: bool
+    allowed: int | None
+    projected: int
+    untouched: int
+    extra_macs: float
+    axes: tuple[str, ...]
+    steps: int
+    tiles: tuple[int, ...]
+    sweeps: tuple[SweepRow, ...]
+    whole: tuple[str, ...]
+    timeline: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        """The table."""
+        return table(self)
+
+    def to_json(self) -> str:
+        """JSON text; `from_json` reads it back."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """A plan from `to_json`'s text."""
+        data = json.loads(text)
+        data["sweeps"] = tuple(SweepRow(**row) for row in data["sweeps"])
+        for key in ("axes", "tiles", "whole", "timeline"):
+            data[key] = tuple(data[key])
+        return cls(**data)
+
+    def plot(self, path: str) -> None:
+        """Memory over the steps, with the untouched network's peak and the allowed line, as a picture."""
+        from ranger_nn.planning.plot import plot
+
+        plot(self, path)
+
+
+def table(plan: Plan) -> str:
+    """Human text of a plan."""
+    mode = "training" if plan.training else "inference"
+    lines = [f"{plan.model}, {mode}: {len(plan.sweeps)} sweeps"]
+    allowed = format_bytes(plan.allowed) if plan.allowed is not None else "not stated"
+    lines.append(
+        f"allowed {allowed}   projected {format_bytes(plan.projected)}   untouched about {format_bytes(plan.untouched)}"
+        f"   extra multiply-adds {plan.extra_macs:.1%}"
+    )
+    head = ("sweep", "operators", "schedule", "regions", "region", "halo", "stored", "projected")
+    rows = [
+        (str(r.sweep), str(r.operators), r.schedule, str(r.regions), r.region, r.halo, format_bytes(r.stored), format_bytes(r.projected))
+        for r in plan.sweeps
+    ]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines += ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows)]
+    if plan.whole:
+        lines.append("stayed whole:")
+        lines += [f"  {w}" for w in plan.whole]
+    return "\n".join(lines)
+
+
+def describe(
+    graph: Graph,
+    axes: Sequence[Axis],
+    schedule: Schedule,
+    lowering: ForwardLowering,
+    forward: Program,
+    backward: Program | None,
+    allowed: int | None,
+    projected: int,
+    untouched: int,
+) -> Plan:
+    """The record of a lowered schedule."""
+    stages = lowering.stages
+    peaks: dict[int, int] = {}
+    for program in (forward, backward):
+        for i in program.instructions if program else []:
+            peaks[i.sweep] = max(peaks.get(i.sweep, 0), i.live)
+    rows = []
+    bounds = lowering.bounds
+    for L, sweep in enumerate(lowering.demand.sweeps):
+        if not sweep.nodes:
+            continue
+        stored = sum(graph.values[v].nbytes for v in sweep.sinks if v not in graph.outputs)
+        kind = ("slide" if lowering.slide is not None else "tile") + (" + tile" if lowering.slide is not None and lowering.tile_axes else "")
+        results = sorted(sweep.sinks or {graph.nodes[k].inputs[0] for k in sweep.nodes}, key=lambda v: -graph.values[v].nbytes)
+        region, halo, count = [], [], 1
+        for a, axis in enumerate(bounds.axes):
+            parts = lowering.schedule.steps if a == lowering.slide else lowering.schedule.tiles[a]
+            count *= parts
+            size = graph.values[results[0]].shape[axis.dims[results[0]]] if results and results[0] in axis.dims else axis.size
+            region.append(str(-(-size // max(1, parts))))
+            halo.append("0" if a == lowering.slide else str(_halo(lowering, sweep.nodes, a)))
+        rows.append(SweepRow(L, len(sweep.nodes), kind, count, "x".join(region), "x".join(halo), stored, peaks.get(L, 0)))
+    whole = []
+    for k, reason in sorted(stages.reasons.items()):
+        node = graph.nodes[k]
+        size = sum(graph.values[v].nbytes for v in node.outputs)
+        place = f"{node.name} ({node.where})" if node.where else node.name
+        whole.append(f"{place}: {reason}; {format_bytes(size)}")
+    if not axes:
+        whole.append("everything: no axis along which the network can be cut")
+    work = graph.macs()
+    plain = work * (3 if backward is not None else 1)
+    done = forward.macs + (backward.macs if backward is not None else 0)
+    extra = max(0.0, done / plain - 1) if plain else 0.0
+    timeline = [i.live for program in (forward, backward) for i in (program.instructions if program else [])]
+    stride = max(1, len(timeline) // 400)
+    samples = tuple(max(timeline[n : n + stride]) for n in range(0, len(timeline), stride))
+    return Plan(
+        graph.name, backward is not None, allowed, projected, untouched, round(extra, 6), tuple(a.name for a in bounds.axes),
+        lowering.schedule.steps, lowering.schedule.tiles, tuple(rows), tuple(whole), samples,
+    )
+
+
+def _halo(lowering: ForwardLowering, nodes: Sequence[int], axis: int) -> int:
+    """Indices that a middle tile reads beyond its share of the sweep's largest input."""
+    bounds, graph = lowering.bounds, lowering.graph
+    total = 0
+    for k in nodes:
+        if lowering.stages.kind[k] == PROLOGUE:
+            continue
+        for i, v in enumerate(graph.nodes[k].inputs):
+            d = bounds.dim(v, axis)
+            link = graph.nodes[k].rule.links[i][d] if d is not None else None
+            if link is not None:
+                total += link.reach.halo
+    return total

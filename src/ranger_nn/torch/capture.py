@@ -1,0 +1,460 @@
+"""Model -> graph: `torch.export`, then one `Node` with a region rule for each operator.
+
+The raw export is read (not core ATen): its operators are those that the model calls. In-place operators become
+new values; blocks without gradient are inlined with their outputs marked not differentiable; what has no rule
+becomes an opaque node that reads whole inputs. Operators and their rules: `torch/lowering.py`. Enter at `capture`.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node as FxNode
+from torch.utils import _pytree as pytree
+
+from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, Node, Rule, Value
+from ranger_nn.core.fuse import fuse
+from ranger_nn.errors import CaptureError, InputError
+from ranger_nn.ops.pointwise import opaque
+from ranger_nn.torch.kernels import Fused, Kernel, Opaque
+
+VIEWS = {"slice", "select", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "expand", "narrow",
+         "flatten", "alias", "detach", "t", "chunk", "split", "split_with_sizes", "unbind", "unflatten", "movedim"}
+SAME = {"alias", "contiguous", "lift_fresh_copy", "lift_fresh", "detach_"}
+
+
+@dataclass
+class Captured:
+    """A graph, where its external values come from, and how its outputs are put together."""
+
+    graph: Graph
+    sources: dict[int, tuple[str, Any]]
+    rebuild: Callable[[list[Any]], Any]
+    output_values: list[int | Any]
+    constants: list[Any] = field(default_factory=list)
+
+
+class Lower:
+    """State of one capture: values made so far, and the functions that lowering rules call."""
+
+    def __init__(self, grad: bool, autocast: torch.dtype | None = None) -> None:
+        """`grad`: gradients will be asked for; `autocast`: the dtype where autocast is on."""
+        self.values: list[Value] = []
+        self.nodes: list[Node] = []
+        self.sources: dict[int, tuple[str, Any]] = {}
+        self.env: dict[FxNode, Any] = {}
+        self.tuples: dict[FxNode, list[int]] = {}
+        self.grad = grad
+        self.autocast = autocast
+        self.no_grad = 0
+        self.where = ""
+        self.names: dict[str, int] = {}
+        self.bases: dict[int, tuple[int, FxNode]] = {}
+
+    def value(self, name: str, like: Tensor, kind: str, differentiable: bool) -> int:
+        """A new value shaped like `like`."""
+        index = len(self.values)
+        floating = like.dtype.is_floating_point
+        shape = tuple(int(s) for s in like.shape)
+        self.values.append(
+            Value(index, name, shape, str(like.dtype)[6:], like.element_size(), kind, floating and differentiable)
+        )
+        return index
+
+    def external(self, name: str, like: Tensor, kind: str, source: tuple[str, Any], differentiable: bool) -> int:
+        """A value that the caller, the module or the capture provides."""
+        index = self.value(name, like, kind, differentiable and self.grad)
+        self.sources[index] = source
+        return index
+
+    def shape(self, v: int) -> tuple[int, ...]:
+        """Shape of a value."""
+        return self.values[v].shape
+
+    def emit(
+        self,
+        op: str,
+        inputs: Sequence[int],
+        like: Tensor | Sequence[Tensor],
+        rule: Rule,
+        kernel: Kernel,
+        *,
+        macs: int = 0,
+        alias: int | None = None,
+        vjp_reads: Sequence[int] | None = None,
+        random: bool = False,
+        differentiable: bool = True,
+    ) -> Any:
+        """Add a node; its output value, or a list of them where `like` is a sequence."""
+        flows = (
+            differentiable and self.grad and not self.no_grad and any(self.values[i].differentiable for i in inputs)
+        )
+        count = self.names.get(op, 0)
+        self.names[op] = count + 1
+        name = f"{op}_{count}"
+        many = isinstance(like, (list, tuple))
+        outs = [self.value(name, t, COMPUTED, flows) for t in (like if many else [like])]
+        reads = tuple(range(len(inputs))) if vjp_reads is None else tuple(vjp_reads)
+        self.nodes.append(
+            Node(name, op, tuple(inputs), tuple(outs), rule, kernel, macs, alias, kernel.may_copy, reads, random=random, where=self.where)
+        )
+        return outs if many else outs[0]
+
+
+def _flatten_constants(args: Any) -> tuple[list[Any], Any]:
+    return pytree.tree_flatten(args, is_leaf=lambda a: isinstance(a, FxNode))
+
+
+def closure(lower: Lower, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], list[int]]:
+    """`target` with every constant bound: a function of the tensor values, and these values in order."""
+    leaves, spec = _flatten_constants((args, kwargs))
+    slots, inputs, template = [], [], []
+    for k, leaf in enumerate(leaves):
+        if isinstance(leaf, FxNode) and isinstance(lower.env.get(leaf), int) and not isinstance(leaf.meta.get("val"), (int, float, bool)):
+            slots.append(k)
+            inputs.append(lower.env[leaf])
+            template.append(None)
+        else:
+            template.append(_constant(lower, leaf))
+    if slots == list(range(len(slots))) and len(slots) == len(leaves) and not kwargs and all(isinstance(a, FxNode) for a in args):
+        return target, inputs
+    flat_positional = not kwargs and len(leaves) == len(args)
+    if flat_positional and slots == list(range(len(slots))):
+        rest = template[len(slots):]
+        return (lambda *xs: target(*xs, *rest)), inputs
+
+    def call(*xs: Any) -> Any:
+        filled = list(template)
+        for k, x in zip(slots, xs, strict=True):
+            filled[k] = x
+        a, kw = pytree.tree_unflatten(filled, spec)
+        return target(*a, **kw)
+
+    return call, inputs
+
+
+class Static:
+    """A Python number that a graph node stands for."""
+
+    def __init__(self, value: Any) -> None:
+        """The number."""
+        self.value = value
+
+
+def _constant(lower: Lower, leaf: Any) -> Any:
+    if isinstance(leaf, FxNode):
+        known = lower.env.get(leaf)
+        return known.value if isinstance(known, Static) else leaf.meta.get("val")
+    return leaf
+
+
+def resolve(lower: Lower, args: Any) -> Any:
+    """Arguments with graph nodes replaced by value indices wrapped as `Ref`, constants as they are."""
+    return pytree.tree_map(
+        lambda a: Ref(lower.env[a]) if isinstance(a, FxNode) and isinstance(lower.env.get(a), int) else _constant(lower, a),
+        args,
+        is_leaf=lambda a: isinstance(a, FxNode),
+    )
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of the graph among an operator's arguments."""
+
+    index: int
+
+
+def functional(target: Any) -> Any:
+    """The operator that gives the result of an in-place one, or the target itself."""
+    schema = target._schema
+    if not schema.is_mutable or not schema.name.endswith("_"):
+        return target
+    packet = getattr(torch.ops.aten, schema.name.split("::")[1][:-1], None)
+    return getattr(packet, target._overloadname, None) if packet is not None else None
+
+
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """`torch.export`, with an error that names the line where it fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        line = _user_line(error)
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__}{line}: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}. A region-wise program needs a graph "
+            "that does not depend on the data: replace a Python branch or loop on tensor values by torch.where or "
+            "torch.cond, or regionalize the sub-module that has none."
+        ) from error
+
+
+def _user_line(error: BaseException) -> str:
+    import traceback
+
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "ranger_nn" not in f.filename]
+    return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, grad: bool) -> Captured:
+    """Graph of `model` at the shapes of `args` (tensors, real or fake), in its present mode.
+
+    Raises CaptureError where `torch.export` cannot, InputError where the model writes into its input.
+    """
+    kwargs = kwargs or {}
+    rng = torch.get_rng_state()
+    try:
+        program = export(model, args, kwargs)
+    finally:
+        torch.set_rng_state(rng)
+    lower = Lower(grad)
+    try:
+        return _lower_program(model, program, lower)
+    except AliasError:
+        program = program.run_decompositions({})
+        return _lower_program(model, program, Lower(grad))
+
+
+class AliasError(Exception):
+    """An in-place write through a view that the simple treatment does not cover."""
+
+
+def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
+    signature = program.graph_signature
+    specs = {s.arg.name: s for s in signature.input_specs if hasattr(s.arg, "name")}
+    inputs: list[int] = []
+    user = [s.arg.name for s in signature.input_specs if s.kind.name == "USER_INPUT" and hasattr(s.arg, "name")]
+    mutated = set(signature.user_inputs_to_mutate.values())
+    flat_index = 0
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        spec, like = specs.get(node.name), node.meta.get("val")
+        kind = spec.kind.name if spec else "USER_INPUT"
+        if kind == "USER_INPUT":
+            if isinstance(like, Tensor):
+                v = lower.external(node.name, like, INPUT, ("input", flat_index), bool(like.requires_grad))
+                inputs.append(v)
+                lower.env[node] = v
+            else:
+                lower.env[node] = Static(like)
+            flat_index += 1
+            if node.name in mutated:
+                _refuse_mutation(model, node.name)
+            continue
+        if not isinstance(like, Tensor):
+            lower.env[node] = Static(like)
+            continue
+        if kind in ("PARAMETER", "BUFFER") and (kind == "PARAMETER" or spec.persistent is not False or _has(model, spec.target)):
+            source = ("state", spec.target)
+        else:
+            source = ("constant", program.constants[spec.target])
+        trained = kind == "PARAMETER" and _requires_grad(model, spec.target)
+        lower.env[node] = lower.external(node.name, like, PARAMETER if kind == "PARAMETER" else CONSTANT, source, trained)
+    _lower_nodes(model, program.graph, lower, program.graph_module, set(user))
+    last = next(n for n in program.graph.nodes if n.op == "output")
+    leaves: list[Any] = []
+    for spec, arg in zip(signature.output_specs, last.args[0], strict=True):
+        if spec.kind.name == "USER_OUTPUT":
+            known = lower.env.get(arg) if isinstance(arg, FxNode) else Static(arg)
+            leaves.append(known if isinstance(known, int) else getattr(known, "value", known))
+            if isinstance(known, int):
+                leaves[-1] = Ref(known)
+        elif spec.kind.name == "BUFFER_MUTATION" and isinstance(arg, FxNode):
+            raise CaptureError(
+                f"{type(model).__name__} writes into its buffer {spec.target!r} through a view: a region-wise program "
+                "cannot repeat that. Update the buffer outside of forward, or in place on the whole buffer."
+            )
+    outputs = [leaf.index for leaf in leaves if isinstance(leaf, Ref)]
+    out_spec = program.call_spec.out_spec
+
+    def rebuild(tensors: list[Any]) -> Any:
+        found = iter(tensors)
+        return pytree.tree_unflatten([next(found) if isinstance(leaf, Ref) else leaf for leaf in leaves], out_spec)
+
+    graph = Graph(
+        type(model).__name__, tuple(lower.values), tuple(lower.nodes), tuple(inputs), tuple(dict.fromkeys(outputs))
+    )
+    return Captured(fuse(graph, Fused), lower.sources, rebuild, outputs)
+
+
+def _refuse_mutation(model: nn.Module, name: str) -> None:
+    raise InputError(
+        f"{type(model).__name__} writes into its input {name!r} in place: regions read the input more than once, so it "
+        "must stay as it is. Clone it at the start of forward (x = x.clone()), or use the out-of-place operator."
+    )
+
+
+def _has(model: nn.Module, target: str) -> bool:
+    try:
+        model.get_buffer(target)
+    except AttributeError:
+        return False
+    return True
+
+
+def _requires_grad(model: nn.Module, target: str) -> bool:
+    try:
+        return model.get_parameter(target).requires_grad
+    except AttributeError:
+        return True
+
+
+def _lower_nodes(model: nn.Module, graph: Any, lower: Lower, owner: nn.Module, user: set[str]) -> None:
+    from ranger_nn.torch.lowering import lower_operator
+
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if node.op == "get_attr":
+            found: Any = owner
+            for part in str(node.target).split("."):
+                found = getattr(found, part)
+            if isinstance(found, Tensor):
+                lower.env[node] = lower.external(node.name, found, CONSTANT, ("constant", found), False)
+            else:
+                lower.env[node] = found
+            continue
+        stack = node.meta.get("nn_module_stack") or {}
+        lower.where = next(reversed(stack.values()))[0] if stack else ""
+        name = str(node.target)
+        if "wrap_with_set_grad_enabled" in name or "wrap_with_autocast" in name:
+            _inline(model, node, lower, user)
+        elif node.target is operator.getitem:
+            source = node.args[0]
+            known = lower.tuples.get(source)
+            if known is None:
+                raise CaptureError(f"cannot follow {node.format_node()}")
+            lower.env[node] = known[node.args[1]]
+        elif not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
+            lower.env[node] = Static(node.meta.get("val"))
+        else:
+            _lower_call(model, node, lower, lower_operator, user)
+
+
+def _lower_call(model: nn.Module, node: FxNode, lower: Lower, lower_operator: Any, user: set[str]) -> None:
+    target: Any = node.target
+    mutable = hasattr(target, "_schema") and target._schema.is_mutable
+    base = node.args[0] if node.args else None
+    if mutable and isinstance(base, FxNode) and isinstance(lower.env.get(base), int):
+        kind = lower.values[lower.env[base]].kind
+        if kind == INPUT or _root(base, lower).name in user:
+            _refuse_mutation(model, base.name)
+        if kind in (CONSTANT, PARAMETER):
+            if not _buffer_update(node, lower):
+                raise CaptureError(f"{type(model).__name__} writes in place into {base.name}: {node.format_node()}")
+            return
+    plain = functional(target) if mutable else target
+    if plain is None or (mutable and plain is target and "batch_norm" not in str(target)):
+        raise CaptureError(f"{type(model).__name__}: no functional form of in-place {target}")
+    result = lower_operator(lower, node, plain)
+    if isinstance(result, list):
+        lower.tuples[node] = result
+    lower.env[node] = result
+    if mutable and isinstance(base, FxNode) and not isinstance(result, list):
+        _rebind(base, node, lower)
+
+
+def _root(node: FxNode, lower: Lower) -> FxNode:
+    while _op(node) in VIEWS | SAME and isinstance(node.args[0], FxNode):
+        node = node.args[0]
+    return node
+
+
+def _op(node: FxNode) -> str:
+    return node.target._schema.name.split("::")[1] if hasattr(node.target, "_schema") else ""
+
+
+def _rebind(base: FxNode, node: FxNode, lower: Lower) -> None:
+    """After an in-place write into `base`: every name of the same memory means the new value."""
+    from ranger_nn.torch.lowering import scatter
+
+    written = lower.env[node]
+    names = list(lower.env)
+    if _op(base) not in VIEWS | SAME or base.op == "placeholder":
+        old = lower.env[base]
+        for other in names:
+            if lower.env[other] == old and isinstance(old, int):
+                lower.env[other] = written
+        later = [n for n in _views_of(base) if any(u._sort_key > node._sort_key for u in n.users)]
+        if any(n._sort_key < node._sort_key for n in later):
+            raise AliasError
+        return
+    lower.env[base] = written
+    view = base
+    while _op(view) in VIEWS | SAME:
+        parent = view.args[0]
+        value = scatter(lower, lower.env[parent], lower.env[view], view) if _op(view) not in SAME else lower.env[view]
+        if value is None:
+            raise AliasError
+        old = lower.env[parent]
+        for other in names:
+            if isinstance(old, int) and lower.env[other] == old:
+                lower.env[other] = value
+        siblings = [n for n in parent.users if n is not view and n is not base and _op(n) in VIEWS
+                    and n._sort_key < node._sort_key and any(u._sort_key > node._sort_key for u in n.users)]
+        if siblings:
+            raise AliasError
+        view = parent
+
+
+def _views_of(node: FxNode) -> list[FxNode]:
+    found, todo = [], [node]
+    while todo:
+        for user in todo.pop().users:
+            if _op(user) in VIEWS:
+                found.append(user)
+                todo.append(user)
+    return found
+
+
+def _buffer_update(node: FxNode, lower: Lower) -> bool:
+    """An in-place operator on a buffer: a step with a side effect, run once per forward."""
+    call, inputs = closure(lower, node.target, node.args, node.kwargs)
+
+    def run(*xs: Any) -> Tensor:
+        with torch.no_grad():
+            call(*xs)
+        return torch.zeros(1)
+
+    rule = opaque([lower.shape(i) for i in inputs], "updates a buffer")
+    lower.emit("update_buffer", inputs, torch.zeros(1), rule, Opaque(run), random=True, differentiable=False)
+    lower.env[node] = lower.env[node.args[0]]
+    return True
+
+
+def _inline(model: nn.Module, node: FxNode, lower: Lower, user: set[str]) -> None:
+    arguments = list(node.args)
+    position = next(i for i, a in enumerate(arguments) if isinstance(a, FxNode) and a.op == "get_attr")
+    body = lower.env[arguments[position]]
+    grad_off = "set_grad_enabled" in str(node.target) and arguments[0] is False
+    if "wrap_with_autocast" in str(node.target) and not _autocast_off(arguments[:position]):
+        raise CaptureError(f"{type(model).__name__} switches autocast on inside of forward: put the autocast block around the call")
+    places = [n for n in body.graph.nodes if n.op == "placeholder"]
+    for inner, outer in zip(places, arguments[position + 1 :], strict=True):
+        lower.env[inner] = lower.env[outer] if isinstance(outer, FxNode) else Static(outer)
+        if isinstance(outer, FxNode) and outer in lower.tuples:
+            lower.tuples[inner] = lower.tuples[outer]
+    lower.no_grad += grad_off
+    _lower_nodes(model, body.graph, lower, body, user)
+    lower.no_grad -= grad_off
+    last = next(n for n in body.graph.nodes if n.op == "output")
+    results = last.args[0] if isinstance(last.args[0], (list, tuple)) else [last.args[0]]
+    lower.tuples[node] = [lower.env[r] if isinstance(r, FxNode) else Static(r) for r in results]
+    lower.env[node] = lower.tuples[node]
+
+
+def _autocast_off(arguments: Sequence[Any]) -> bool:
+    return any(a is False for a in arguments)
+
+
+def macs_of(shape: Sequence[int], per_element: int) -> int:
+    """Multiply-adds: elements of the output times work per element."""
+    return prod(shape) * per_element

@@ -1,0 +1,667 @@
+"""Which region rule and kernel each ATen operator gets. To add an operator, add a function under `@rule(...)`.
+
+A rule function receives a `Call` (arguments by schema name, value indices for tensors) and returns the value
+index of the result, or None to say "this form has no rule": the operator then stays whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node as FxNode
+
+from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
+from ranger_nn.core.graph import Rule
+from ranger_nn.core.reach import Border, Link
+from ranger_nn.ops import contraction, movement, reduction, resample, window
+from ranger_nn.ops.pointwise import local_except, opaque, pointwise
+from ranger_nn.torch import kernels as K
+from ranger_nn.torch import kernels_movement as M
+from ranger_nn.torch import kernels_reduce as R
+from ranger_nn.torch import kernels_resample as S
+from ranger_nn.torch import kernels_window as W
+from ranger_nn.torch.capture import SAME, Lower, Ref, Static, closure, resolve
+
+aten = torch.ops.aten
+RULES: dict[str, Callable[[Operator], Any]] = {}
+
+
+def rule(*names: str) -> Callable[[Callable[[Operator], Any]], Callable[[Operator], Any]]:
+    """Register a rule function for ATen operators."""
+
+    def register(function: Callable[[Operator], Any]) -> Callable[[Operator], Any]:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+@dataclass
+class Operator:
+    """One call: `arg(name)` by the schema's argument name; tensors come as value indices."""
+
+    lower: Lower
+    node: FxNode
+    target: Any
+    name: str
+    like: Any
+    arguments: dict[str, Any]
+
+    def arg(self, name: str, default: Any = None) -> Any:
+        """The argument, `Ref`s replaced by value indices."""
+        found = self.arguments.get(name, default)
+        return found.index if isinstance(found, Ref) else found
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return tuple(int(s) for s in self.like.shape)
+
+    def shape(self, v: int) -> tuple[int, ...]:
+        """Shape of a value."""
+        return self.lower.shape(v)
+
+    def dim(self, name: str, rank: int, default: int = 0) -> int:
+        """A dimension argument, made non-negative."""
+        d = self.arg(name, default)
+        return d + rank if d < 0 else d
+
+    def tensors(self) -> list[int]:
+        """Value indices of all tensor arguments, in order."""
+        return closure(self.lower, self.target, self.node.args, self.node.kwargs)[1]
+
+    def call(self) -> tuple[Callable[..., Any], list[int]]:
+        """The operator with constants bound, and its tensors."""
+        return closure(self.lower, self.target, self.node.args, self.node.kwargs)
+
+    def emit(self, inputs: Sequence[int], region: Rule, kernel: K.Kernel, **options: Any) -> Any:
+        """Add the node."""
+        return self.lower.emit(self.name, inputs, self.like, region, kernel, **options)
+
+
+def lower_operator(lower: Lower, node: FxNode, target: Any) -> Any:
+    """Value index (or list of them) of an operator's result."""
+    like = node.meta["val"]
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return _whole(Operator(lower, node, target, str(target), like, {}), "higher-order operator")
+    name = schema.name.split("::")[1]
+    arguments = dict(zip((a.name for a in schema.arguments), resolve(lower, node.args), strict=False))
+    arguments.update({k: resolve(lower, v) for k, v in node.kwargs.items()})
+    for a in schema.arguments:
+        if a.name not in arguments and a.has_default_value():
+            arguments[a.name] = a.default_value
+    op = Operator(lower, node, target, name, like, arguments)
+    if name in RULES:
+        result = RULES[name](op)
+        if result is not None:
+            return result
+    elif torch.Tag.pointwise in target.tags and isinstance(like, Tensor):
+        return _pointwise(op)
+    return _whole(op, f"{name} has no region rule" if name not in RULES else f"this form of {name} has no region rule")
+
+
+def _whole(op: Operator, reason: str) -> Any:
+    function, inputs = op.call()
+    random = torch.Tag.nondeterministic_seeded in getattr(op.target, "tags", ())
+    shapes = [op.shape(i) for i in inputs]
+    like = op.like
+    if isinstance(like, (list, tuple)):
+        like = [t for t in like if isinstance(t, Tensor)]
+    return op.lower.emit(op.name, inputs, like, opaque(shapes, reason), K.Opaque(function), random=random,
+                         differentiable=not random, macs=_guess_macs(op, shapes))
+
+
+def _guess_macs(op: Operator, shapes: list[tuple[int, ...]]) -> int:
+    if op.name in {"lstm", "gru", "rnn_tanh", "rnn_relu"}:
+        weights = sum(prod(s) for s in shapes[1:] if len(s) == 2)
+        return weights * prod(shapes[0][:2]) if shapes else 0
+    return 0
+
+
+def _pointwise(op: Operator) -> Any:
+    function, inputs = op.call()
+    shapes = [op.shape(i) for i in inputs]
+    return op.emit(inputs, pointwise(shapes, op.out), K.Call(function))
+
+
+@rule(*SAME, "detach", "clone", "dropout", "feature_dropout", "alpha_dropout", "to", "_to_copy", "type_as", "feature_alpha_dropout")
+def _identity_like(op: Operator) -> Any:
+    source = op.arg("self", op.arg("input"))
+    if not isinstance(source, int):
+        return None
+    if "dropout" in op.name and op.arg("train", True) and op.arg("p", 0.0) > 0:
+        return _dropout(op, source)
+    if op.name in {"detach", "detach_"}:
+        return op.lower.emit("detach", [source], op.like, pointwise([op.shape(source)], op.out), K.Call(torch.detach),
+                             alias=0, differentiable=False)
+    if op.lower.values[source].dtype == str(op.like.dtype)[6:]:
+        return source
+    dtype = op.like.dtype
+    return op.lower.emit("to", [source], op.like, pointwise([op.shape(source)], op.out), K.Call(lambda x: x.to(dtype)))
+
+
+def _dropout(op: Operator, source: int) -> Any:
+    shape = op.shape(source)
+    if op.name != "dropout":
+        if op.name != "feature_dropout":
+            return None
+        p = op.arg("p")
+        like = torch.empty((*shape[:2], *([1] * (len(shape) - 2))), dtype=op.like.dtype, device="meta")
+        device = op.like.device
+
+        def draw() -> Tensor:
+            return torch.empty(like.shape, dtype=like.dtype, device=device).bernoulli_(1 - p).div_(max(1 - p, 1e-30))
+
+        mask = op.lower.emit("mask", [], like, Rule(()), K.Opaque(draw), random=True, differentiable=False)
+        return op.lower.emit("mul", [source, mask], op.like, pointwise([shape, like.shape], shape), K.Call(torch.mul))
+    seed_like = torch.empty((), dtype=torch.int64, device="meta")
+    seed = op.lower.emit("seed", [], seed_like, Rule(()), K.Opaque(lambda: torch.randint(2**40, ())), random=True,
+                         differentiable=False)
+    along = 2 if len(shape) > 2 else 0
+    along = max(range(len(shape)), key=lambda d: shape[d]) if shape[along] == 1 else along
+    whole = pointwise([shape, ()], shape)
+    region = Rule(whole.links)
+    return op.emit([source, seed], region, K.Dropout(op.arg("p"), shape, along))
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution")
+def _convolution(op: Operator) -> Any:
+    x, weight, bias = op.arg("input"), op.arg("weight"), op.arg("bias")
+    shape, kernel = op.shape(x), op.shape(weight)[2:]
+    rank = len(kernel)
+    if len(shape) != rank + 2 or op.arg("transposed"):
+        return None
+    stride, dilation = _ints(op.arg("stride", 1), rank), _ints(op.arg("dilation", 1), rank)
+    padding: Any = op.arg("padding", 0)
+    before = after = None
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        before = tuple(t // 2 for t in total)
+        after = tuple(t - t // 2 for t in total)
+    else:
+        before = after = _ints(padding, rank)
+    native = tuple(b if b == a else -1 for b, a in zip(before, after, strict=True))
+    reaches = [window.window_reach(k, s, d, p) for k, s, d, p in zip(kernel, stride, dilation, before, strict=True)]
+    others = [weight] + ([bias] if bias is not None else [])
+    groups = op.arg("groups", 1)
+    macs = prod(op.out) * prod(op.shape(weight)[1:])
+    kern = W.Convolution(stride, native, dilation, groups, reaches, bias is not None)
+    wants_weight = op.lower.values[weight].differentiable
+    reads = (0, 1) if wants_weight else (1,)
+    return op.emit([x, *others], window.window(shape, reaches, [op.shape(o) for o in others]), kern, macs=macs,
+                   vjp_reads=reads)
+
+
+def _ints(value: Any, rank: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * rank
+    return tuple(value) * rank if len(value) == 1 else tuple(value)
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _transposed(op: Operator) -> Any:
+    x, weight, bias = op.arg("input"), op.arg("weight"), op.arg("bias")
+    shape, kernel = op.shape(x), op.shape(weight)[2:]
+    rank = len(kernel)
+    if len(shape) != rank + 2:
+        return None
+    stride, padding = _ints(op.arg("stride", 1), rank), _ints(op.arg("padding", 0), rank)
+    extra, dilation = _ints(op.arg("output_padding", 0), rank), _ints(op.arg("dilation", 1), rank)
+    reaches = [window.transposed_reach(k, s, d, p) for k, s, d, p in zip(kernel, stride, dilation, padding, strict=True)]
+    others = [weight] + ([bias] if bias is not None else [])
+    kern = W.TransposedConvolution(stride, padding, extra, dilation, op.arg("groups", 1), kernel, (shape[2:], op.out[2:]))
+    macs = prod(shape) * prod(op.shape(weight)[1:])
+    return op.emit([x, *others], window.window(shape, reaches, [op.shape(o) for o in others]), kern, macs=macs)
+
+
+@rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
+def _pool(op: Operator) -> Any:
+    x = op.arg("self")
+    shape, rank = op.shape(x), int(op.name[-2])
+    if len(shape) != rank + 2:
+        return None
+    kernel = _ints(op.arg("kernel_size"), rank)
+    stride = _ints(op.arg("stride") or kernel, rank)
+    padding, dilation = _ints(op.arg("padding", 0), rank), _ints(op.arg("dilation", 1), rank)
+    average = op.name.startswith("avg")
+    if average and shape[2:] == kernel and not any(padding):
+        return _reduce(op, x, tuple(range(2, len(shape))), True, Sum(mean=True))
+    reaches = [window.window_reach(k, s, d, p) for k, s, d, p in zip(kernel, stride, dilation, padding, strict=True)]
+    function, _ = op.call()
+    kern = W.Pooling(function, average, kernel, stride, padding, dilation, bool(op.arg("ceil_mode")),
+                     bool(op.arg("count_include_pad", True)), op.arg("divisor_override"), (shape[2:], op.out[2:]), reaches)
+    return op.emit([x], window.channelwise_window(shape, reaches), kern)
+
+
+@rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",
+      "adaptive_max_pool2d", "adaptive_max_pool3d")
+def _adaptive(op: Operator) -> Any:
+    x = op.arg("self")
+    shape, rank = op.shape(x), int(op.name[-2])
+    average = "avg" in op.name
+    like = op.like if isinstance(op.like, Tensor) else op.like[0]
+    if len(shape) != rank + 2 or (not average and len(op.node.users) and any(
+            u.args[1] != 0 for u in op.node.users if len(u.args) > 1)):
+        return None
+    out = tuple(int(s) for s in like.shape)
+    function, _ = op.call()
+    one = function if average else (lambda t: function(t)[0])
+    if out[2:] == (1,) * rank:
+        result = _reduce(op, x, tuple(range(2, len(shape))), True, Sum(mean=True) if average else Extremum(), like=like)
+    else:
+        reaches = [window.adaptive_reach(n, m) for n, m in zip(shape[2:], out[2:], strict=True)]
+        kern = W.AdaptivePooling(one, average, (shape[2:], out[2:]))
+        result = op.lower.emit(op.name, [x], like, window.channelwise_window(shape, reaches), kern)
+    return result if average else [result, result]
+
+
+def _reduce(op: Operator, x: int, dims: tuple[int, ...], keepdim: bool, monoid: Any, like: Tensor | None = None) -> Any:
+    like = op.like if like is None else like
+    function, inputs = op.call()
+    whole = function if len(inputs) == 1 else None
+    if isinstance(op.like, (list, tuple)):
+        whole = None
+    kern = R.Reduce(monoid, op.shape(x), dims, keepdim, whole, dtype=like.dtype)
+    return op.lower.emit(op.name, [x], like, reduction.reduction(op.shape(x), dims, keepdim), kern)
+
+
+@rule("mean", "sum", "amax", "amin", "var", "std")
+def _reduction(op: Operator) -> Any:
+    x = op.arg("self")
+    shape = op.shape(x)
+    dims = op.arg("dim")
+    dims = tuple(range(len(shape))) if dims in (None, []) else dims
+    dims = (dims,) if isinstance(dims, int) else dims
+    axes = tuple(d % len(shape) for d in dims)
+    if op.name == "std" or op.arg("dtype") is not None or not op.like.dtype.is_floating_point:
+        return None
+    correction = op.arg("correction", 1 if op.arg("unbiased", True) else 0)
+    monoid: Any = {
+        "mean": Sum(mean=True), "sum": Sum(), "amax": Extremum(), "amin": Extremum(-1),
+        "var": Moments(1.0 if correction is None else float(correction)),
+    }[op.name]
+    return _reduce(op, x, axes, bool(op.arg("keepdim", False)), monoid)
+
+
+@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
+      "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+      "_upsample_nearest_exact3d")
+def _resample(op: Operator) -> Any:
+    x = op.arg("input", op.arg("self"))
+    shape = op.shape(x)
+    rank = len(shape) - 2
+    mode = "nearest-exact" if "exact" in op.name else "nearest" if "nearest" in op.name else "cubic" if "cubic" in op.name else "linear"
+    align = bool(op.arg("align_corners", False))
+    factors = op.arg("scale_factors")
+    if factors is None:
+        factors = [op.arg(k) for k in ("scales_d", "scales_h", "scales_w")][-rank:]
+        if rank == 1 and factors == [None]:
+            factors = [op.arg("scales")]
+    axes = [S.Axis(n, m, f) for n, m, f in zip(shape[2:], op.out[2:], factors, strict=True)]
+    links: list[Link | None] = [Link(0), Link(1)]
+    for i, a in enumerate(axes):
+        scale = Fraction(a.size, a.out) if a.factor is None else 1 / Fraction(a.factor).limit_denominator(10**6)
+        links.append(resample.resample_link(2 + i, mode, a.size, a.out, scale, align))
+    return op.emit([x], Rule((tuple(links),)), S.Resample(mode, axes, align, op.like.dtype))
+
+
+@rule("batch_norm", "instance_norm")
+def _batch_norm(op: Operator) -> Any:
+    x = op.arg("input")
+    shape = op.shape(x)
+    batch = op.name == "batch_norm"
+    training = bool(op.arg("training" if batch else "use_input_stats"))
+    if not training:
+        return _channel_norm(op, x)
+    if len(shape) < 3:
+        return None if not batch else _whole_batch_norm(op)
+    weight, bias = op.arg("weight"), op.arg("bias")
+    axis = (0, *range(2, len(shape) + 1)) if batch else tuple(range(2, len(shape) + 1))
+    stats = _stats(op, x, shape[1], axis, 1 if batch else shape[0], shape[1])
+    if batch and op.arg("running_mean") is not None:
+        n = prod(shape) // shape[1]
+        running = [stats, op.arg("running_mean"), op.arg("running_var")]
+        op.lower.emit("running_statistics", running, torch.empty(1), opaque([op.shape(r) for r in running], "side effect"),
+                      R.RunningStatistics(float(op.arg("momentum")), n), random=True, differentiable=False)
+    elif op.arg("running_mean") is not None:
+        return None
+    return _apply(op, x, stats, shape[1], float(op.arg("eps")), weight, bias, batch)
+
+
+def _whole_batch_norm(op: Operator) -> Any:
+    function, inputs = op.call()
+    return op.emit(inputs, opaque([op.shape(i) for i in inputs], "batch statistics of a vector"), K.Opaque(function),
+                   random=True)
+
+
+def _stats(op: Operator, x: int, groups: int, axis: tuple[int, ...], rows: int, channels: int) -> int:
+    value = op.lower.values[x]
+    wide = torch.float64 if value.dtype == "float64" else torch.float32
+    shape = (2, rows, groups) if rows > 1 or 0 not in axis else (2, 1, groups)
+    if 0 in axis:
+        shape = (2, groups)
+    like = torch.empty((2, rows, groups) if 0 not in axis else (2, 1, groups), dtype=wide, device="meta")
+    del shape, channels
+    kern = _Stats(Moments(), op.shape(x), axis, True, None, groups=groups)
+    return op.lower.emit("moments", [x], like, reduction.moments(op.shape(x)), kern)
+
+
+class _Stats(R.Reduce):
+    """Moments shaped (2, samples or 1, groups)."""
+
+    def finish(self, state: Any) -> Tensor:
+        """Stack mean and variance."""
+        mean, var = self.monoid.finish(R.xp, state, self.total)
+        rows, groups = mean.shape[0], mean.shape[1]
+        return torch.stack([mean.reshape(rows, groups), var.reshape(rows, groups)])
+
+
+def _apply(op: Operator, x: int, stats: int, groups: int, eps: float, weight: Any, bias: Any, batch: bool) -> Any:
+    affine = [v for v in (weight, bias) if v is not None]
+    shape = op.shape(x)
+    row = tuple(Link(d) if d != 1 else None for d in range(len(shape)))
+    links = (row, (None,) * 3, *((None,) * len(op.shape(v)) for v in affine))
+    kern = R.NormApply(groups, eps, weight is not None, bias is not None, batch)
+    return op.lower.emit(op.name, [x, stats, *affine], op.like, Rule(links, pointwise=True), kern, macs=0)
+
+
+def _channel_norm(op: Operator, x: int) -> Any:
+    function, inputs = op.call()
+    rank = len(op.out)
+    links = []
+    for i in inputs:
+        shape = op.shape(i)
+        links.append(tuple(Link(d) if d != 1 else None for d in range(rank)) if i == x else (None,) * len(shape))
+    return op.emit(inputs, Rule(tuple(links), pointwise=True), K.Call(function))
+
+
+@rule("group_norm")
+def _group_norm(op: Operator) -> Any:
+    x, groups = op.arg("input"), op.arg("num_groups")
+    shape = op.shape(x)
+    if len(shape) < 3:
+        return None
+    stats = _stats(op, x, groups, tuple(range(2, len(shape) + 1)), shape[0], shape[1])
+    return _apply(op, x, stats, groups, float(op.arg("eps")), op.arg("weight"), op.arg("bias"), False)
+
+
+@rule("layer_norm", "rms_norm", "_fused_rms_norm")
+def _layer_norm(op: Operator) -> Any:
+    x = op.arg("input")
+    rank = len(op.shape(x))
+    count = len(op.arg("normalized_shape"))
+    function, inputs = op.call()
+    links = [
+        tuple(Link(d) if d < rank - count else None for d in range(rank)) if i == x else (None,) * len(op.shape(i))
+        for i in inputs
+    ]
+    return op.emit(inputs, Rule(tuple(links)), K.Call(function))
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "glu", "argmax", "linalg_vector_norm", "max",
+      "min", "prod", "flip", "sort", "logsumexp")
+def _along_dim(op: Operator) -> Any:
+    x = op.arg("self")
+    if not isinstance(x, int) or not isinstance(op.like, Tensor) and op.name not in {"max", "min"}:
+        return None
+    rank, dim = len(op.shape(x)), op.arg("dim", op.arg("dims", op.arg("ord") if False else None))
+    dims = [dim] if isinstance(dim, int) else dim
+    if not dims or len(op.tensors()) != 1:
+        return None
+    function, inputs = op.call()
+    axes = {d % rank for d in dims}
+    like = op.like
+    if op.name == "glu":
+        row = tuple(None if d in axes else Link(d) for d in range(rank))
+        return op.emit(inputs, Rule((row,)), K.Call(function))
+    if isinstance(like, (list, tuple)):
+        return None
+    if len(like.shape) == rank and op.name in {"softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "flip"}:
+        return op.emit(inputs, local_except([op.shape(x)], op.out, axes), K.Call(function))
+    if op.name in {"argmax", "linalg_vector_norm", "logsumexp", "prod"}:
+        keep = bool(op.arg("keepdim", False))
+        links = reduction.reduction(op.shape(x), axes, keep).links
+        return op.emit(inputs, Rule(links), K.Call(function))
+    return None
+
+
+@rule("linear")
+def _linear(op: Operator) -> Any:
+    x, weight, bias = op.arg("input"), op.arg("weight"), op.arg("bias")
+    others = [weight] + ([bias] if bias is not None else [])
+    macs = prod(op.out) * op.shape(weight)[-1]
+    if len(op.shape(x)) < 2 or len(op.shape(weight)) != 2:
+        return None
+    reads = (0, 1) if op.lower.values[weight].differentiable else (1,)
+    return op.emit([x, *others], contraction.linear(op.shape(x), [op.shape(o) for o in others]), K.Linear(), macs=macs,
+                   vjp_reads=reads)
+
+
+@rule("matmul", "bmm")
+def _matmul(op: Operator) -> Any:
+    left, right = op.arg("self"), op.arg("other", op.arg("mat2"))
+    function, inputs = op.call()
+    fixed = op.lower.values[left].kind in ("parameter", "constant")
+    region = contraction.matmul(op.shape(left), op.shape(right), op.out, fixed)
+    return op.emit(inputs, region, K.Call(function), macs=prod(op.out) * op.shape(left)[-1])
+
+
+@rule("scaled_dot_product_attention")
+def _attention(op: Operator) -> Any:
+    if op.arg("is_causal") or op.arg("dropout_p", 0.0):
+        return None
+    function, inputs = op.call()
+    shapes = [op.shape(i) for i in inputs]
+    macs = prod(op.out) * shapes[1][-2] * 2
+    return op.emit(inputs, contraction.attention(shapes, op.out), K.Opaque(function), macs=macs)
+
+
+@rule("cat", "concat", "concatenate")
+def _cat(op: Operator) -> Any:
+    tensors = [t.index for t in op.arguments["tensors"] if isinstance(t, Ref)]
+    if len(tensors) != len(op.arguments["tensors"]) or any(len(op.shape(t)) != len(op.out) for t in tensors):
+        return None
+    dim = op.dim("dim", len(op.out))
+    return op.emit(tensors, movement.concatenate([op.shape(t) for t in tensors], dim), M.Concatenate(dim), vjp_reads=())
+
+
+@rule("stack")
+def _stack(op: Operator) -> Any:
+    tensors = [t.index for t in op.arguments["tensors"]]
+    dim = op.dim("dim", len(op.out))
+    return op.emit(tensors, movement.stack([op.shape(t) for t in tensors], dim), K.Light(op.call()[0]), vjp_reads=tuple(range(len(tensors))))
+
+
+@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+      "replication_pad2d", "replication_pad3d")
+def _pad(op: Operator) -> Any:
+    x = op.arg("self")
+    shape = op.shape(x)
+    pads = list(op.arg("pad", op.arg("padding")))
+    mode = op.arg("mode") or ("reflect" if "reflection" in op.name else "replicate" if "replication" in op.name else "constant")
+    before = [0] * len(shape)
+    for i in range(len(pads) // 2):
+        before[len(shape) - 1 - i] = pads[2 * i]
+    border = {"constant": Border.FILL, "reflect": Border.REFLECT, "replicate": Border.REPLICATE, "circular": Border.CIRCULAR}[mode]
+    if border is not Border.FILL and any(p < 0 for p in pads):
+        return None
+    kern = M.Pad(before, shape, op.out, border, float(op.arg("value") or 0.0))
+    return op.emit([x], movement.pad(shape, before, border), kern, alias=0)
+
+
+def _emit_crop(op: Operator, x: int, dim: int, start: int, step: int, like: Tensor) -> int:
+    return op.lower.emit("slice", [x], like, movement.crop(op.shape(x), dim, start, step), M.Crop(dim, step), alias=0)
+
+
+@rule("slice", "narrow")
+def _slice(op: Operator) -> Any:
+    x = op.arg("self")
+    shape = op.shape(x)
+    dim = op.dim("dim", len(shape))
+    start = op.arg("start") or 0
+    start = max(0, start + shape[dim]) if start < 0 else min(start, shape[dim])
+    if op.out == shape:
+        return x
+    return _emit_crop(op, x, dim, start, op.arg("step") or 1, op.like) if 0 not in op.out else None
+
+
+@rule("select")
+def _select(op: Operator) -> Any:
+    x = op.arg("self")
+    shape = op.shape(x)
+    dim, index = op.dim("dim", len(shape)), op.arg("index")
+    if not isinstance(index, int):
+        return None
+    index = index + shape[dim] if index < 0 else index
+    crop_like = torch.empty([1 if d == dim else n for d, n in enumerate(shape)], dtype=op.like.dtype, device="meta")
+    cropped = _emit_crop(op, x, dim, index, 1, crop_like)
+    return op.emit([cropped], movement.select(op.lower.shape(cropped), dim), K.Light(lambda t: t.squeeze(dim)), alias=0)
+
+
+@rule("chunk", "split", "split_with_sizes", "unbind", "unsafe_chunk", "unsafe_split")
+def _split(op: Operator) -> Any:
+    x = op.arg("self")
+    dim = op.dim("dim", len(op.shape(x)))
+    results, start = [], 0
+    for like in op.like:
+        if op.name == "unbind":
+            crop_like = torch.empty([1 if d == dim else n for d, n in enumerate(op.shape(x))], dtype=like.dtype, device="meta")
+            piece = _emit_crop(op, x, dim, start, 1, crop_like)
+            region = movement.select(op.lower.shape(piece), dim)
+            results.append(op.lower.emit("select", [piece], like, region, K.Light(lambda t: t.squeeze(dim)), alias=0))
+            start += 1
+        else:
+            results.append(_emit_crop(op, x, dim, start, 1, like))
+            start += int(like.shape[dim])
+    return results
+
+
+@rule("permute", "transpose", "t", "movedim", "swapaxes")
+def _permute(op: Operator) -> Any:
+    x = op.arg("self")
+    rank = len(op.shape(x))
+    if op.name == "permute":
+        order = [d % rank for d in op.arg("dims")]
+    elif op.name in {"transpose", "t", "swapaxes"}:
+        order = list(range(rank))
+        a = op.dim("dim0", rank, op.arg("axis0", 0)) if rank > 1 else 0
+        b = op.dim("dim1", rank, op.arg("axis1", 1)) if rank > 1 else 0
+        order[a], order[b] = order[b], order[a]
+    else:
+        probe = op.target(torch.empty(list(range(2, rank + 2)), device="meta"), op.arg("source"), op.arg("destination"))
+        order = [n - 2 for n in probe.shape]
+    return op.emit([x], movement.permute(order), K.Light(lambda t: t.permute(order)), alias=0)
+
+
+@rule("view", "reshape", "flatten", "squeeze", "unsqueeze", "unflatten", "_unsafe_view", "view_as", "reshape_as")
+def _view(op: Operator) -> Any:
+    x = op.arg("self", op.arg("input"))
+    if str(op.like.dtype)[6:] != op.lower.values[x].dtype or movement.view_groups(op.shape(x), op.out) is None:
+        return None
+    if op.out == op.shape(x):
+        return x
+    return op.emit([x], movement.view(op.shape(x), op.out), M.View(op.shape(x), op.out), alias=0)
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def _expand(op: Operator) -> Any:
+    x = op.arg("self")
+    if op.out == op.shape(x):
+        return x
+    links = pointwise([op.shape(x)], op.out).links
+    links = (tuple(link if n > 1 else None for link, n in zip(links[0], op.shape(x), strict=True)),)
+    return op.emit([x], Rule(links), M.Expand(), alias=0)
+
+
+@rule("repeat", "tile")
+def _repeat(op: Operator) -> Any:
+    x, repeats = op.arg("self"), list(op.arg("repeats", op.arg("dims")))
+    shape = op.shape(x)
+    repeats = [1] * (len(op.out) - len(repeats)) + repeats
+    shift = len(op.out) - len(shape)
+    row = tuple(Link(d + shift) if repeats[d + shift] == 1 else None for d in range(len(shape)))
+    sizes = [1] * shift + list(shape)
+    if any(r > 1 and n > 1 for r, n in zip(repeats, sizes, strict=True)):
+        return op.emit([x], Rule((row,)), M.Repeat(repeats)) if not shift else None
+    return op.emit([x], Rule((row,)), M.Expand())
+
+
+@rule("roll")
+def _roll(op: Operator) -> Any:
+    x, shifts, dims = op.arg("self"), op.arg("shifts"), op.arg("dims")
+    if not dims:
+        return None
+    shape = op.shape(x)
+    each = {d % len(shape): s % shape[d] for d, s in zip(dims, shifts, strict=True)}
+    return op.emit([x], movement.roll(shape, each), M.Roll(each, shape), alias=0)
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(op: Operator) -> Any:
+    factor = op.arg("upscale_factor")
+    return op.emit([op.arg("self")], movement.pixel_shuffle(len(op.out), factor), M.PixelShuffle(factor))
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(op: Operator) -> Any:
+    factor = op.arg("downscale_factor")
+    kern = K.Light(op.call()[0])
+    return op.emit([op.arg("self")], movement.pixel_unshuffle(len(op.out), factor), kern)
+
+
+@rule("prelu")
+def _prelu(op: Operator) -> Any:
+    x, weight = op.arg("self"), op.arg("weight")
+    row = tuple(Link(d) if d != 1 else None for d in range(len(op.out)))
+    return op.emit([x, weight], Rule((row, (None,) * len(op.shape(weight))), pointwise=True), K.Call(op.call()[0]))
+
+
+@rule("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty_like")
+def _constant_like(op: Operator) -> Any:
+    return None
+
+
+def scatter(lower: Lower, base: int, written: int, view: FxNode) -> int | None:
+    """`base` with `written` put back where the view `view` of it stood, or None where that has no rule."""
+    name = view.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    shape = lower.shape(base)
+    arguments = resolve(lower, view.args)
+    if name in {"slice", "select"}:
+        dim = arguments[1] if len(arguments) > 1 else 0
+        dim = dim + len(shape) if dim < 0 else dim
+        start = (arguments[2] if len(arguments) > 2 else 0) or 0
+        start = start + shape[dim] if start < 0 else start
+        if name == "slice" and len(arguments) > 4 and arguments[4] != 1:
+            return None
+        row_base = tuple(Link(d) for d in range(len(shape)))
+        if name == "select":
+            from ranger_nn.core.reach import Reach
+
+            row = tuple(Link(d + (d >= dim)) for d in range(len(shape) - 1))
+            del Reach
+        else:
+            from ranger_nn.core.reach import Reach
+
+            row = tuple(Link(d, Reach(1, -start, -start)) if d == dim else Link(d) for d in range(len(shape)))
+        like = view.args[0].meta["val"]  # type: ignore[union-attr]
+        return lower.emit("scatter", [base, written], like, Rule((row_base, row)), M.Scatter(dim, start, name == "select"))
+    if name in {"view", "reshape", "squeeze", "unsqueeze", "permute", "transpose"}:
+        like = view.args[0].meta["val"]  # type: ignore[union-attr]
+        if name in {"permute", "transpose"}:
+            return None
+        out = lower.shape(written)
+        if movement.view_groups(out, shape) is None:
+            return None
+        return lower.emit("view", [written], like, movement.view(out, shape), M.View(out, shape), alias=0)
+    return None
+
+
+__all__ = ["Operator", "Static", "aten", "lower_operator", "rule", "scatter"]
