@@ -8,13 +8,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ranger_nn import errors
+from ranger_nn.errors import (
+    BudgetError,
+    CaptureError,
+    InputError,
+    MissingExtraError,
+    PlanError,
+    RangerError,
+    VerificationError,
+)
 
 if TYPE_CHECKING:
     from ranger_nn.torch.measure import measure
     from ranger_nn.torch.module import plan, regionalize
 
 __version__ = "0.1.0"
-__all__ = ["errors", "measure", "plan", "regionalize"]
+__all__ = [
+    "BudgetError",
+    "CaptureError",
+    "InputError",
+    "MissingExtraError",
+    "PlanError",
+    "RangerError",
+    "VerificationError",
+    "errors",
+    "measure",
+    "plan",
+    "regionalize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ranger_nn
+from ranger_nn import errors
 from tests.nets import SmallUNet
 from tests.support import check, difference, random_inputs, run
 
@@ -238,9 +239,9 @@ def test_global_state_is_left_as_found() -> None:
             before = state()
             small(x)
             assert state() == before
-            with pytest.raises(ranger_nn.RangerError):
+            with pytest.raises(errors.RangerError):
                 small(x[0, 0])
-            with pytest.raises(ranger_nn.BudgetError):
+            with pytest.raises(errors.BudgetError):
                 ranger_nn.regionalize(unet(), memory=1)(x)
             assert state() == before
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ranger_nn
+from ranger_nn import errors
 from tests.nets import SmallUNet, between
 from tests.support import check, compare, difference, random_inputs, randomise, run
 
@@ -263,5 +264,5 @@ def test_checkpoint_inside_a_model_is_kept() -> None:
     model = seeded(net)
     try:
         compare(model, regional, random_inputs(IMAGE))
-    except ranger_nn.CaptureError:
+    except errors.CaptureError:
         pytest.skip("torch.export cannot capture checkpoint here, and the error says so")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ranger_nn
+from ranger_nn import errors
 from tests.support import FLOAT32_FORWARD, FLOAT32_GRADIENT, Entry, Gradients, check, compare, run
 from tests.zoo import ZOO
 
@@ -55,7 +56,7 @@ def test_inside_a_budget(entry: Entry) -> None:
     memory = int(0.6 * fastest.projected)
     try:
         ranger_nn.plan(model, inputs, memory=memory, training=True)
-    except ranger_nn.BudgetError as error:
+    except errors.BudgetError as error:
         memory = error.least or 0
     small = ranger_nn.regionalize(model, memory=memory)
     check(run(small, inputs, entry.pick), reference(entry))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ranger_nn
+from ranger_nn import errors
 from tests.support import Entry
 from tests.zoo import ZOO
 
@@ -35,7 +36,7 @@ def planned(entry: Entry) -> str:
     memory = max(1, int(SHARE * fastest.projected))
     try:
         plan = ranger_nn.plan(model, x, memory=memory)
-    except ranger_nn.BudgetError as error:
+    except errors.BudgetError as error:
         plan = ranger_nn.plan(model, x, memory=error.least)
     return f"{entry.name} on {'x'.join(map(str, x.shape))}\n{plan}\n"
 

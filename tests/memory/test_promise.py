@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ranger_nn
+from ranger_nn import errors
 from tests.support import Entry, leaves
 from tests.zoo import ZOO
 
@@ -42,7 +43,7 @@ def budget(model: nn.Module, x: Tensor, share: float, training: bool) -> int:
     memory = max(1, int(share * fastest))
     try:
         ranger_nn.plan(model, x, memory=memory, training=training)
-    except ranger_nn.BudgetError as error:
+    except errors.BudgetError as error:
         return error.least or 0
     return memory
 

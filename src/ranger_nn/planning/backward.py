@@ -158,7 +158,7 @@ class BackwardLowering:
             return
         full = [tuple((0, n) for n in self.graph.values[v].shape) for v in node.inputs]
         reads = [
-            self.read(v, box) if i in node.vjp_reads else NOTHING
+            self.read(v, box) if i in node.vjp_reads else Read((), 0, 0, box)
             for i, (v, box) in enumerate(zip(node.inputs, full, strict=True))
         ]
         grads = []
@@ -462,12 +462,16 @@ class BackwardStrip(Strip):
         box = [(0, n) for n in self.graph.values[v].shape]
         for a in range(len(self.bounds.axes)):
             d = self.bounds.dim(v, a)
-            if d is None:
-                continue
             if a == self.slide:
-                box[d] = rows
+                own = rows
             elif a in self.tile:
-                box[d] = share(self.graph.values[v].shape[d], self.tile[a], self.p.schedule.tiles[a])
+                own = share(self.bounds.size(v, a), self.tile[a], self.p.schedule.tiles[a])
+            else:
+                continue
+            if d is not None:
+                box[d] = own
+            elif own[1] <= own[0]:
+                return ((0, 0),) * max(1, len(box))
         return tuple(box)
 
     def _gradient(self, v: int, rows: tuple[int, int]) -> tuple[Read, Box, Located | None]:
@@ -494,9 +498,12 @@ class BackwardStrip(Strip):
 
     def _vjp(self, k: int, v: int, rows: tuple[int, int]) -> None:
         node = self.graph.nodes[k]
-        grad, out, place = self._gradient(v, rows)
-        if any(hi <= lo for lo, hi in out):
+        if any(found[v][1] <= found[v][0] for found in self.intervals.values()):
             return
+        readers = any(u in self.active for u, _ in self.users.get(v, []))
+        if not readers and any(hi <= lo for lo, hi in self._own_box(v, rows)):
+            return
+        grad, out, place = self._gradient(v, rows)
         wanted = tuple(self.graph.values[u].differentiable for u in node.inputs)
         boxes = [self.in_box(node, i, out) for i in range(len(node.inputs))]
         if any(wanted):
@@ -509,7 +516,7 @@ class BackwardStrip(Strip):
             scratch = node.kernel.vjp_scratch(grad.nbytes, sizes, False)
             outs = iter(self.builder.emit(VJP, k, [*reads, grad], results, scratch=scratch, out_box=out, wanted=wanted, value=v))
         self.builder.macs += 2 * node.macs * prod(hi - lo for lo, hi in out) // max(1, prod(self.graph.values[v].shape))
-        if place is not None and place.dim is not None and v not in self.b.readonly:
+        if place is not None and place.dim is not None and place.pages is not None:
             self._drop_grad(place, rows[1])
         elif place is not None and place.dim is None and place is self.grads.get(v):
             for page in place.pages or []:

@@ -106,6 +106,8 @@ class Builder:
     def read(self, place: Located, box: Box, itemsize: int, shape: Sequence[int]) -> Read:
         """Parts that make up `box` of a located value."""
         size = box_bytes(box, itemsize)
+        if size == 0 and 0 not in shape:
+            return Read((), 0, 0, box)
         if place.pages is None:
             cuts = tuple((d, lo, hi - lo) for d, (lo, hi) in enumerate(box) if hi - lo != shape[d])
             return Read(((place.slot, cuts),), 0, size, box)
@@ -120,9 +122,8 @@ class Builder:
         parts: list[Part] = []
         for page in place.pages:
             lo, hi = max(a, page.lo), min(b, page.hi)
-            if hi > lo or (a == b and page is place.pages[-1] and not parts):
-                start, length = max(lo - page.base, 0), max(hi - lo, 0)
-                parts.append((page.slot, (*cross, (place.dim, start, length))))
+            if hi > lo:
+                parts.append((page.slot, (*cross, (place.dim, lo - page.base, hi - lo))))
         if not parts:
             raise AssertionError(f"nothing holds {box} (pages {place.pages})")
         return Read(tuple(parts), place.dim, size, box)

@@ -166,8 +166,10 @@ class ForwardLowering:
 
     def read(self, v: int, box: Box, window: dict[int, Located] | None = None) -> Read:
         """Read a region, from the sweep's window if it is there."""
-        place = (window or {}).get(v) or self.places[v]
         value = self.graph.values[v]
+        if any(hi <= lo for lo, hi in box) and 0 not in value.shape:
+            return Read((), 0, 0, box)
+        place = (window or {}).get(v) or self.places[v]
         return self.builder.read(place, box, value.itemsize, value.shape)
 
     def _prologue(self, L: int, k: int) -> None:
@@ -309,6 +311,8 @@ class Strip:
     # -- instructions
 
     def _run(self, k: int, node: Node, v: int, rows: Interval) -> None:
+        if any(found[v][1] <= found[v][0] for found in self.intervals.values()):
+            return
         out = self.out_box(v, rows)
         value = self.graph.values[v]
         boxes = [self.in_box(node, i, out) for i in range(len(node.inputs))]
@@ -345,11 +349,17 @@ class Strip:
             self.stores[v] = window
             return
         target = list(out)
+        owned = True
         for a, index in self.tile.items():
             d = self.bounds.dim(v, a)
+            own = share(self.bounds.size(v, a), index, self.p.schedule.tiles[a])
+            owned = owned and own[1] > own[0]
             if d is not None:
-                target[d] = share(self.graph.values[v].shape[d], index, self.p.schedule.tiles[a])
-        if any(hi <= lo for lo, hi in target):
+                target[d] = own
+        if not owned:
+            if v not in self.users:
+                window.pages.pop()
+                self.builder.drop(slot)
             return
         box = tuple(target)
         reads = [self.p.read(v, box, {v: self.stores[v]}), self.p.read(v, box, self.windows)]
@@ -363,12 +373,12 @@ class Strip:
         box = [(0, n) for n in self.graph.values[v].shape]
         for a in range(len(self.bounds.axes)):
             d = self.bounds.dim(v, a)
-            if d is None:
-                continue
             index, count = (t, steps) if a == self.p.slide else (self.tile.get(a, 0), self.p.schedule.tiles[a] if a in self.tile else 1)
-            box[d] = share(self.graph.values[v].shape[d], index, count)
-        if any(hi <= lo for lo, hi in box):
-            return
+            own = share(self.bounds.size(v, a), index, count)
+            if own[1] <= own[0]:
+                return
+            if d is not None:
+                box[d] = own
         read = self.p.read(v, tuple(box), self.windows)
         scratch = node.kernel.scratch(0, [read.nbytes], False)
         small = 4 * self.graph.values[node.outputs[0]].nbytes + 64
@@ -473,8 +483,6 @@ def tile_intervals(
                 parts.append(p.bounds.needs(p.graph.nodes[u], i, axis, *found[p.graph.nodes[u].outputs[0]]))
         parts = [q for q in parts if q[1] > q[0]]
         found[v] = (min(lo for lo, _ in parts), max(hi for _, hi in parts)) if parts else (0, 0)
-        if p.bounds.dim(v, axis) is None:
-            found[v] = (0, 1)
     return found
 
 

@@ -25,6 +25,8 @@ from ranger_nn.planning.verify import verify_program
 STEP_BYTES = 6 << 20
 """Bytes of the largest value's share of one step: about what stays in the last-level cache."""
 MARGIN = 1.02
+SEARCH_WORK = 120_000
+"""Instructions that one search may write: bounds the planning time, the same on every machine."""
 SCHEDULES = ("tile", "slide")
 
 
@@ -72,6 +74,12 @@ class Candidate:
     lowering: ForwardLowering
     peak: int
     macs: int
+
+    @property
+    def size(self) -> int:
+        """Instructions written to find it."""
+        twice = 2 if self.backward is not None else 1
+        return twice * (len(self.forward.instructions) + (len(self.backward.instructions) if self.backward else 0))
 
     @property
     def binding(self) -> int:
@@ -160,6 +168,11 @@ def _neighbours(graph: Graph, axes: Sequence[Axis], best: Candidate, training: b
     if training:
         for cut in _cut_positions(graph, best):
             yield replace(schedule, cuts=tuple(sorted({*schedule.cuts, cut})))
+    regions = max(1, schedule.steps)
+    for count in schedule.tiles:
+        regions *= count
+    if regions > 256:
+        return
     if schedule.slides and schedule.steps * 2 <= min(256, _input_size(graph, axes[0]) // 2):
         yield replace(schedule, steps=schedule.steps * 2)
     if len(axes) > 1 and schedule.tiles[1] < 16:
@@ -199,24 +212,25 @@ def _cut_positions(graph: Graph, best: Candidate) -> list[int]:
 def search(graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> Candidate:
     """The first schedule within the budget, or the best found."""
     best: Candidate | None = None
-    evaluations = 0
-    budget = 40 if len(graph.nodes) < 250 else 16
+    work = 0
     for schedule in starting(graph, axes, options):
         found = lower(graph, axes, schedule, training)
-        evaluations += 1
+        work += found.size
         if best is None or found.peak < best.peak:
             best = found
         if options.allowed is None or found.peak * MARGIN <= options.allowed:
             return found
     assert best is not None
     fixed = options.regions is not None
-    while axes and evaluations < budget and options.allowed is not None:
+    while axes and work < SEARCH_WORK and options.allowed is not None:
         improved: Candidate | None = None
         for schedule in _neighbours(graph, axes, best, training):
             if fixed and (schedule.steps, schedule.tiles) != (best.schedule.steps, best.schedule.tiles):
                 continue
+            if work >= SEARCH_WORK:
+                break
             found = lower(graph, axes, schedule, training)
-            evaluations += 1
+            work += found.size
             if found.peak * MARGIN <= options.allowed:
                 return found
             if found.peak < (improved.peak if improved else best.peak):

@@ -123,9 +123,10 @@ def closure(lower: Lower, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
             template.append(None)
         else:
             template.append(_constant(lower, leaf))
-    if slots == list(range(len(slots))) and len(slots) == len(leaves) and not kwargs and all(isinstance(a, FxNode) for a in args):
+    flat = not any(isinstance(a, (list, tuple, dict)) for a in args)
+    if slots == list(range(len(slots))) and len(slots) == len(leaves) and not kwargs and flat:
         return target, inputs
-    flat_positional = not kwargs and len(leaves) == len(args)
+    flat_positional = flat and not kwargs and len(leaves) == len(args)
     if flat_positional and slots == list(range(len(slots))):
         rest = template[len(slots):]
         return (lambda *xs: target(*xs, *rest)), inputs

@@ -40,7 +40,7 @@ class TorchEngine:
         i = instruction
         if i.op == P.RUN:
             node = self.graph.nodes[i.node]
-            return node.kernel.bind(i.out_box, [r.box for r in i.reads])  # type: ignore[no-any-return]
+            return self._filled(i, node.kernel.bind(i.out_box, [r.box for r in i.reads]))
         if i.op == P.VJP:
             return self._vjp(i)
         if i.op in (P.ALLOC, P.ZEROS):
@@ -59,10 +59,30 @@ class TorchEngine:
             return lambda a, b: kernel.merge(a, b, n_a, n_b)
         return {P.LIFT: kernel.lift, P.FINISH: kernel.finish, P.REDUCE_VJP: kernel.region_vjp}[i.op]  # type: ignore[no-any-return]
 
+    def _filled(self, i: Instruction, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Regions that are not read (empty, or not needed by backward) stand in as expanded zeros: no memory."""
+        inputs = self.graph.nodes[i.node].inputs
+        absent = [
+            (n, [hi - lo for lo, hi in r.box], getattr(torch, self.graph.values[inputs[n]].dtype))
+            for n, r in enumerate(i.reads[: len(inputs)])
+            if not r.parts and r.box
+        ]
+        if not absent:
+            return function
+        device = self.device
+
+        def call(*args: Any) -> Any:
+            filled = list(args)
+            for n, shape, dtype in absent:
+                filled[n] = torch.zeros((), dtype=dtype, device=device).expand(shape)
+            return function(*filled)
+
+        return call
+
     def _vjp(self, i: Instruction) -> Callable[..., Any]:
         node = self.graph.nodes[i.node]
         boxes = [r.box for r in i.reads[: len(node.inputs)]]
-        vjp = node.kernel.bind_vjp(i.out_box, boxes, i.wanted)
+        vjp = self._filled(i, node.kernel.bind_vjp(i.out_box, boxes, i.wanted))
         many = len(i.outs) != 1
 
         def call(*args: Any) -> Any:

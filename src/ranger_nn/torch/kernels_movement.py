@@ -103,17 +103,19 @@ class Crop(Movement):
 
     may_copy = False
 
-    def __init__(self, dim: int, step: int) -> None:
-        """Dimension and step."""
+    def __init__(self, dim: int, start: int, step: int) -> None:
+        """Dimension, first index and step."""
         super().__init__()
-        self.dim, self.step = dim, step
+        self.dim, self.start, self.step = dim, start, step
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
-        """Take every `step`-th index."""
-        dim, step, stop = self.dim, self.step, in_boxes[0][self.dim][1] - in_boxes[0][self.dim][0]
-        if step == 1:
+        """Take every `step`-th index of what is read."""
+        dim, step = self.dim, self.step
+        (a, b), (lo, hi) = out_box[dim], in_boxes[0][dim]
+        first, stop = a * step + self.start - lo, (b - 1) * step + self.start + 1 - lo
+        if step == 1 and (first, stop) == (0, hi - lo):
             return lambda x: x
-        return lambda x: torch.ops.aten.slice.Tensor(x, dim, 0, stop, step)
+        return lambda x: torch.ops.aten.slice.Tensor(x, dim, first, stop, step)
 
 
 class Pad(Movement):

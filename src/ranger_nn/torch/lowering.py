@@ -29,6 +29,7 @@ from ranger_nn.torch import kernels_window as W
 from ranger_nn.torch.capture import SAME, Lower, Ref, Static, closure, resolve
 
 aten = torch.ops.aten
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 RULES: dict[str, Callable[[Operator], Any]] = {}
 
 
@@ -110,7 +111,7 @@ def lower_operator(lower: Lower, node: FxNode, target: Any) -> Any:
 
 def _whole(op: Operator, reason: str) -> Any:
     function, inputs = op.call()
-    random = torch.Tag.nondeterministic_seeded in getattr(op.target, "tags", ())
+    random = torch.Tag.nondeterministic_seeded in getattr(op.target, "tags", ()) and op.name not in RECURRENT
     shapes = [op.shape(i) for i in inputs]
     like = op.like
     if isinstance(like, (list, tuple)):
@@ -120,7 +121,7 @@ def _whole(op: Operator, reason: str) -> Any:
 
 
 def _guess_macs(op: Operator, shapes: list[tuple[int, ...]]) -> int:
-    if op.name in {"lstm", "gru", "rnn_tanh", "rnn_relu"}:
+    if op.name in RECURRENT:
         weights = sum(prod(s) for s in shapes[1:] if len(s) == 2)
         return weights * prod(shapes[0][:2]) if shapes else 0
     return 0
@@ -498,7 +499,7 @@ def _pad(op: Operator) -> Any:
 
 
 def _emit_crop(op: Operator, x: int, dim: int, start: int, step: int, like: Tensor) -> int:
-    return op.lower.emit("slice", [x], like, movement.crop(op.shape(x), dim, start, step), M.Crop(dim, step), alias=0)
+    return op.lower.emit("slice", [x], like, movement.crop(op.shape(x), dim, start, step), M.Crop(dim, start, step), alias=0)
 
 
 @rule("slice", "narrow")
