@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ranger_nn.core.graph import COMPUTED, INPUT, Graph
+from ranger_nn.core.graph import COMPUTED, INPUT, PARAMETER, Graph
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,17 @@ def _find(parent: dict[tuple[int, int], tuple[int, int]], key: tuple[int, int]) 
     return root
 
 
+def _contracted(graph: Graph) -> list[tuple[int, int]]:
+    """Channels: dimensions that an operator with weights reads whole."""
+    return [
+        (node.inputs[0], d)
+        for node in graph.nodes
+        if node.macs and node.inputs and any(graph.values[v].kind == PARAMETER for v in node.inputs[1:])
+        for d, link in enumerate(node.rule.links[0])
+        if link is None
+    ]
+
+
 def find_axes(graph: Graph) -> list[Axis]:
     """Axes in the order in which the planner should cut them: rows before columns; the batch is left out."""
     parent: dict[tuple[int, int], tuple[int, int]] = {}
@@ -47,13 +58,16 @@ def find_axes(graph: Graph) -> list[Axis]:
     for key in parent:
         classes.setdefault(_find(parent, key), []).append(key)
     batch = {(v, 0) for v in graph.inputs if len(values[v].shape) > 2}
+    contracted = {_find(parent, key) for key in _contracted(graph) if key in parent}
     found = []
-    for members in classes.values():
+    for root, members in classes.items():
         dims = dict(members)
+        if root in contracted or not set(dims) & set(graph.inputs):
+            continue
         if len(dims) != len(members) or batch & set(members):
             continue
         weight = sum(values[v].nbytes for v in dims if values[v].kind in (COMPUTED, INPUT))
-        first = min((d, v) for v, d in members if v in graph.inputs) if set(dims) & set(graph.inputs) else (99, 0)
+        first = min((d, v) for v, d in members if v in graph.inputs)
         found.append((weight, first, dims))
     if not found:
         return []

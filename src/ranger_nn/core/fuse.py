@@ -22,7 +22,6 @@ def fuse(graph: Graph, make: MakeFused) -> Graph:
     for k, node in enumerate(graph.nodes):
         for v in node.inputs:
             readers.setdefault(v, []).append(k)
-    producer = {v: k for k, n in enumerate(graph.nodes) for v in n.outputs}
     group = list(range(len(graph.nodes)))
     for k in reversed(range(len(graph.nodes))):
         node = graph.nodes[k]
@@ -44,7 +43,6 @@ def fuse(graph: Graph, make: MakeFused) -> Graph:
         if group[k] != k:
             continue
         nodes.append(node if len(members[k]) == 1 else _merge(graph, [graph.nodes[m] for m in members[k]], make))
-    del producer
     return replace(graph, nodes=tuple(nodes))
 
 
@@ -56,7 +54,7 @@ def _merge(graph: Graph, chain: list[Node], make: MakeFused) -> Node:
     inside = {n.outputs[0] for n in chain}
     externals: list[int] = []
     for node in chain:
-        externals += [v for v in node.inputs if v not in inside and v not in externals]
+        externals += [v for v in dict.fromkeys(node.inputs) if v not in inside and v not in externals]
     last = chain[-1]
     rank = len(graph.values[last.outputs[0]].shape)
     whole: dict[int, set[int]] = {v: set() for v in externals}

@@ -40,6 +40,16 @@ class Stages:
     reasons: dict[int, str]
 
 
+def _linked(bounds: Bounds, k: int) -> bool:
+    """True where every cut dimension of the node's output follows from an input, or the kernel makes it."""
+    node = bounds.graph.nodes[k]
+    if node.kernel.generates:
+        return True
+    known = {link.out_dim for row in node.rule.links for link in row if link is not None}
+    dims = [bounds.dim(node.outputs[0], a) for a in range(len(bounds.axes))]
+    return all(d is None or d in known for d in dims)
+
+
 def stage(bounds: Bounds, cuts: Sequence[int] = ()) -> Stages:
     """Assign every node a level and a kind."""
     graph = bounds.graph
@@ -60,7 +70,7 @@ def stage(bounds: Bounds, cuts: Sequence[int] = ()) -> Stages:
         at = 0
         if node.rule.reduces and blocked and not out_cut:
             kinds = REDUCE
-        elif out_cut and not node.random:
+        elif out_cut and not node.random and not node.rule.reason and _linked(bounds, k):
             kinds = REGIONAL
         else:
             kinds = PROLOGUE
@@ -75,7 +85,7 @@ def stage(bounds: Bounds, cuts: Sequence[int] = ()) -> Stages:
                 ready = level[p] + 1
             at = max(at, ready)
         if kinds == PROLOGUE and any(bounds.is_cut(v) for v in node.inputs):
-            reasons[k] = node.rule.reason or "reads all of its input"
+            reasons[k] = node.rule.reason or "reads all of its input, or makes a dimension of its own"
         elif kinds == REGIONAL and blocked:
             reasons[k] = node.rule.reason or "reads all of an input"
         kind.append(kinds)

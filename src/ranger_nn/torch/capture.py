@@ -61,7 +61,7 @@ class Lower:
     def value(self, name: str, like: Tensor, kind: str, differentiable: bool) -> int:
         """A new value shaped like `like`."""
         index = len(self.values)
-        floating = like.dtype.is_floating_point
+        floating = like.dtype.is_floating_point or like.dtype.is_complex
         shape = tuple(int(s) for s in like.shape)
         self.values.append(
             Value(index, name, shape, str(like.dtype)[6:], like.element_size(), kind, floating and differentiable)

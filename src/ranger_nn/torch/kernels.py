@@ -51,6 +51,9 @@ class Kernel:
     may_copy = False
     """A node that is a view of its input may also give a copy, depending on the region."""
 
+    generates = False
+    """Output dimensions that no input has a link to may be cut all the same."""
+
     members = 1
     """Operators inside: what backward saves is about this many outputs."""
 

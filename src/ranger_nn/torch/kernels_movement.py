@@ -77,6 +77,8 @@ class View(Movement):
 class Expand(Movement):
     """Broadcast to the size of the region."""
 
+    generates = True
+
     may_copy = False
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:

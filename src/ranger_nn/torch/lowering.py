@@ -618,6 +618,14 @@ def _pixel_unshuffle(op: Operator) -> Any:
     return op.emit([op.arg("self")], movement.pixel_unshuffle(len(op.out), factor), kern)
 
 
+@rule("copy")
+def _copy(op: Operator) -> Any:
+    source, dtype = op.arg("src"), op.like.dtype
+    if not isinstance(source, int) or op.shape(source) != op.out:
+        return None
+    return op.emit([source], pointwise([op.out], op.out), K.Call(lambda x: x.to(dtype)))
+
+
 @rule("prelu")
 def _prelu(op: Operator) -> Any:
     x, weight = op.arg("self"), op.arg("weight")
