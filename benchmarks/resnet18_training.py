@@ -32,9 +32,7 @@ from benchmarks.common import (
 def network(chosen: Options) -> nn.Module:
     """ResNet-18 in eval mode; the affine parameters of its norms do not train either."""
     torch.manual_seed(0)
-    config = ResNetConfig(
-        embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic"
-    )
+    config = ResNetConfig(embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic")
     model = chosen.place(ResNetForImageClassification(config)).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,8 @@ def main() -> None:
     print(f"\nPSNR: noisy {psnr(noisy, clean):.2f} dB, denoised {psnr(denoised, clean):.2f} dB")
     write_image(out / "denoised.png", as_bytes(torch.cat([noisy, denoised], dim=-1)))
     show(table)
-    print(f"\nWritten: {out / 'denoised.png'} (noisy beside denoised), {out / 'plan.png'} (memory over the steps)")
+    print(f"\nWritten: {out / 'denoised.png'} (noisy beside denoised)")
+    print(f"         {out / 'plan.png'} (memory over the steps)")
 
 
 def arguments() -> argparse.Namespace:
@@ -148,15 +150,16 @@ def compare_step(model: nn.Module, small: Regional, noisy: Tensor, clean: Tensor
     found, cost = {}, {}
     for name, net in (("untouched", model), ("regional", small)):
         model.zero_grad(set_to_none=True)
-        losses: list[Tensor] = []
-        cost[name] = measured(lambda net=net, losses=losses: losses.append(step(net, noisy, clean)), 2 * noisy.nbytes)
-        found[name] = losses[0], {key: p.grad.clone() for key, p in model.named_parameters()}
+        cost[name], loss = measured(partial(step, net, noisy, clean), 2 * noisy.nbytes)
+        found[name] = loss, {key: p.grad.clone() for key, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     (loss, grads), (loss_small, grads_small) = found["untouched"], found["regional"]
-    worst = max(grads, key=lambda key: relative(grads_small[key], grads[key]))
+    differences = {key: relative(grads_small[key], grads[key]) for key in grads}
+    differences = {key: relative(grads_small[key], grads[key]) for key in grads}
+    worst = max(differences, key=differences.__getitem__)
     print("\nOne step, untouched against regional:")
     print(f"  loss       {loss:.8f} and {loss_small:.8f}, relative difference {relative(loss_small, loss):.1e}")
-    print(f"  gradients  {len(grads)} tensors, largest relative difference {relative(grads_small[worst], grads[worst]):.1e} ({worst})")
+    print(f"  gradients  {len(grads)} tensors, largest relative difference {differences[worst]:.1e} ({worst})")
     assert_close(loss_small, loss, 1e-5)
     assert_close(grads_small[worst], grads[worst], 1e-4)
     check_promise(small.plan_for(noisy), cost["regional"])
@@ -169,9 +172,7 @@ def compare_picture(model: nn.Module, small: Regional, picture: Tensor) -> dict[
         plan = small.plan_for(picture)
     found, cost = {}, {}
     for name, net in (("untouched", model), ("regional", small)):
-        outputs: list[Tensor] = []
-        cost[name] = measured(lambda net=net, outputs=outputs: outputs.append(apply(net, picture)), picture.nbytes)
-        found[name] = outputs[0]
+        cost[name], found[name] = measured(partial(apply, net, picture), picture.nbytes)
     print(
         f"\nApplied to {picture.shape[-2]} x {picture.shape[-1]}: "
         f"largest relative difference {relative(found['regional'], found['untouched']):.1e}"
@@ -181,12 +182,12 @@ def compare_picture(model: nn.Module, small: Regional, picture: Tensor) -> dict[
     return cost
 
 
-def measured(work: Callable[[], object], excluded: int) -> Measured:
-    """Bytes at the peak less `excluded`, and seconds (the counter costs microseconds per block)."""
+def measured(work: Callable[[], Tensor], excluded: int) -> tuple[Measured, Tensor]:
+    """Bytes at the peak less `excluded`, and seconds (the counter costs microseconds per block); the result."""
     start = time.perf_counter()
     with ranger_nn.measure() as used:
-        work()
-    return Measured(used.peak - excluded, time.perf_counter() - start)
+        result = work()
+    return Measured(used.peak - excluded, time.perf_counter() - start), result
 
 
 def relative(given: Tensor, expected: Tensor) -> float:
@@ -202,20 +203,22 @@ def assert_close(given: Tensor, expected: Tensor, limit: float) -> None:
 
 def check_promise(plan: Plan, cost: Measured) -> None:
     """Measured <= projected <= allowed."""
-    print(f"  allowed {mega(plan.allowed or 0)}, projected {mega(plan.projected)}, measured {mega(cost.peak)}")
-    if not cost.peak <= plan.projected <= (plan.allowed or plan.projected):
+    allowed = plan.allowed or plan.projected
+    print(f"  allowed {mega(allowed)}, projected {mega(plan.projected)}, measured {mega(cost.peak)}")
+    if not cost.peak <= plan.projected <= allowed:
         raise SystemExit("the promise does not hold: measured <= projected <= allowed")
 
 
 def show(table: dict[str, dict[str, Measured]]) -> None:
     """Memory and time, untouched against regional."""
-    print("\nPeak memory without input, output and its gradient:")
-    print(f"{'':20}{'untouched':>12}{'regional':>12}{'ratio':>8}   {'untouched':>10}{'regional':>10}{'ratio':>8}")
+    print("\nPeak memory (without input, output and its gradient) and time:")
+    head = f"{'untouched':>12}{'regional':>12}{'ratio':>8}"
+    print(f"{'':20}{head}{head}")
     for work, cost in table.items():
         a, b = cost["untouched"], cost["regional"]
         print(
-            f"{work:20}{mega(a.peak):>12}{mega(b.peak):>12}{b.peak / a.peak:>8.3f}   "
-            f"{a.seconds:>8.2f} s{b.seconds:>8.2f} s{b.seconds / a.seconds:>8.2f}"
+            f"{work:20}{mega(a.peak):>12}{mega(b.peak):>12}{b.peak / a.peak:>8.3f}"
+            f"{a.seconds:>10.2f} s{b.seconds:>10.2f} s{b.seconds / a.seconds:>8.2f}"
         )
 
 

@@ -88,9 +88,7 @@ def test_forms_of_a_factory(capsys, name):
 
 
 def test_a_factory_in_the_working_folder(tmp_path, monkeypatch, capsys):
-    (tmp_path / "model_of_the_user.py").write_text(
-        "import torch\ndef make(): return torch.nn.Conv2d(3, 4, 3)\n"
-    )
+    (tmp_path / "model_of_the_user.py").write_text("import torch\ndef make(): return torch.nn.Conv2d(3, 4, 3)\n")
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
     assert call("plan", "model_of_the_user:make", SHAPE) == 0

@@ -290,9 +290,7 @@ def steady(network: Network, inputs: tuple[Tensor, ...], wanted: Gradients) -> b
     regions=st.tuples(st.integers(1, 24), st.integers(1, 24)),
     schedule=st.sampled_from(["tile", "slide", None]),
 )
-def test_random_networks(
-    case: tuple[Network, tuple[int, ...]], regions: tuple[int, int], schedule: str | None
-) -> None:
+def test_random_networks(case: tuple[Network, tuple[int, ...]], regions: tuple[int, int], schedule: str | None) -> None:
     """Outputs, gradients and buffers of a random network, by random regions."""
     network, shape = case
     torch.manual_seed(0)

@@ -29,9 +29,7 @@ class LinearSqueezeExcite(nn.Module):
 
     def __init__(self, channels: int = 6) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(channels, 3), nn.ReLU(), nn.Linear(3, channels), nn.Hardsigmoid()
-        )
+        self.layers = nn.Sequential(nn.Linear(channels, 3), nn.ReLU(), nn.Linear(3, channels), nn.Hardsigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, _, _ = x.shape

@@ -36,9 +36,7 @@ class TCN(nn.Module):
     def __init__(self, channels: tuple[int, ...] = (8, 8, 12, 12), kernel: int = 3) -> None:
         super().__init__()
         widths = (2, *channels)
-        self.blocks = nn.Sequential(
-            *(Residual1d(widths[i], widths[i + 1], kernel, 2**i) for i in range(len(channels)))
-        )
+        self.blocks = nn.Sequential(*(Residual1d(widths[i], widths[i + 1], kernel, 2**i) for i in range(len(channels))))
         self.head = nn.Linear(channels[-1], 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,9 +59,7 @@ class WaveNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         total: Tensor | None = None
-        for d, gate, residual, skip in zip(
-            self.dilations, self.gates, self.residuals, self.skips, strict=True
-        ):
+        for d, gate, residual, skip in zip(self.dilations, self.gates, self.residuals, self.skips, strict=True):
             filtered, opened = gate(F.pad(x, (d, 0))).chunk(2, dim=1)
             y = torch.tanh(filtered) * torch.sigmoid(opened)
             total = skip(y) if total is None else total + skip(y)

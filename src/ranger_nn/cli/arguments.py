@@ -16,9 +16,7 @@ _LENGTHS = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*)*", re.IGNORECASE)
 Command = Callable[[argparse.Namespace], None]
 
 
-def new_parser(
-    commands: Any, name: str, summary: str, detail: str, command: Command
-) -> argparse.ArgumentParser:
+def new_parser(commands: Any, name: str, summary: str, detail: str, command: Command) -> argparse.ArgumentParser:
     """A subparser with the arguments that every command takes."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {detail}"
@@ -43,25 +41,19 @@ def new_parser(
         metavar="AMOUNT",
         help="bytes, or text such as 512MB or 2GiB (default: no limit)",
     )
-    parser.add_argument(
-        "--regions", type=lengths, metavar="RxC", help="rows and columns of a region, such as 256x256"
-    )
+    parser.add_argument("--regions", type=lengths, metavar="RxC", help="rows and columns of a region, such as 256x256")
     parser.add_argument("--schedule", choices=("tile", "slide"), help="override the planner's choice")
     parser.add_argument("--dtype", choices=DTYPES, help="cast model and inputs (default: the model's own)")
     parser.add_argument("--device", default="cpu", help="where to run, such as cpu or cuda:0 (default: cpu)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of the CPU kernels")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of random weights and values (default: 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights and values (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--debug", action="store_true", help="on an error print where it came from")
     return parser
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--train", action="store_true", help="forward and backward, with the model in training mode"
-    )
+    parser.add_argument("--train", action="store_true", help="forward and backward, with the model in training mode")
 
 
 def memory(text: str) -> int | None:

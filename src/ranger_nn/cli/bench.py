@@ -35,9 +35,7 @@ def add_parser(commands: Any) -> None:
         bench,
     )
     add_train(parser)
-    parser.add_argument(
-        "--repeat", type=positive, default=3, metavar="N", help="timed runs of each (default: 3)"
-    )
+    parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="timed runs of each (default: 3)")
 
 
 def bench(chosen: argparse.Namespace) -> None:
@@ -46,16 +44,11 @@ def bench(chosen: argparse.Namespace) -> None:
     with threads(chosen), torch.set_grad_enabled(chosen.train):
         model = load_model(chosen, training=chosen.train)
         inputs = load_inputs(chosen, model)
-        small = ranger_nn.regionalize(
-            model, memory=chosen.memory, regions=chosen.regions, schedule=chosen.schedule
-        )
+        small = ranger_nn.regionalize(model, memory=chosen.memory, regions=chosen.regions, schedule=chosen.schedule)
         start = time.perf_counter()
         plan = small.plan_for(*inputs)
         planning = time.perf_counter() - start
-        sides = {
-            name: _work(net, inputs, chosen.train)
-            for name, net in (("untouched", model), ("regional", small))
-        }
+        sides = {name: _work(net, inputs, chosen.train) for name, net in (("untouched", model), ("regional", small))}
         result = _compare(sides, model, chosen)
     result |= {
         "allowed": plan.allowed,

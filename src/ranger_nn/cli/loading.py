@@ -30,8 +30,7 @@ def import_torch() -> ModuleType:
         return importlib.import_module("torch")
     except ImportError as error:
         raise MissingExtraError(
-            "the command line needs PyTorch, which is not installed. "
-            "Install it with: pip install 'ranger-nn[torch]'"
+            "the command line needs PyTorch, which is not installed. Install it with: pip install 'ranger-nn[torch]'"
         ) from error
 
 
@@ -96,9 +95,7 @@ def _check_device(torch: Any, name: str) -> None:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name!r}: bytes are counted on cpu and cuda only. Give one of these.")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"--device {name!r}: PyTorch finds no CUDA device here. Leave the option out for the CPU."
-        )
+        raise InputError(f"--device {name!r}: PyTorch finds no CUDA device here. Leave the option out for the CPU.")
 
 
 def _load_archive(torch: Any, path: str) -> Any:

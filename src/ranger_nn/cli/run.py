@@ -37,9 +37,7 @@ def add_parser(commands: Any) -> None:
         "Several outputs are written to numbered files. The output file appears whole or not at all.",
         run,
     )
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="a name that ends in .tif, .png or .npy"
-    )
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="a name that ends in .tif, .png or .npy")
     parser.add_argument("--no-measure", action="store_true", help="do not count bytes while running")
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
 
@@ -51,9 +49,7 @@ def run(chosen: argparse.Namespace) -> None:
     with threads(chosen), torch.no_grad():
         model = load_model(chosen)
         inputs = load_inputs(chosen, model)
-        small = ranger_nn.regionalize(
-            model, memory=chosen.memory, regions=chosen.regions, schedule=chosen.schedule
-        )
+        small = ranger_nn.regionalize(model, memory=chosen.memory, regions=chosen.regions, schedule=chosen.schedule)
         plan = small.plan_for(*inputs)
         start = time.monotonic()
         with show_progress(chosen.quiet) as progress:
@@ -120,11 +116,7 @@ def _write(path: str, outputs: tuple[Tensor, ...]) -> list[Path]:
 
 
 def _write_one(name: Path, output: Tensor) -> None:
-    array = (
-        (output.float() if output.dtype.itemsize == 2 and output.is_floating_point() else output)
-        .cpu()
-        .numpy()
-    )
+    array = (output.float() if output.dtype.itemsize == 2 and output.is_floating_point() else output).cpu().numpy()
     try:
         write_image(name, array)
     except InputError as error:

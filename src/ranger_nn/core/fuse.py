@@ -32,7 +32,9 @@ def fuse(graph: Graph, make: MakeFused) -> Graph:
             continue
         user = users.pop()
         same_shape = graph.values[graph.nodes[user].outputs[0]].shape == graph.values[node.outputs[0]].shape
-        same_grad = graph.values[graph.nodes[user].outputs[0]].differentiable == graph.values[node.outputs[0]].differentiable
+        same_grad = (
+            graph.values[graph.nodes[user].outputs[0]].differentiable == graph.values[node.outputs[0]].differentiable
+        )
         if _fusable(graph.nodes[user]) and same_shape and same_grad:
             group[k] = group[user]
     members: dict[int, list[int]] = {}
@@ -65,9 +67,7 @@ def _merge(graph: Graph, chain: list[Node], make: MakeFused) -> Node:
     links = []
     for v in externals:
         shift = rank - len(graph.values[v].shape)
-        links.append(
-            tuple(None if d in whole[v] else Link(d + shift) for d in range(len(graph.values[v].shape)))
-        )
+        links.append(tuple(None if d in whole[v] else Link(d + shift) for d in range(len(graph.values[v].shape))))
     registers = {v: i for i, v in enumerate(externals)}
     steps = []
     for node in chain:

@@ -6,7 +6,7 @@ Four integers describe every local operator (convolution, pooling, resampling, s
 
     conv k=3 s=2 p=1        num=2 first=-1 last=1 den=1
                  out:   0     1     2
-                       /|\   /|\   /|\
+                       /|\\   /|\\   /|\
            in:    -1  0  1  2  3  4  5          (-1 is border, the rest that overlaps is halo)
 
 `Link` ties one dimension of an input to one dimension of the output through a `Reach`, and says what the
@@ -94,7 +94,7 @@ class Link:
         if stop <= start or size == 0:
             return 0, 0
         lo, hi = self.reach.needs(start, stop)
-        if 0 <= lo and hi <= size:
+        if lo >= 0 and hi <= size:
             return lo, hi
         if self.border is Border.REFLECT:
             return _reflected(lo, hi, size)

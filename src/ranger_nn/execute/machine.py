@@ -35,7 +35,9 @@ def bind(program: Program, engine: Engine) -> list[Step]:
     return [(engine.bind(i), i.reads, i.outs, tuple(i.frees), i.region) for i in program.instructions]
 
 
-def run(steps: Sequence[Step], slots: list[Any], engine: Engine, on_region: Callable[[int], None] | None = None) -> None:
+def run(
+    steps: Sequence[Step], slots: list[Any], engine: Engine, on_region: Callable[[int], None] | None = None
+) -> None:
     """Run in order; results go into `slots`, freed slots become None."""
     narrow, join = engine.narrow, engine.join
     region = -1
@@ -44,7 +46,7 @@ def run(steps: Sequence[Step], slots: list[Any], engine: Engine, on_region: Call
             if region >= 0:
                 on_region(region)
             region = here
-        arguments = []
+        arguments: list[Any] = []
         for read in reads:
             parts = []
             for slot, cuts in read.parts:
@@ -58,7 +60,7 @@ def run(steps: Sequence[Step], slots: list[Any], engine: Engine, on_region: Call
                 arguments.append(join(parts, read.dim) if parts else None)
         parts = x = None
         result = function(*arguments)
-        arguments = None  # type: ignore[assignment]
+        arguments = []
         if len(outs) == 1:
             slots[outs[0]] = result
         elif outs:

@@ -30,9 +30,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         # Not tempfile: its mode 0600 would stay on the result; open() gives what the user's umask says.
         file = open(partial, "x+b")  # noqa: SIM115 (closed below, before the rename)
     except OSError as error:
-        raise InputError(
-            f"cannot write {str(final)!r}: {error.strerror}. Choose a folder that exists."
-        ) from error
+        raise InputError(f"cannot write {str(final)!r}: {error.strerror}. Choose a folder that exists.") from error
     try:
         with file:
             yield file

@@ -108,9 +108,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if suffix not in WRITABLE:
         raise InputError(f"cannot write {str(file)!r}: the name must end in one of {', '.join(WRITABLE)}.")
     if not file.parent.is_dir():
-        raise InputError(
-            f"cannot write {str(file)!r}: there is no folder {str(file.parent)!r}. Make it first."
-        )
+        raise InputError(f"cannot write {str(file)!r}: there is no folder {str(file.parent)!r}. Make it first.")
     if file.is_dir():
         raise InputError(f"cannot write {str(file)!r}: it is a folder. Give the name of a file in it.")
     if suffix == ".png":
@@ -133,9 +131,7 @@ def _read_tiff(file: Path, memory_limit: int | None) -> Array:
         axes = series.axes
     channels = [axis for axis, name in enumerate(axes) if name in "CS"]
     if len(channels) > 1:
-        raise InputError(
-            f"cannot read {str(file)!r}: its axes {axes!r} hold channels twice. Save them as one axis."
-        )
+        raise InputError(f"cannot read {str(file)!r}: its axes {axes!r} hold channels twice. Save them as one axis.")
     return np.moveaxis(array, channels[0], 0) if channels else array[np.newaxis]
 
 
@@ -248,6 +244,5 @@ def _import(module: str, package: str, formats: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"{formats} files need {package}, which is not installed. "
-            "Install it with: pip install 'ranger-nn[images]'"
+            f"{formats} files need {package}, which is not installed. Install it with: pip install 'ranger-nn[images]'"
         ) from error

@@ -95,9 +95,7 @@ def concatenate(shapes: Sequence[Shape], dim: int) -> Rule:
     """Input j stands at its offset along `dim`."""
     rows, offset = [], 0
     for shape in shapes:
-        rows.append(
-            tuple(Link(d, Reach(1, -offset, -offset)) if d == dim else Link(d) for d in range(len(shape)))
-        )
+        rows.append(tuple(Link(d, Reach(1, -offset, -offset)) if d == dim else Link(d) for d in range(len(shape))))
         offset += shape[dim]
     return Rule(tuple(rows))
 

@@ -15,8 +15,7 @@ def aligned(shape: Shape, out: Shape, whole: Collection[int] = ()) -> Row:
     """Links of an input that broadcasts against `out` from the right; output dims in `whole` are not cut."""
     shift = len(out) - len(shape)
     return tuple(
-        Link(d + shift) if size == out[d + shift] and (d + shift) not in whole else None
-        for d, size in enumerate(shape)
+        Link(d + shift) if size == out[d + shift] and (d + shift) not in whole else None for d, size in enumerate(shape)
     )
 
 

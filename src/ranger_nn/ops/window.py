@@ -1,7 +1,7 @@
 """Operators with a sliding window: convolution, transposed convolution, pooling.
 
-    out o reads in [ o*stride - pad , o*stride - pad + dilation*(kernel-1) ]                (convolution, pooling)
-    in i writes out i*stride - pad + j*dilation, j in [0, kernel)                   (transposed convolution)
+out o reads in [ o*stride - pad , o*stride - pad + dilation*(kernel-1) ]                (convolution, pooling)
+in i writes out i*stride - pad + j*dilation, j in [0, kernel)                   (transposed convolution)
 """
 
 from __future__ import annotations

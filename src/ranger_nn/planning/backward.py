@@ -21,7 +21,15 @@ from ranger_nn.core.graph import COMPUTED, INPUT, Node
 from ranger_nn.core.program import ADD, REDUCE_VJP, TRIM, VJP, ZEROS, Program, Read
 from ranger_nn.core.reach import Box
 from ranger_nn.planning.builder import Builder, Located, Page, box_bytes
-from ranger_nn.planning.forward import FOREVER, ForwardLowering, Strip, Sweep, drop_rows, sweep_users, tile_intervals
+from ranger_nn.planning.forward import (
+    FOREVER,
+    ForwardLowering,
+    Strip,
+    Sweep,
+    drop_rows,
+    sweep_users,
+    tile_intervals,
+)
 from ranger_nn.planning.stages import REDUCE, REGIONAL
 
 NOTHING = Read(())
@@ -73,14 +81,14 @@ class BackwardLowering:
                 self.grads[v] = Located(slot)
                 self.readonly.add(v)
         first_read = self._first_reads()
-        for L in reversed(range(len(self.stages.levels))):
-            b.sweep = L
-            sweep = self.f.demand.sweeps[L]
+        for at in reversed(range(len(self.stages.levels))):
+            b.sweep = at
+            sweep = self.f.demand.sweeps[at]
             if sweep.nodes:
-                self._sweep(L, sweep)
-            for k in reversed(self.stages.levels[L].prologue):
+                self._sweep(at, sweep)
+            for k in reversed(self.stages.levels[at].prologue):
                 self._prologue(k)
-            self._free(L, first_read)
+            self._free(at, first_read)
         program = b.program(self.f.external)
         program.results = {v: place.slot for v, place in self.grads.items() if self._is_leaf(v)}
         program.grads = dict(self.given)
@@ -91,22 +99,22 @@ class BackwardLowering:
 
     def _first_reads(self) -> dict[int, int]:
         first: dict[int, int] = {}
-        for L in reversed(range(len(self.stages.levels))):
-            for k in (*self.stages.levels[L].prologue, *self.f.demand.sweeps[L].nodes):
+        for at in reversed(range(len(self.stages.levels))):
+            for k in (*self.stages.levels[at].prologue, *self.f.demand.sweeps[at].nodes):
                 for v in (*self.graph.nodes[k].inputs, *self.graph.nodes[k].outputs):
-                    first[v] = L
+                    first[v] = at
         return first
 
-    def _free(self, L: int, first_read: dict[int, int]) -> None:
+    def _free(self, at: int, first_read: dict[int, int]) -> None:
         for v, place in list(self.f.places.items()):
-            if self._is_leaf(v) or first_read.get(v, -1) < L or v in self.graph.outputs:
+            if self._is_leaf(v) or first_read.get(v, -1) < at or v in self.graph.outputs:
                 continue
             for slot in [place.slot] if place.pages is None else [p.slot for p in place.pages]:
                 if slot in self.builder.storage:
                     self.builder.drop(slot)
             del self.f.places[v]
         for v, place in list(self.grads.items()):
-            if self._is_leaf(v) or self.stages.level[self.stages.producer[v]] < L:
+            if self._is_leaf(v) or self.stages.level[self.stages.producer[v]] < at:
                 continue
             for slot in [place.slot] if place.pages is None else [p.slot for p in place.pages]:
                 if slot in self.builder.storage and v not in self.readonly:
@@ -175,8 +183,14 @@ class BackwardLowering:
         results = [(n, None, False) for n, w in zip(sizes, wanted, strict=True) if w]
         out_box = tuple((0, n) for n in self.graph.values[node.outputs[0]].shape)
         outs = self.builder.emit(
-            VJP, k, [*reads, *grads], results, scratch=node.kernel.vjp_scratch(out_bytes, sizes, False),
-            out_box=out_box, wanted=wanted, value=node.outputs[0],
+            VJP,
+            k,
+            [*reads, *grads],
+            results,
+            scratch=node.kernel.vjp_scratch(out_bytes, sizes, False),
+            out_box=out_box,
+            wanted=wanted,
+            value=node.outputs[0],
         )
         slots = iter(outs)
         for v, box, w in zip(node.inputs, full, wanted, strict=True):
@@ -202,13 +216,13 @@ class BackwardLowering:
 
     # ---- sweeps -------------------------------------------------------------------------------------------
 
-    def _sweep(self, L: int, sweep: Sweep) -> None:
+    def _sweep(self, at: int, sweep: Sweep) -> None:
         users = sweep_users(self.graph, sweep.nodes)
         active = self._active(sweep, users)
         if not active:
             return
         for tile in product(*(range(self.f.schedule.tiles[a]) for a in self.f.tile_axes)):
-            BackwardStrip(self, L, sweep, users, active, dict(zip(self.f.tile_axes, tile, strict=True))).run()
+            BackwardStrip(self, at, sweep, users, active, dict(zip(self.f.tile_axes, tile, strict=True))).run()
 
     def _active(self, sweep: Sweep, users: dict[int, list[tuple[int, int]]]) -> set[int]:
         active: set[int] = set()
@@ -288,7 +302,9 @@ class GradWindow:
             region = list(box)
             if dim is not None:
                 region[dim] = (a, b)
-            target = self.builder.read(Located(-1, dim, [page], self.place.origin), tuple(region), self.itemsize, self.shape)
+            target = self.builder.read(
+                Located(-1, dim, [page], self.place.origin), tuple(region), self.itemsize, self.shape
+            )
             cuts = ((dim, a - lo, b - a),) if dim is not None and (a, b) != (lo, hi) else ()
             self.builder.emit(ADD, -1, [target, Read(((slot, cuts),), 0, target.nbytes)], value=self.v)
         if hi > end:
@@ -303,11 +319,16 @@ class BackwardStrip(Strip):
     """One tile of a backward sweep: recompute forward, pull back, step by step."""
 
     def __init__(
-        self, parent: BackwardLowering, L: int, sweep: Sweep, users: dict[int, list[tuple[int, int]]], active: set[int],
+        self,
+        parent: BackwardLowering,
+        at: int,
+        sweep: Sweep,
+        users: dict[int, list[tuple[int, int]]],
+        active: set[int],
         tile: dict[int, int],
     ) -> None:
         """`active`: nodes that a gradient reaches."""
-        super().__init__(parent.f, L, Sweep(sweep.nodes, set(), sweep.stored_reads), users, {}, tile)
+        super().__init__(parent.f, at, Sweep(sweep.nodes, set(), sweep.stored_reads), users, {}, tile)
         self.b, self.active, self.sinks = parent, active, sweep.sinks
         self.builder = parent.builder
         self.intervals = {a: tile_intervals(parent.f, sweep, users, a, i) for a, i in tile.items()}
@@ -415,10 +436,21 @@ class BackwardStrip(Strip):
         for v in self.produced:
             if not self.final.get(v):
                 continue
-            pulled = [u for u, i in self.users[v] if u in self.active and (
-                self.p.stages.kind[u] == REDUCE or i in self.graph.nodes[u].vjp_reads)]
-            rerun = [u for u, _ in self.users[v] if self.p.stages.kind[u] == REGIONAL and self.final.get(self.graph.nodes[u].outputs[0])]
-            key = ("b", min(pulled, key=self.order.__getitem__)) if pulled else ("f", max(rerun, key=self.order.__getitem__))
+            pulled = [
+                u
+                for u, i in self.users[v]
+                if u in self.active and (self.p.stages.kind[u] == REDUCE or i in self.graph.nodes[u].vjp_reads)
+            ]
+            rerun = [
+                u
+                for u, _ in self.users[v]
+                if self.p.stages.kind[u] == REGIONAL and self.final.get(self.graph.nodes[u].outputs[0])
+            ]
+            key = (
+                ("b", min(pulled, key=self.order.__getitem__))
+                if pulled
+                else ("f", max(rerun, key=self.order.__getitem__))
+            )
             events.setdefault(key, []).append(v)
         return {k: tuple(v) for k, v in events.items()}
 
@@ -514,7 +546,9 @@ class BackwardStrip(Strip):
             sizes = [box_bytes(b, self.graph.values[u].itemsize) for u, b in zip(node.inputs, boxes, strict=True)]
             results = [(n, None, False) for n, w in zip(sizes, wanted, strict=True) if w]
             scratch = node.kernel.vjp_scratch(grad.nbytes, sizes, False)
-            outs = iter(self.builder.emit(VJP, k, [*reads, grad], results, scratch=scratch, out_box=out, wanted=wanted, value=v))
+            outs = iter(
+                self.builder.emit(VJP, k, [*reads, grad], results, scratch=scratch, out_box=out, wanted=wanted, value=v)
+            )
         self.builder.macs += 2 * node.macs * prod(hi - lo for lo, hi in out) // max(1, prod(self.graph.values[v].shape))
         if place is not None and place.dim is not None and place.pages is not None:
             self._drop_grad(place, rows[1])
@@ -548,7 +582,9 @@ class BackwardStrip(Strip):
             self.b.grads[u] = Located(-1, self.p.places[u].dim, [])
         if paged:
             GradWindow(self.b, u, self.b.grads[u], {}).add(box, slot)
-        elif self.graph.values[u].kind == INPUT or any(hi - lo != n for (lo, hi), n in zip(box, self.graph.values[u].shape, strict=True)):
+        elif self.graph.values[u].kind == INPUT or any(
+            hi - lo != n for (lo, hi), n in zip(box, self.graph.values[u].shape, strict=True)
+        ):
             self.b.whole_grad(u)
             self.b.add_whole(u, box, slot)
         else:
@@ -577,5 +613,3 @@ def lower_backward(forward: ForwardLowering) -> tuple[Program, set[int]]:
     """The backward program, and the values that it reads from the forward program."""
     lowering = BackwardLowering(forward)
     return lowering.lower(), lowering.used
-
-

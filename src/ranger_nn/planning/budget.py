@@ -86,8 +86,7 @@ def _at_least_one_byte(count: int, written: object) -> int:
     if count >= 1:
         return count
     raise BudgetError(
-        f"{_RULE}; got {written!r}, which is {count} bytes. "
-        "Give at least one byte, or leave memory out for no limit.",
+        f"{_RULE}; got {written!r}, which is {count} bytes. Give at least one byte, or leave memory out for no limit.",
         allowed=count,
     )
 

@@ -161,6 +161,11 @@ class Builder:
     def program(self, external: dict[int, int]) -> Program:
         """The finished program."""
         return Program(
-            self.instructions, self.next_slot, external, peak=self.peak, peak_at=self.peak_at, macs=self.macs,
+            self.instructions,
+            self.next_slot,
+            external,
+            peak=self.peak,
+            peak_at=self.peak_at,
+            macs=self.macs,
             regions=self.region,
         )

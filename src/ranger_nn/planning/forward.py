@@ -69,10 +69,10 @@ def demand(bounds: Bounds, stages: Stages, schedule: Schedule) -> Demand:
     for v in graph.outputs:
         if v in stages.producer and stages.kind[stages.producer[v]] == REGIONAL:
             sweeps[stages.level[stages.producer[v]]].sinks.add(v)
-    for L in reversed(range(len(sweeps))):
-        sweep = sweeps[L]
-        sweep.sinks |= {v for v in stored if stages.level[stages.producer[v]] == L}
-        todo = [stages.producer[v] for v in sweep.sinks] + stages.levels[L].reduces
+    for at in reversed(range(len(sweeps))):
+        sweep = sweeps[at]
+        sweep.sinks |= {v for v in stored if stages.level[stages.producer[v]] == at}
+        todo = [stages.producer[v] for v in sweep.sinks] + stages.levels[at].reduces
         seen: set[int] = set()
         while todo:
             k = todo.pop()
@@ -85,10 +85,10 @@ def demand(bounds: Bounds, stages: Stages, schedule: Schedule) -> Demand:
                     continue
                 whole = any(bounds.blocked(graph.nodes[k], i, a) for a in range(len(bounds.axes)))
                 whole = whole and stages.kind[k] == REGIONAL
-                if stages.level[p] == L and not whole:
+                if stages.level[p] == at and not whole:
                     todo.append(p)
-                elif whole or holds.get(v, FOREVER) >= L:
-                    stored[v] = max(stored.get(v, 0), L)
+                elif whole or holds.get(v, FOREVER) >= at:
+                    stored[v] = max(stored.get(v, 0), at)
                     sweep.stored_reads.add(v)
                 else:
                     todo.append(p)
@@ -99,7 +99,9 @@ def demand(bounds: Bounds, stages: Stages, schedule: Schedule) -> Demand:
 class ForwardLowering:
     """State of lowering: where every value is."""
 
-    def __init__(self, bounds: Bounds, stages: Stages, schedule: Schedule, keep: Collection[int], streaming: bool) -> None:
+    def __init__(
+        self, bounds: Bounds, stages: Stages, schedule: Schedule, keep: Collection[int], streaming: bool
+    ) -> None:
         """`keep`: values that backward will read; `streaming`: paged values may be dropped as they are read."""
         self.bounds, self.stages, self.schedule, self.keep = bounds, stages, schedule, set(keep)
         self.graph = bounds.graph
@@ -107,6 +109,7 @@ class ForwardLowering:
         self.demand = demand(bounds, stages, schedule)
         self.places: dict[int, Located] = {}
         self.states: dict[int, int] = {}
+        self.lifted: dict[int, int] = {}
         self.streaming = streaming
         self.slide = 0 if schedule.slides else None
         self.tile_axes = [a for a in range(len(bounds.axes)) if a != self.slide and schedule.tiles[a] > 1]
@@ -124,26 +127,26 @@ class ForwardLowering:
         def use(v: int, when: tuple[int, int, int]) -> None:
             last[v] = max(last.get(v, (-1, 0, 0)), when)
 
-        for L, (level, sweep) in enumerate(zip(self.stages.levels, self.demand.sweeps, strict=True)):
+        for at, (level, sweep) in enumerate(zip(self.stages.levels, self.demand.sweeps, strict=True)):
             for k in level.prologue:
                 for v in self.graph.nodes[k].inputs:
-                    use(v, (L, 0, k))
+                    use(v, (at, 0, k))
             for k in sweep.nodes:
                 for v in self.graph.nodes[k].inputs:
-                    use(v, (L, 1, 0))
+                    use(v, (at, 1, 0))
         for v in (*self.graph.outputs, *self.keep):
             last[v] = (FOREVER, 0, 0)
         return last
 
     def lower(self) -> Program:
         """The whole program."""
-        for L, level in enumerate(self.stages.levels):
-            self.builder.sweep = L
+        for at, level in enumerate(self.stages.levels):
+            self.builder.sweep = at
             for k in level.prologue:
-                self._prologue(L, k)
-            if self.demand.sweeps[L].nodes:
-                self._sweep(L)
-            self._free_after((L, 1, 0))
+                self._prologue(at, k)
+            if self.demand.sweeps[at].nodes:
+                self._sweep(at)
+            self._free_after((at, 1, 0))
         program = self.builder.program(self.external)
         for v in (*self.graph.outputs, *self.keep):
             place = self.places.get(v)
@@ -172,7 +175,7 @@ class ForwardLowering:
         place = (window or {}).get(v) or self.places[v]
         return self.builder.read(place, box, value.itemsize, value.shape)
 
-    def _prologue(self, L: int, k: int) -> None:
+    def _prologue(self, at: int, k: int) -> None:
         node = self.graph.nodes[k]
         reads = [self.read(v, self.full_box(v)) for v in node.inputs]
         out_bytes = [self.graph.values[v].nbytes for v in node.outputs]
@@ -184,27 +187,28 @@ class ForwardLowering:
         self.builder.macs += node.macs
         for v, slot in zip(node.outputs, outs, strict=True):
             self.places[v] = Located(slot)
-        self._free_after((L, 0, k))
+        self._free_after((at, 0, k))
 
     # ---- sweeps -------------------------------------------------------------------------------------------
 
-    def _paged(self, v: int, L: int) -> bool:
+    def _paged(self, v: int, at: int) -> bool:
         whole = v in self.stages.whole_reads or v in self.graph.outputs
         return self.slide is not None and not self.tile_axes and not whole and self.bounds.dim(v, 0) is not None
 
-    def _sweep(self, L: int) -> None:
-        sweep = self.demand.sweeps[L]
+    def _sweep(self, at: int) -> None:
+        sweep = self.demand.sweeps[at]
         stores: dict[int, Located] = {}
         for v in sorted(sweep.sinks):
             value = self.graph.values[v]
-            if not self._paged(v, L):
+            if not self._paged(v, at):
                 external = v in self.graph.outputs
-                (slot,) = self.builder.emit(ALLOC, -1, [], [(0 if external else value.nbytes, None, False)],
-                                            value=v, shape=value.shape)
+                (slot,) = self.builder.emit(
+                    ALLOC, -1, [], [(0 if external else value.nbytes, None, False)], value=v, shape=value.shape
+                )
                 stores[v] = Located(slot)
         users = sweep_users(self.graph, sweep.nodes)
         for tile in product(*(range(self.schedule.tiles[a]) for a in self.tile_axes)):
-            strip = Strip(self, L, sweep, users, stores, dict(zip(self.tile_axes, tile, strict=True)))
+            strip = Strip(self, at, sweep, users, stores, dict(zip(self.tile_axes, tile, strict=True)))
             strip.run()
             stores = strip.stores
         for k in sweep.nodes:
@@ -238,14 +242,14 @@ class Strip:
     def __init__(
         self,
         parent: ForwardLowering,
-        L: int,
+        at: int,
         sweep: Sweep,
         users: dict[int, list[tuple[int, int]]],
         stores: dict[int, Located],
         tile: dict[int, int],
     ) -> None:
         """`tile`: index on each tiled axis; `stores`: where the sweep's results go."""
-        self.p, self.L, self.sweep, self.users, self.stores, self.tile = parent, L, sweep, users, stores, tile
+        self.p, self.at, self.sweep, self.users, self.stores, self.tile = parent, at, sweep, users, stores, tile
         self.graph, self.bounds, self.builder = parent.graph, parent.bounds, parent.builder
         self.windows: dict[int, Located] = {}
         self.produced = {self.graph.nodes[k].outputs[0] for k in sweep.nodes if parent.stages.kind[k] == REGIONAL}
@@ -262,7 +266,7 @@ class Strip:
         return {
             v
             for v in self.users
-            if v in p.places and p.places[v].pages is not None and p.last_use.get(v) == (self.L, 1, 0)
+            if v in p.places and p.places[v].pages is not None and p.last_use.get(v) == (self.at, 1, 0)
         }
 
     def run(self) -> None:
@@ -325,7 +329,9 @@ class Strip:
                 view = None
         border = prod(hi - lo for lo, hi in boxes[0]) != 0 if boxes else False
         scratch = node.kernel.scratch(out_bytes, [r.nbytes for r in reads], border)
-        (slot,) = self.builder.emit(RUN, k, reads, [(out_bytes, view, node.may_copy)], scratch=scratch, out_box=out, value=v)
+        (slot,) = self.builder.emit(
+            RUN, k, reads, [(out_bytes, view, node.may_copy)], scratch=scratch, out_box=out, value=v
+        )
         whole = max(1, prod(value.shape))
         self.builder.macs += node.macs * prod(hi - lo for lo, hi in out) // whole
         self._place(v, slot, rows, out)
@@ -345,7 +351,7 @@ class Strip:
         window.pages.append(Page(lo, hi, slot, lo))
         if v not in self.sweep.sinks:
             return
-        if self.p._paged(v, self.L):
+        if self.p._paged(v, self.at):
             self.stores[v] = window
             return
         target = list(out)
@@ -373,7 +379,11 @@ class Strip:
         box = [(0, n) for n in self.graph.values[v].shape]
         for a in range(len(self.bounds.axes)):
             d = self.bounds.dim(v, a)
-            index, count = (t, steps) if a == self.p.slide else (self.tile.get(a, 0), self.p.schedule.tiles[a] if a in self.tile else 1)
+            index, count = (
+                (t, steps)
+                if a == self.p.slide
+                else (self.tile.get(a, 0), self.p.schedule.tiles[a] if a in self.tile else 1)
+            )
             own = share(self.bounds.size(v, a), index, count)
             if own[1] <= own[0]:
                 return
@@ -397,9 +407,7 @@ class Strip:
 
     def counts(self) -> dict[int, int]:
         """Elements behind each reduction's state so far."""
-        if not hasattr(self.p, "lifted"):
-            self.p.lifted = {}  # type: ignore[attr-defined]
-        return self.p.lifted  # type: ignore[attr-defined,no-any-return]
+        return self.p.lifted
 
     # -- lifetimes
 
@@ -524,4 +532,4 @@ def lower_forward(
     return lowering.lower(), lowering
 
 
-__all__ = ["Demand", "ForwardLowering", "PROLOGUE", "Schedule", "demand", "lower_forward", "needed_box"]
+__all__ = ["PROLOGUE", "Demand", "ForwardLowering", "Schedule", "demand", "lower_forward", "needed_box"]

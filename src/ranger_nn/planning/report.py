@@ -80,7 +80,16 @@ def table(plan: Plan) -> str:
     )
     head = ("sweep", "operators", "schedule", "regions", "region", "halo", "stored", "projected")
     rows = [
-        (str(r.sweep), str(r.operators), r.schedule, str(r.regions), r.region, r.halo, format_bytes(r.stored), format_bytes(r.projected))
+        (
+            str(r.sweep),
+            str(r.operators),
+            r.schedule,
+            str(r.regions),
+            r.region,
+            r.halo,
+            format_bytes(r.stored),
+            format_bytes(r.projected),
+        )
         for r in plan.sweeps
     ]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -110,20 +119,30 @@ def describe(
             peaks[i.sweep] = max(peaks.get(i.sweep, 0), i.live)
     rows = []
     bounds = lowering.bounds
-    for L, sweep in enumerate(lowering.demand.sweeps):
+    for at, sweep in enumerate(lowering.demand.sweeps):
         if not sweep.nodes:
             continue
         stored = sum(graph.values[v].nbytes for v in sweep.sinks if v not in graph.outputs)
-        kind = ("slide" if lowering.slide is not None else "tile") + (" + tile" if lowering.slide is not None and lowering.tile_axes else "")
-        results = sorted(sweep.sinks or {graph.nodes[k].inputs[0] for k in sweep.nodes}, key=lambda v: -graph.values[v].nbytes)
+        kind = ("slide" if lowering.slide is not None else "tile") + (
+            " + tile" if lowering.slide is not None and lowering.tile_axes else ""
+        )
+        results = sorted(
+            sweep.sinks or {graph.nodes[k].inputs[0] for k in sweep.nodes}, key=lambda v: -graph.values[v].nbytes
+        )
         region, halo, count = [], [], 1
         for a, axis in enumerate(bounds.axes):
             parts = lowering.schedule.steps if a == lowering.slide else lowering.schedule.tiles[a]
             count *= parts
-            size = graph.values[results[0]].shape[axis.dims[results[0]]] if results and results[0] in axis.dims else axis.size
+            size = (
+                graph.values[results[0]].shape[axis.dims[results[0]]]
+                if results and results[0] in axis.dims
+                else axis.size
+            )
             region.append(str(-(-size // max(1, parts))))
             halo.append("0" if a == lowering.slide else str(_halo(lowering, sweep.nodes, a)))
-        rows.append(SweepRow(L, len(sweep.nodes), kind, count, "x".join(region), "x".join(halo), stored, peaks.get(L, 0)))
+        rows.append(
+            SweepRow(at, len(sweep.nodes), kind, count, "x".join(region), "x".join(halo), stored, peaks.get(at, 0))
+        )
     whole = []
     for k, reason in sorted(stages.reasons.items()):
         node = graph.nodes[k]
@@ -140,8 +159,18 @@ def describe(
     stride = max(1, len(timeline) // 400)
     samples = tuple(max(timeline[n : n + stride]) for n in range(0, len(timeline), stride))
     return Plan(
-        graph.name, backward is not None, allowed, projected, untouched, round(extra, 6), tuple(a.name for a in bounds.axes),
-        lowering.schedule.steps, lowering.schedule.tiles, tuple(rows), tuple(whole), samples,
+        graph.name,
+        backward is not None,
+        allowed,
+        projected,
+        untouched,
+        round(extra, 6),
+        tuple(a.name for a in bounds.axes),
+        lowering.schedule.steps,
+        lowering.schedule.tiles,
+        tuple(rows),
+        tuple(whole),
+        samples,
     )
 
 

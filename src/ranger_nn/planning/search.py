@@ -42,7 +42,7 @@ class Options:
     def checked(cls, allowed: int | None, regions: Sequence[int] | int | None, schedule: str | None) -> Options:
         """Validate; raises InputError."""
         if schedule is not None and schedule not in SCHEDULES:
-            raise InputError(f'schedule must be one of {", ".join(SCHEDULES)}, got {schedule!r}')
+            raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if regions is not None:
             regions = (regions,) if isinstance(regions, int) else tuple(regions)
             if not regions or not all(isinstance(r, int) and r > 0 for r in regions):
@@ -111,7 +111,9 @@ def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool
 def base_steps(graph: Graph, axis: Axis) -> int:
     """Steps along the sliding axis so that the largest value's share of a step is about STEP_BYTES."""
     heaviest = max((graph.values[v].nbytes for v in axis.dims if graph.values[v].kind == COMPUTED), default=1)
-    rows = max((graph.values[v].shape[d] for v, d in axis.dims.items() if graph.values[v].kind in (INPUT, COMPUTED)), default=1)
+    rows = max(
+        (graph.values[v].shape[d] for v, d in axis.dims.items() if graph.values[v].kind in (INPUT, COMPUTED)), default=1
+    )
     steps = max(1, min(-(-heaviest // STEP_BYTES), max(1, rows // 4)))
     power = 1
     while power * 2 <= steps:
@@ -159,8 +161,8 @@ def _neighbours(graph: Graph, axes: Sequence[Axis], best: Candidate, training: b
         home = state.stages.level[state.stages.producer[v]]
         if v in state.stages.whole_reads or not home <= level <= last:
             continue
-        readers = [L for L, s in enumerate(state.demand.sweeps) if v in s.stored_reads and L <= last]
-        before = [L for L in readers if L < level and L < last]
+        readers = [at for at, s in enumerate(state.demand.sweeps) if v in s.stored_reads and last >= at]
+        before = [at for at in readers if level > at and last > at]
         crossing.append((graph.values[v].nbytes, v, max(before, default=home)))
     for _, v, upto in sorted(crossing, reverse=True)[:4]:
         if holds.get(v) != upto:
@@ -253,7 +255,9 @@ def make_plan(graph: Graph, options: Options, training: bool) -> Planned:
     if best.backward is not None:
         verify_program(best.backward, graph, best.forward)
     untouched = whole.peak if not training else max(whole.peak, _saved_by_untouched(graph))
-    plan = describe(graph, axes, best.schedule, best.lowering, best.forward, best.backward, options.allowed, projected, untouched)
+    plan = describe(
+        graph, axes, best.schedule, best.lowering, best.forward, best.backward, options.allowed, projected, untouched
+    )
     return Planned(plan, best.forward, best.backward)
 
 
@@ -279,5 +283,7 @@ def _too_small(graph: Graph, allowed: int, least: int, best: Candidate) -> Budge
     return BudgetError(
         f"{graph.name} does not fit in {format_bytes(allowed)} ({allowed} bytes): the least that a plan needs for this "
         f"input is {format_bytes(least)} ({least} bytes), bound by {place}. Allow {least} bytes, or use a smaller input.",
-        allowed=allowed, least=least, binding=place,
+        allowed=allowed,
+        least=least,
+        binding=place,
     )

@@ -78,7 +78,9 @@ def stage(bounds: Bounds, cuts: Sequence[int] = ()) -> Stages:
             p = producer[v]
             ready = level[p] + (kind[p] == REDUCE)
             streamed = kind[p] == REGIONAL
-            if streamed and (kinds == PROLOGUE or (kinds == REGIONAL and any(bounds.blocked(node, i, a) for a in axes))):
+            if streamed and (
+                kinds == PROLOGUE or (kinds == REGIONAL and any(bounds.blocked(node, i, a) for a in axes))
+            ):
                 ready = level[p] + 1
                 whole.setdefault(v, []).append(k)
             elif streamed and kinds != PROLOGUE and segment(p) < segment(k):

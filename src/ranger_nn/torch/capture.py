@@ -19,14 +19,34 @@ from torch import Tensor, nn
 from torch.fx import Node as FxNode
 from torch.utils import _pytree as pytree
 
-from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, Node, Rule, Value
 from ranger_nn.core.fuse import fuse
+from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, Node, Rule, Value
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
 from ranger_nn.torch.kernels import Fused, Kernel, Opaque
 
-VIEWS = {"slice", "select", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "expand", "narrow",
-         "flatten", "alias", "detach", "t", "chunk", "split", "split_with_sizes", "unbind", "unflatten", "movedim"}
+VIEWS = {
+    "slice",
+    "select",
+    "view",
+    "reshape",
+    "permute",
+    "transpose",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "narrow",
+    "flatten",
+    "alias",
+    "detach",
+    "t",
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "unflatten",
+    "movedim",
+}
 SAME = {"alias", "contiguous", "lift_fresh_copy", "lift_fresh", "detach_"}
 
 
@@ -93,9 +113,7 @@ class Lower:
         differentiable: bool = True,
     ) -> Any:
         """Add a node; its output value, or a list of them where `like` is a sequence."""
-        flows = (
-            differentiable and self.grad and not self.no_grad and any(self.values[i].differentiable for i in inputs)
-        )
+        flows = differentiable and self.grad and not self.no_grad and any(self.values[i].differentiable for i in inputs)
         count = self.names.get(op, 0)
         self.names[op] = count + 1
         name = f"{op}_{count}"
@@ -103,7 +121,20 @@ class Lower:
         outs = [self.value(name, t, COMPUTED, flows) for t in (like if many else [like])]
         reads = tuple(range(len(inputs))) if vjp_reads is None else tuple(vjp_reads)
         self.nodes.append(
-            Node(name, op, tuple(inputs), tuple(outs), rule, kernel, macs, alias, kernel.may_copy, reads, random=random, where=self.where)
+            Node(
+                name,
+                op,
+                tuple(inputs),
+                tuple(outs),
+                rule,
+                kernel,
+                macs,
+                alias,
+                kernel.may_copy,
+                reads,
+                random=random,
+                where=self.where,
+            )
         )
         return outs if many else outs[0]
 
@@ -112,12 +143,18 @@ def _flatten_constants(args: Any) -> tuple[list[Any], Any]:
     return pytree.tree_flatten(args, is_leaf=lambda a: isinstance(a, FxNode))
 
 
-def closure(lower: Lower, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable[..., Any], list[int]]:
+def closure(
+    lower: Lower, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], list[int]]:
     """`target` with every constant bound: a function of the tensor values, and these values in order."""
     leaves, spec = _flatten_constants((args, kwargs))
     slots, inputs, template = [], [], []
     for k, leaf in enumerate(leaves):
-        if isinstance(leaf, FxNode) and isinstance(lower.env.get(leaf), int) and not isinstance(leaf.meta.get("val"), (int, float, bool)):
+        if (
+            isinstance(leaf, FxNode)
+            and isinstance(lower.env.get(leaf), int)
+            and not isinstance(leaf.meta.get("val"), (int, float, bool))
+        ):
             slots.append(k)
             inputs.append(lower.env[leaf])
             template.append(None)
@@ -128,7 +165,7 @@ def closure(lower: Lower, target: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return target, inputs
     flat_positional = flat and not kwargs and len(leaves) == len(args)
     if flat_positional and slots == list(range(len(slots))):
-        rest = template[len(slots):]
+        rest = template[len(slots) :]
         return (lambda *xs: target(*xs, *rest)), inputs
 
     def call(*xs: Any) -> Any:
@@ -159,7 +196,9 @@ def _constant(lower: Lower, leaf: Any) -> Any:
 def resolve(lower: Lower, args: Any) -> Any:
     """Arguments with graph nodes replaced by value indices wrapped as `Ref`, constants as they are."""
     return pytree.tree_map(
-        lambda a: Ref(lower.env[a]) if isinstance(a, FxNode) and isinstance(lower.env.get(a), int) else _constant(lower, a),
+        lambda a: (
+            Ref(lower.env[a]) if isinstance(a, FxNode) and isinstance(lower.env.get(a), int) else _constant(lower, a)
+        ),
         args,
         is_leaf=lambda a: isinstance(a, FxNode),
     )
@@ -200,7 +239,11 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 def _user_line(error: BaseException) -> str:
     import traceback
 
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename and "ranger_nn" not in f.filename]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in f.filename and "ranger_nn" not in f.filename
+    ]
     return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
 
 
@@ -253,12 +296,16 @@ def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
         if not isinstance(like, Tensor):
             lower.env[node] = Static(like)
             continue
-        if kind in ("PARAMETER", "BUFFER") and (kind == "PARAMETER" or spec.persistent is not False or _has(model, spec.target)):
+        if kind in ("PARAMETER", "BUFFER") and (
+            kind == "PARAMETER" or spec.persistent is not False or _has(model, spec.target)
+        ):
             source = ("state", spec.target)
         else:
             source = ("constant", program.constants[spec.target])
         trained = kind == "PARAMETER" and _requires_grad(model, spec.target)
-        lower.env[node] = lower.external(node.name, like, PARAMETER if kind == "PARAMETER" else CONSTANT, source, trained)
+        lower.env[node] = lower.external(
+            node.name, like, PARAMETER if kind == "PARAMETER" else CONSTANT, source, trained
+        )
     _lower_nodes(model, program.graph, lower, program.graph_module, set(user))
     last = next(n for n in program.graph.nodes if n.op == "output")
     leaves: list[Any] = []
@@ -399,8 +446,15 @@ def _rebind(base: FxNode, node: FxNode, lower: Lower) -> None:
         for other in names:
             if isinstance(old, int) and lower.env[other] == old:
                 lower.env[other] = value
-        siblings = [n for n in parent.users if n is not view and n is not base and _op(n) in VIEWS
-                    and n._sort_key < node._sort_key and any(u._sort_key > node._sort_key for u in n.users)]
+        siblings = [
+            n
+            for n in parent.users
+            if n is not view
+            and n is not base
+            and _op(n) in VIEWS
+            and n._sort_key < node._sort_key
+            and any(u._sort_key > node._sort_key for u in n.users)
+        ]
         if siblings:
             raise AliasError
         view = parent
@@ -437,7 +491,9 @@ def _inline(model: nn.Module, node: FxNode, lower: Lower, user: set[str]) -> Non
     body = lower.env[arguments[position]]
     grad_off = "set_grad_enabled" in str(node.target) and arguments[0] is False
     if "wrap_with_autocast" in str(node.target) and not _autocast_off(arguments[:position]):
-        raise CaptureError(f"{type(model).__name__} switches autocast on inside of forward: put the autocast block around the call")
+        raise CaptureError(
+            f"{type(model).__name__} switches autocast on inside of forward: put the autocast block around the call"
+        )
     places = [n for n in body.graph.nodes if n.op == "placeholder"]
     for inner, outer in zip(places, arguments[position + 1 :], strict=True):
         lower.env[inner] = lower.env[outer] if isinstance(outer, FxNode) else Static(outer)

@@ -28,7 +28,7 @@ class TorchEngine:
         """`device`: where buffers are made."""
         self.graph, self.device = graph, device
 
-    narrow = staticmethod(torch.Tensor.narrow)
+    narrow: Any = staticmethod(torch.Tensor.narrow)
 
     @staticmethod
     def join(parts: Any, dim: int) -> Tensor:
@@ -57,7 +57,7 @@ class TorchEngine:
         if i.op == P.MERGE:
             n_a, n_b = i.count
             return lambda a, b: kernel.merge(a, b, n_a, n_b)
-        return {P.LIFT: kernel.lift, P.FINISH: kernel.finish, P.REDUCE_VJP: kernel.region_vjp}[i.op]  # type: ignore[no-any-return]
+        return {P.LIFT: kernel.lift, P.FINISH: kernel.finish, P.REDUCE_VJP: kernel.region_vjp}[i.op]
 
     def _filled(self, i: Instruction, function: Callable[..., Any]) -> Callable[..., Any]:
         """Regions that are not read (empty, or not needed by backward) stand in as expanded zeros: no memory."""

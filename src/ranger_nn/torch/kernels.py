@@ -75,9 +75,7 @@ class Kernel:
 
         def vjp(*args: Any) -> list[Any]:
             *xs, grad = args
-            leaves = [
-                x.detach().requires_grad_() if w else x for x, w in zip(xs, wanted, strict=True)
-            ]
+            leaves = [x.detach().requires_grad_() if w else x for x, w in zip(xs, wanted, strict=True)]
             with torch.enable_grad():
                 out = local(*leaves)
             asked = [x for x, w in zip(leaves, wanted, strict=True) if w]

@@ -56,14 +56,18 @@ def _resample(x: Tensor, mode: str, axes: Sequence[Axis], align: bool, sizes: Se
 
 
 @lru_cache(maxsize=256)
-def taps(axis: Axis, mode: str, align: bool, dtype: torch.dtype) -> tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]:
+def taps(
+    axis: Axis, mode: str, align: bool, dtype: torch.dtype
+) -> tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]:
     """For each output index: the input indices read and their weights, as the framework has them."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     comb = torch.zeros(1, PERIOD, axis.size, dtype=compute)
     for k in range(PERIOD):
         comb[0, k, k::PERIOD] = 1
     if mode == "cubic":
-        flat = _resample(comb[:, :, :, None], mode, [axis, Axis(1, 1, None if axis.factor is None else 1.0)], align)[0, :, :, 0]
+        flat = _resample(comb[:, :, :, None], mode, [axis, Axis(1, 1, None if axis.factor is None else 1.0)], align)[
+            0, :, :, 0
+        ]
     else:
         flat = _resample(comb, mode, [axis], align)[0]
     weights = flat.t().tolist()

@@ -23,9 +23,7 @@ from ranger_nn.torch.kernels import Kernel, Local
 Ints = tuple[int, ...]
 
 
-def borders(
-    out_box: Box, in_box: Box, reaches: Sequence[Reach], lead: int
-) -> list[tuple[int, int]]:
+def borders(out_box: Box, in_box: Box, reaches: Sequence[Reach], lead: int) -> list[tuple[int, int]]:
     """Indices missing before and after, for each windowed dimension."""
     result = []
     for i, reach in enumerate(reaches):
@@ -35,9 +33,7 @@ def borders(
     return result
 
 
-def split_padding(
-    missing: Sequence[tuple[int, int]], native: Sequence[int]
-) -> tuple[list[int], list[int]]:
+def split_padding(missing: Sequence[tuple[int, int]], native: Sequence[int]) -> tuple[list[int], list[int]]:
     """(padding that the operator does itself, padding for F.pad, last dimension first)."""
     own, extra = [], []
     for (before, after), pad in zip(missing, native, strict=True):
@@ -228,7 +224,7 @@ class Pooling(Kernel):
         pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(self.kernel) - 1]
         kernel, stride, rank = self.kernel, self.stride, len(out_box)
         if not extra and not any(own):
-            options = {} if self.divisor is None else {"divisor_override": self.divisor}
+            options: dict[str, Any] = {} if self.divisor is None else {"divisor_override": self.divisor}
             return lambda x: pool(x, kernel, stride, 0, **options)
         missing = [(0, 0)] * len(kernel)
         for i, pad in enumerate(own):

@@ -116,8 +116,16 @@ def _whole(op: Operator, reason: str) -> Any:
     like = op.like
     if isinstance(like, (list, tuple)):
         like = [t for t in like if isinstance(t, Tensor)]
-    return op.lower.emit(op.name, inputs, like, opaque(shapes, reason), K.Opaque(function), random=random,
-                         differentiable=not random, macs=_guess_macs(op, shapes))
+    return op.lower.emit(
+        op.name,
+        inputs,
+        like,
+        opaque(shapes, reason),
+        K.Opaque(function),
+        random=random,
+        differentiable=not random,
+        macs=_guess_macs(op, shapes),
+    )
 
 
 def _guess_macs(op: Operator, shapes: list[tuple[int, ...]]) -> int:
@@ -133,7 +141,18 @@ def _pointwise(op: Operator) -> Any:
     return op.emit(inputs, pointwise(shapes, op.out), K.Call(function))
 
 
-@rule(*SAME, "detach", "clone", "dropout", "feature_dropout", "alpha_dropout", "to", "_to_copy", "type_as", "feature_alpha_dropout")
+@rule(
+    *SAME,
+    "detach",
+    "clone",
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "to",
+    "_to_copy",
+    "type_as",
+    "feature_alpha_dropout",
+)
 def _identity_like(op: Operator) -> Any:
     source = op.arg("self", op.arg("input"))
     if not isinstance(source, int):
@@ -141,8 +160,15 @@ def _identity_like(op: Operator) -> Any:
     if "dropout" in op.name and op.arg("train", True) and op.arg("p", 0.0) > 0:
         return _dropout(op, source)
     if op.name in {"detach", "detach_"}:
-        return op.lower.emit("detach", [source], op.like, pointwise([op.shape(source)], op.out), K.Call(torch.detach),
-                             alias=0, differentiable=False)
+        return op.lower.emit(
+            "detach",
+            [source],
+            op.like,
+            pointwise([op.shape(source)], op.out),
+            K.Call(torch.detach),
+            alias=0,
+            differentiable=False,
+        )
     if op.lower.values[source].dtype == str(op.like.dtype)[6:]:
         return source
     dtype = op.like.dtype
@@ -164,8 +190,9 @@ def _dropout(op: Operator, source: int) -> Any:
         mask = op.lower.emit("mask", [], like, Rule(()), K.Opaque(draw), random=True, differentiable=False)
         return op.lower.emit("mul", [source, mask], op.like, pointwise([shape, like.shape], shape), K.Call(torch.mul))
     seed_like = torch.empty((), dtype=torch.int64, device="meta")
-    seed = op.lower.emit("seed", [], seed_like, Rule(()), K.Opaque(lambda: torch.randint(2**40, ())), random=True,
-                         differentiable=False)
+    seed = op.lower.emit(
+        "seed", [], seed_like, Rule(()), K.Opaque(lambda: torch.randint(2**40, ())), random=True, differentiable=False
+    )
     along = 2 if len(shape) > 2 else 0
     along = max(range(len(shape)), key=lambda d: shape[d]) if shape[along] == 1 else along
     whole = pointwise([shape, ()], shape)
@@ -197,8 +224,9 @@ def _convolution(op: Operator) -> Any:
     kern = W.Convolution(stride, native, dilation, groups, reaches, bias is not None)
     wants_weight = op.lower.values[weight].differentiable
     reads = (0, 1) if wants_weight else (1,)
-    return op.emit([x, *others], window.window(shape, reaches, [op.shape(o) for o in others]), kern, macs=macs,
-                   vjp_reads=reads)
+    return op.emit(
+        [x, *others], window.window(shape, reaches, [op.shape(o) for o in others]), kern, macs=macs, vjp_reads=reads
+    )
 
 
 def _ints(value: Any, rank: int) -> tuple[int, ...]:
@@ -216,9 +244,13 @@ def _transposed(op: Operator) -> Any:
         return None
     stride, padding = _ints(op.arg("stride", 1), rank), _ints(op.arg("padding", 0), rank)
     extra, dilation = _ints(op.arg("output_padding", 0), rank), _ints(op.arg("dilation", 1), rank)
-    reaches = [window.transposed_reach(k, s, d, p) for k, s, d, p in zip(kernel, stride, dilation, padding, strict=True)]
+    reaches = [
+        window.transposed_reach(k, s, d, p) for k, s, d, p in zip(kernel, stride, dilation, padding, strict=True)
+    ]
     others = [weight] + ([bias] if bias is not None else [])
-    kern = W.TransposedConvolution(stride, padding, extra, dilation, op.arg("groups", 1), kernel, (shape[2:], op.out[2:]))
+    kern = W.TransposedConvolution(
+        stride, padding, extra, dilation, op.arg("groups", 1), kernel, (shape[2:], op.out[2:])
+    )
     macs = prod(shape) * prod(op.shape(weight)[1:])
     return op.emit([x, *others], window.window(shape, reaches, [op.shape(o) for o in others]), kern, macs=macs)
 
@@ -237,20 +269,38 @@ def _pool(op: Operator) -> Any:
         return _reduce(op, x, tuple(range(2, len(shape))), True, Sum(mean=True))
     reaches = [window.window_reach(k, s, d, p) for k, s, d, p in zip(kernel, stride, dilation, padding, strict=True)]
     function, _ = op.call()
-    kern = W.Pooling(function, average, kernel, stride, padding, dilation, bool(op.arg("ceil_mode")),
-                     bool(op.arg("count_include_pad", True)), op.arg("divisor_override"), (shape[2:], op.out[2:]), reaches)
+    kern = W.Pooling(
+        function,
+        average,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        bool(op.arg("ceil_mode")),
+        bool(op.arg("count_include_pad", True)),
+        op.arg("divisor_override"),
+        (shape[2:], op.out[2:]),
+        reaches,
+    )
     return op.emit([x], window.channelwise_window(shape, reaches), kern)
 
 
-@rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",
-      "adaptive_max_pool2d", "adaptive_max_pool3d")
+@rule(
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+)
 def _adaptive(op: Operator) -> Any:
     x = op.arg("self")
     shape, rank = op.shape(x), int(op.name[-2])
     average = "avg" in op.name
     like = op.like if isinstance(op.like, Tensor) else op.like[0]
-    if len(shape) != rank + 2 or (not average and len(op.node.users) and any(
-            u.args[1] != 0 for u in op.node.users if len(u.args) > 1)):
+    if len(shape) != rank + 2 or (
+        not average and len(op.node.users) and any(u.args[1] != 0 for u in op.node.users if len(u.args) > 1)
+    ):
         return None
     out = tuple(int(s) for s in like.shape)
     function, _ = op.call()
@@ -286,20 +336,40 @@ def _reduction(op: Operator) -> Any:
         return None
     correction = op.arg("correction", 1 if op.arg("unbiased", True) else 0)
     monoid: Any = {
-        "mean": Sum(mean=True), "sum": Sum(), "amax": Extremum(), "amin": Extremum(-1),
+        "mean": Sum(mean=True),
+        "sum": Sum(),
+        "amax": Extremum(),
+        "amin": Extremum(-1),
         "var": Moments(1.0 if correction is None else float(correction)),
     }[op.name]
     return _reduce(op, x, axes, bool(op.arg("keepdim", False)), monoid)
 
 
-@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
-      "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
-      "_upsample_nearest_exact3d")
+@rule(
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "upsample_trilinear3d",
+    "upsample_bicubic2d",
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d",
+)
 def _resample(op: Operator) -> Any:
     x = op.arg("input", op.arg("self"))
     shape = op.shape(x)
     rank = len(shape) - 2
-    mode = "nearest-exact" if "exact" in op.name else "nearest" if "nearest" in op.name else "cubic" if "cubic" in op.name else "linear"
+    mode = (
+        "nearest-exact"
+        if "exact" in op.name
+        else "nearest"
+        if "nearest" in op.name
+        else "cubic"
+        if "cubic" in op.name
+        else "linear"
+    )
     align = bool(op.arg("align_corners", False))
     factors = op.arg("scale_factors")
     if factors is None:
@@ -330,8 +400,15 @@ def _batch_norm(op: Operator) -> Any:
     if batch and op.arg("running_mean") is not None:
         n = prod(shape) // shape[1]
         running = [stats, op.arg("running_mean"), op.arg("running_var")]
-        op.lower.emit("running_statistics", running, torch.empty(1), opaque([op.shape(r) for r in running], "side effect"),
-                      R.RunningStatistics(float(op.arg("momentum")), n), random=True, differentiable=False)
+        op.lower.emit(
+            "running_statistics",
+            running,
+            torch.empty(1),
+            opaque([op.shape(r) for r in running], "side effect"),
+            R.RunningStatistics(float(op.arg("momentum")), n),
+            random=True,
+            differentiable=False,
+        )
     elif op.arg("running_mean") is not None:
         return None
     return _apply(op, x, stats, shape[1], float(op.arg("eps")), weight, bias, batch)
@@ -339,8 +416,9 @@ def _batch_norm(op: Operator) -> Any:
 
 def _whole_batch_norm(op: Operator) -> Any:
     function, inputs = op.call()
-    return op.emit(inputs, opaque([op.shape(i) for i in inputs], "batch statistics of a vector"), K.Opaque(function),
-                   random=True)
+    return op.emit(
+        inputs, opaque([op.shape(i) for i in inputs], "batch statistics of a vector"), K.Opaque(function), random=True
+    )
 
 
 def _stats(op: Operator, x: int, groups: int, axis: tuple[int, ...], rows: int, channels: int) -> int:
@@ -407,11 +485,25 @@ def _layer_norm(op: Operator) -> Any:
     return op.emit(inputs, Rule(tuple(links)), K.Call(function))
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "glu", "argmax", "linalg_vector_norm", "max",
-      "min", "prod", "flip", "sort", "logsumexp")
+@rule(
+    "softmax",
+    "log_softmax",
+    "_softmax",
+    "_log_softmax",
+    "cumsum",
+    "glu",
+    "argmax",
+    "linalg_vector_norm",
+    "max",
+    "min",
+    "prod",
+    "flip",
+    "sort",
+    "logsumexp",
+)
 def _along_dim(op: Operator) -> Any:
     x = op.arg("self")
-    if not isinstance(x, int) or not isinstance(op.like, Tensor) and op.name not in {"max", "min"}:
+    if not isinstance(x, int) or (not isinstance(op.like, Tensor) and op.name not in {"max", "min"}):
         return None
     rank, dim = len(op.shape(x)), op.arg("dim", op.arg("dims", op.arg("ord") if False else None))
     dims = [dim] if isinstance(dim, int) else dim
@@ -442,8 +534,13 @@ def _linear(op: Operator) -> Any:
     if len(op.shape(x)) < 2 or len(op.shape(weight)) != 2:
         return None
     reads = (0, 1) if op.lower.values[weight].differentiable else (1,)
-    return op.emit([x, *others], contraction.linear(op.shape(x), [op.shape(o) for o in others]), K.Linear(), macs=macs,
-                   vjp_reads=reads)
+    return op.emit(
+        [x, *others],
+        contraction.linear(op.shape(x), [op.shape(o) for o in others]),
+        K.Linear(),
+        macs=macs,
+        vjp_reads=reads,
+    )
 
 
 @rule("matmul", "bmm")
@@ -478,20 +575,40 @@ def _cat(op: Operator) -> Any:
 def _stack(op: Operator) -> Any:
     tensors = [t.index for t in op.arguments["tensors"]]
     dim = op.dim("dim", len(op.out))
-    return op.emit(tensors, movement.stack([op.shape(t) for t in tensors], dim), K.Light(op.call()[0]), vjp_reads=tuple(range(len(tensors))))
+    return op.emit(
+        tensors,
+        movement.stack([op.shape(t) for t in tensors], dim),
+        K.Light(op.call()[0]),
+        vjp_reads=tuple(range(len(tensors))),
+    )
 
 
-@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
-      "replication_pad2d", "replication_pad3d")
+@rule(
+    "pad",
+    "constant_pad_nd",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+)
 def _pad(op: Operator) -> Any:
     x = op.arg("self")
     shape = op.shape(x)
     pads = list(op.arg("pad", op.arg("padding")))
-    mode = op.arg("mode") or ("reflect" if "reflection" in op.name else "replicate" if "replication" in op.name else "constant")
+    mode = op.arg("mode") or (
+        "reflect" if "reflection" in op.name else "replicate" if "replication" in op.name else "constant"
+    )
     before = [0] * len(shape)
     for i in range(len(pads) // 2):
         before[len(shape) - 1 - i] = pads[2 * i]
-    border = {"constant": Border.FILL, "reflect": Border.REFLECT, "replicate": Border.REPLICATE, "circular": Border.CIRCULAR}[mode]
+    border = {
+        "constant": Border.FILL,
+        "reflect": Border.REFLECT,
+        "replicate": Border.REPLICATE,
+        "circular": Border.CIRCULAR,
+    }[mode]
     if border is not Border.FILL and any(p < 0 for p in pads):
         return None
     kern = M.Pad(before, shape, op.out, border, float(op.arg("value") or 0.0))
@@ -499,7 +616,9 @@ def _pad(op: Operator) -> Any:
 
 
 def _emit_crop(op: Operator, x: int, dim: int, start: int, step: int, like: Tensor) -> int:
-    return op.lower.emit("slice", [x], like, movement.crop(op.shape(x), dim, start, step), M.Crop(dim, start, step), alias=0)
+    return op.lower.emit(
+        "slice", [x], like, movement.crop(op.shape(x), dim, start, step), M.Crop(dim, start, step), alias=0
+    )
 
 
 @rule("slice", "narrow")
@@ -534,7 +653,9 @@ def _split(op: Operator) -> Any:
     results, start = [], 0
     for like in op.like:
         if op.name == "unbind":
-            crop_like = torch.empty([1 if d == dim else n for d, n in enumerate(op.shape(x))], dtype=like.dtype, device="meta")
+            crop_like = torch.empty(
+                [1 if d == dim else n for d, n in enumerate(op.shape(x))], dtype=like.dtype, device="meta"
+            )
             piece = _emit_crop(op, x, dim, start, 1, crop_like)
             region = movement.select(op.lower.shape(piece), dim)
             results.append(op.lower.emit("select", [piece], like, region, K.Light(lambda t: t.squeeze(dim)), alias=0))
@@ -661,7 +782,9 @@ def scatter(lower: Lower, base: int, written: int, view: FxNode) -> int | None:
 
             row = tuple(Link(d, Reach(1, -start, -start)) if d == dim else Link(d) for d in range(len(shape)))
         like = view.args[0].meta["val"]  # type: ignore[union-attr]
-        return lower.emit("scatter", [base, written], like, Rule((row_base, row)), M.Scatter(dim, start, name == "select"))
+        return lower.emit(
+            "scatter", [base, written], like, Rule((row_base, row)), M.Scatter(dim, start, name == "select")
+        )
     if name in {"view", "reshape", "squeeze", "unsqueeze", "permute", "transpose"}:
         like = view.args[0].meta["val"]  # type: ignore[union-attr]
         if name in {"permute", "transpose"}:

@@ -111,7 +111,7 @@ class _Run(torch.autograd.Function):
     """One call of a training program: backward runs the backward program."""
 
     @staticmethod
-    def forward(ctx: Any, regional: Regional, ready: Ready, count: int, *tensors: Tensor) -> Any:  # noqa: D102
+    def forward(ctx: Any, regional: Regional, ready: Ready, count: int, *tensors: Tensor) -> Any:
         slots = regional._execute(ready, tensors)
         ctx.regional, ctx.ready, ctx.count = regional, ready, count
         ctx.save_for_backward(*tensors)
@@ -126,7 +126,7 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # noqa: D102
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         ready: Ready = ctx.ready
         tensors = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
@@ -156,7 +156,7 @@ class Regional(nn.Module):
     @property
     def module(self) -> nn.Module:
         """The untouched module."""
-        return self.__dict__["_holder"][0]  # type: ignore[no-any-return]
+        return self.__dict__["_holder"][0]
 
     def train(self, mode: bool = True) -> Regional:
         """As `nn.Module.train`, for the untouched module too."""
@@ -191,13 +191,19 @@ class Regional(nn.Module):
         tensors = self._gather(ready, inputs)
         if ready.backward is None:
             slots = self._execute(ready, tensors)
-            found = {v: slots[ready.planned.forward.results[v]] for v in ready.captured.graph.outputs if v in ready.planned.forward.results}
+            found = {
+                v: slots[ready.planned.forward.results[v]]
+                for v in ready.captured.graph.outputs
+                if v in ready.planned.forward.results
+            }
             by_value = {v: found.get(v) for v in ready.captured.graph.outputs}
         else:
             outs = _Run.apply(self, ready, len(tensors), *tensors)
             by_value = dict(zip(ready.captured.graph.outputs, outs, strict=True))
         external = dict(zip(ready.captured.sources, tensors, strict=True))
-        return ready.captured.rebuild([by_value[v] if by_value.get(v) is not None else external[v] for v in ready.captured.output_values])
+        return ready.captured.rebuild(
+            [by_value[v] if by_value.get(v) is not None else external[v] for v in ready.captured.output_values]
+        )
 
     # ---- preparation --------------------------------------------------------------------------------------
 
@@ -214,7 +220,11 @@ class Regional(nn.Module):
         device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))
         amp = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         key = (
-            spec, tuple(_leaf_key(x, grad) for x in leaves), grad, amp, tuple(m.training for m in self.modules()),
+            spec,
+            tuple(_leaf_key(x, grad) for x in leaves),
+            grad,
+            amp,
+            tuple(m.training for m in self.modules()),
             tuple(p.requires_grad for p in self.parameters()) if grad else (),
             tuple((p.dtype, p.device) for p in self.parameters()),
         )

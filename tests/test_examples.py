@@ -1,0 +1,51 @@
+"""The examples run, and so does every Python block of README."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_example(folder: Path, name: str, *arguments: str) -> str:
+    """Standard output of an example that runs in `folder`."""
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_first_steps(tmp_path: Path) -> None:
+    assert "loss" in run_example(tmp_path, "first_steps.py")
+
+
+@pytest.mark.slow
+def test_denoise_retina(tmp_path: Path) -> None:
+    printed = run_example(tmp_path, "denoise_retina.py", "--quick")
+    assert "4x larger" in printed
+    for name in ("denoised.png", "plan.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    names: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)  # our own text, in one namespace, in order
