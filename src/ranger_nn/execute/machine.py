@@ -48,7 +48,7 @@ def run(
             region = here
         arguments: list[Any] = []
         for read in reads:
-            parts = []
+            parts: list[Any] = []
             for slot, cuts in read.parts:
                 x = slots[slot]
                 for dim, start, length in cuts:
@@ -58,7 +58,7 @@ def run(
                 arguments.append(parts[0])
             else:
                 arguments.append(join(parts, read.dim) if parts else None)
-        parts = x = None
+        parts, x = [], None
         result = function(*arguments)
         arguments = []
         if len(outs) == 1:
