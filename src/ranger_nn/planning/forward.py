@@ -327,8 +327,8 @@ class Strip:
             view = reads[node.alias].parts[0][0]
             if self.builder.bytes.get(self.builder.storage[view], 0) == 0 and node.may_copy:
                 view = None
-        border = prod(hi - lo for lo, hi in boxes[0]) != 0 if boxes else False
-        scratch = node.kernel.scratch(out_bytes, [r.nbytes for r in reads], border)
+        joined = bool(reads) and len(reads[0].parts) != 1
+        scratch = node.kernel.scratch(out_bytes, [r.nbytes for r in reads], joined)
         (slot,) = self.builder.emit(
             RUN, k, reads, [(out_bytes, view, node.may_copy)], scratch=scratch, out_box=out, value=v
         )

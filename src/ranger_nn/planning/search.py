@@ -25,7 +25,7 @@ from ranger_nn.planning.verify import verify_program
 STEP_BYTES = 6 << 20
 """Bytes of the largest value's share of one step: about what stays in the last-level cache."""
 MARGIN = 1.02
-SEARCH_WORK = 120_000
+SEARCH_WORK = 60_000
 """Instructions that one search may write: bounds the planning time, the same on every machine."""
 SCHEDULES = ("tile", "slide")
 

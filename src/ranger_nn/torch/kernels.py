@@ -61,11 +61,11 @@ class Kernel:
         """The function from local inputs to the local output."""
         raise NotImplementedError
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """Bytes of workspace of one forward call, beyond inputs and output."""
         return 0
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """Bytes of workspace of one backward call, beyond inputs, the output's gradient and the results."""
         return out_bytes * (self.members + 1) + sum(in_bytes)
 
@@ -106,7 +106,7 @@ class Call(Kernel):
 class Light(Call):
     """A call whose backward needs no more than the results (sums, concatenations, views)."""
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """The local forward that autograd differentiates."""
         return out_bytes
 
@@ -118,11 +118,11 @@ class Linear(Kernel):
         """`torch.nn.functional.linear`."""
         return torch.nn.functional.linear
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """A contiguous copy of the input where its region is not."""
         return in_bytes[0]
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """Contiguous copies of input and gradient."""
         return out_bytes + in_bytes[0]
 
@@ -181,7 +181,7 @@ class Fused(Kernel):
 
         return local
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """One intermediate of each of two members."""
         return out_bytes * min(2, self.members - 1)
 
@@ -197,11 +197,11 @@ class Opaque(Kernel):
         """The function itself."""
         return self.function
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """As much again as it reads."""
         return sum(in_bytes)
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """Forward's result and as much as it reads."""
         return 2 * out_bytes + 2 * sum(in_bytes)
 
@@ -241,7 +241,7 @@ class Dropout(Kernel):
         """`dim`: the dimension along which the mask is drawn slice by slice."""
         self.p, self.shape, self.dim = p, shape, dim
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """The mask."""
         return 2 * out_bytes
 

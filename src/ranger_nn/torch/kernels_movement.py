@@ -23,11 +23,11 @@ class Movement(Light):
         """Nothing to bind."""
         super().__init__(lambda x: x)
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """A copy where the region is not contiguous."""
         return in_bytes[0]
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """Forward again and a copy of the gradient."""
         return 2 * out_bytes + sum(in_bytes)
 
@@ -176,11 +176,11 @@ class Concatenate(Movement):
         super().__init__()
         self.dim = dim
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """None."""
         return 0
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """None: the gradient is cut in pieces."""
         return out_bytes // 4
 

@@ -84,11 +84,11 @@ class Reduce(Kernel):
             result = result.squeeze(self.axis)
         return result.to(self.dtype) if self.dtype is not None else result
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """Deviations, or the mask of ties; a contiguous copy where channels are grouped."""
         return (2 if isinstance(self.monoid, Sum) else 3) * in_bytes[0] + 64
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """As much as the region, twice."""
         return 3 * in_bytes[0]
 
@@ -130,7 +130,7 @@ class NormApply(Kernel):
         """`groups` of channels; `batch`: moments are over the batch too (batch normalisation)."""
         self.groups, self.eps, self.weight, self.bias, self.batch = groups, eps, weight, bias, batch
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """The scaled input."""
         return int(1.1 * out_bytes) + 256
 

@@ -99,11 +99,11 @@ class Resample(Kernel):
         self.native = exact and all(a.exact_factor for a in self.axes)
         self.margin = {"linear": 1, "cubic": 2}.get(mode, 0)
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """The result before it is cropped, or one tap of a gather."""
         return int(0.3 * out_bytes) + in_bytes[0] if self.native else 2 * out_bytes + in_bytes[0]
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """Forward again and the gradient before the crop."""
         return int((2.4 if self.native else 8) * out_bytes) + 2 * in_bytes[0]
 

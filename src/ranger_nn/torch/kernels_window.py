@@ -56,14 +56,26 @@ class Convolution(Kernel):
         """Integers as in `torch.nn.functional.conv*d`, one for each windowed dimension."""
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.reaches, self.bias = reaches, bias
+        self.channels: tuple[int, int] = (16, 16)
+        self.columns = 0
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
-        """A padded or contiguous copy of the input."""
-        return int(in_bytes[0] * 1.1)
+    def _blocked(self, out_bytes: int, in_bytes: Sequence[int]) -> tuple[int, int]:
+        """Bytes of input and output with channels padded to sixteens; `columns`: unfolded input (float64)."""
+        if self.columns:
+            return in_bytes[0] * self.columns, 0
+        c_in, c_out = self.channels
+        return -(-c_in // 16) * 16 * in_bytes[0] // c_in, -(-c_out // 16) * 16 * out_bytes // c_out
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
-        """Padded copy of the input and its gradient before the border is cut off."""
-        return 2 * in_bytes[0] + out_bytes
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+        """A contiguous or padded copy of the input, and oneDNN's blocked copies (channels in sixteens)."""
+        blocked_in, blocked_out = self._blocked(out_bytes, in_bytes)
+        copy = 0 if joined else in_bytes[0]
+        return copy + max(blocked_in + max(0, blocked_out - out_bytes), blocked_out) + 2 * sum(in_bytes[1:])
+
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+        """Copies of the input and of the output's gradient, plain and blocked, and the blocked input gradient."""
+        blocked_in, blocked_out = self._blocked(out_bytes, in_bytes)
+        return in_bytes[0] + 2 * blocked_in + blocked_out + out_bytes + 4 * sum(in_bytes[1:])
 
     def _geometry(self, out_box: Box, in_box: Box) -> tuple[list[int], list[int]]:
         lead = len(out_box) - len(self.reaches)
@@ -125,7 +137,7 @@ class TransposedConvolution(Kernel):
         self.stride, self.padding, self.output_padding = stride, padding, output_padding
         self.dilation, self.groups, self.kernel, self.sizes = dilation, groups, kernel, sizes
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """The output before it is cropped, and a contiguous copy of the input."""
         return int(out_bytes * 0.5) + in_bytes[0]
 
@@ -193,11 +205,11 @@ class Pooling(Kernel):
         self.padding, self.dilation, self.ceil_mode = padding, dilation, ceil_mode
         self.count_pad, self.divisor, self.sizes, self.reaches = count_pad, divisor, sizes, reaches
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """Indices (64-bit) of a maximum, or a padded copy of the input."""
         return 2 * out_bytes + int(in_bytes[0] * 1.1)
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """Forward again: output, indices, padded input and its gradient."""
         return 4 * out_bytes + int(in_bytes[0] * 2.2)
 
@@ -273,11 +285,11 @@ class AdaptivePooling(Kernel):
         """`sizes`: whole (input, output) spatial sizes."""
         self.whole, self.average, self.sizes = whole, average, sizes
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """The result after the first dimension."""
         return 3 * out_bytes + 2 * in_bytes[0]
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], border: bool) -> int:
+    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
         """Forward again, and gradients of the slices."""
         return 4 * out_bytes + 4 * in_bytes[0]
 
