@@ -127,6 +127,12 @@ def starting(graph: Graph, axes: Sequence[Axis], options: Options) -> list[Sched
         return [Schedule(0, ())]
     ones = [1] * len(axes)
     if options.regions is not None:
+        if len(options.regions) > len(axes):
+            names = ", ".join(a.name for a in axes)
+            raise InputError(
+                f"regions has {len(options.regions)} sizes {options.regions}, but {graph.name} can be cut along "
+                f"{len(axes)} axes ({names}): give at most {len(axes)}"
+            )
         counts = [max(1, -(-_input_size(graph, a) // r)) for a, r in zip(axes, options.regions, strict=False)]
         counts += [1] * (len(axes) - len(counts))
         if options.schedule == "tile":
@@ -211,6 +217,11 @@ def _cut_positions(graph: Graph, best: Candidate) -> list[int]:
     return [p for _, _, p in sorted(costs)[:3]]
 
 
+def with_margin(peak: int) -> int:
+    """Projected bytes: the peak counted while lowering, and a little for what is not counted (small tensors)."""
+    return int(peak * MARGIN) + 4096
+
+
 def search(graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> Candidate:
     """The first schedule within the budget, or the best found."""
     best: Candidate | None = None
@@ -220,7 +231,7 @@ def search(graph: Graph, axes: Sequence[Axis], options: Options, training: bool)
         work += found.size
         if best is None or found.peak < best.peak:
             best = found
-        if options.allowed is None or found.peak * MARGIN <= options.allowed:
+        if options.allowed is None or with_margin(found.peak) <= options.allowed:
             return found
     assert best is not None
     fixed = options.regions is not None
@@ -233,7 +244,7 @@ def search(graph: Graph, axes: Sequence[Axis], options: Options, training: bool)
                 break
             found = lower(graph, axes, schedule, training)
             work += found.size
-            if found.peak * MARGIN <= options.allowed:
+            if with_margin(found.peak) <= options.allowed:
                 return found
             if found.peak < (improved.peak if improved else best.peak):
                 improved = found
@@ -248,7 +259,7 @@ def make_plan(graph: Graph, options: Options, training: bool) -> Planned:
     axes = find_axes(graph)
     best = search(graph, axes, options, training)
     whole = lower(graph, [], Schedule(0, ()), training)
-    projected = int(best.peak * MARGIN) + 4096
+    projected = with_margin(best.peak)
     if options.allowed is not None and projected > options.allowed:
         raise _too_small(graph, options.allowed, projected, best)
     verify_program(best.forward, graph)

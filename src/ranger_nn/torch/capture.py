@@ -228,12 +228,29 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         line = _user_line(error)
+        if _refuses_input(error):
+            shapes = [
+                f"{tuple(a.shape)} {a.dtype}" for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)
+            ]
+            raise InputError(
+                f"{type(model).__name__} refuses inputs {', '.join(shapes)}{line}: {str(error).strip().splitlines()[0]}. "
+                "Give inputs of the rank, size and dtype that the untouched model takes."
+            ) from error
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}{line}: {type(error).__name__}: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}. A region-wise program needs a graph "
             "that does not depend on the data: replace a Python branch or loop on tensor values by torch.where or "
             "torch.cond, or regionalize the sub-module that has none."
         ) from error
+
+
+def _refuses_input(error: BaseException) -> bool:
+    """True where the model itself would fail on such an input: a shape or dtype that does not fit."""
+    text = str(error).lower()
+    if "data-dependent" in text or "unbacked" in text or "torch.cond" in text:
+        return False
+    words = ("expected", "must match", "should be", "size", "shape", "dtype", "channels", "got input")
+    return isinstance(error, (RuntimeError, ValueError, IndexError, TypeError)) and any(w in text for w in words)
 
 
 def _user_line(error: BaseException) -> str:
