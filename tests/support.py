@@ -135,10 +135,12 @@ def run(
     inputs: tuple[Tensor, ...],
     pick: Callable[[Any], tuple[Tensor, ...]] = leaves,
     seed: int = 2,
+    *,
+    of_inputs: bool = True,
 ) -> Gradients:
     """Forward, then backward through a seeded weighted sum of all picked outputs."""
     model.zero_grad(set_to_none=True)
-    given = tuple(x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs)
+    given = tuple(x.detach().clone().requires_grad_(of_inputs and x.is_floating_point()) for x in inputs)
     # A copy that is not a leaf, so that networks may write into their input.
     outputs = pick(model(*(x.clone() for x in given)))
     weights = random_inputs(tuple(tuple(y.shape) for y in outputs), torch.float64, seed)

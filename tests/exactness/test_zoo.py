@@ -52,10 +52,10 @@ def test_regions_that_do_not_divide(entry: Entry, schedule: str) -> None:
 def test_inside_a_budget(entry: Entry) -> None:
     """Regions and schedules of the planner's choice, at six tenths of what the fastest plan needs."""
     model, inputs = entry.make(), entry.inputs()
-    fastest = ranger_nn.plan(model, inputs, training=True)
-    memory = int(0.6 * fastest.projected)
+    given = tuple(x.requires_grad_() for x in entry.inputs())
+    memory = int(0.6 * ranger_nn.regionalize(model).plan_for(*given).projected)
     try:
-        ranger_nn.plan(model, inputs, memory=memory, training=True)
+        ranger_nn.regionalize(model, memory=memory).plan_for(*given)
     except errors.BudgetError as error:
         memory = error.least or 0
     small = ranger_nn.regionalize(model, memory=memory)
