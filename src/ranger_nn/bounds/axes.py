@@ -30,8 +30,9 @@ def _find(parent: dict[tuple[int, int], tuple[int, int]], key: tuple[int, int]) 
 
 
 def _contracted(graph: Graph) -> list[tuple[int, int]]:
-    """Channels: dimensions that an operator with weights reads whole."""
-    return [
+    """Channels: dimensions that an operator with weights reads whole, or that a reduction gathers in groups."""
+    grouped = [(node.inputs[0], d) for node in graph.nodes for d in node.rule.indivisible]
+    return grouped + [
         (node.inputs[0], d)
         for node in graph.nodes
         if node.macs and node.inputs and any(graph.values[v].kind == PARAMETER for v in node.inputs[1:])

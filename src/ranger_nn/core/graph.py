@@ -40,6 +40,7 @@ class Rule:
     `links[i][d]` ties dimension d of input i to an output dimension, or is None: all of that dimension is read.
     `reduces`: the operator is a monoid over the dimensions of input 0 that have no link (a sum, a maximum,
     moments): regions may be lifted one by one and merged.
+    `indivisible`: dimensions of input 0 that a reduction must see whole (channels that it gathers in groups).
     `pointwise`: every element depends on the elements at the same place only, so that chains may be fused.
     """
 
@@ -47,6 +48,7 @@ class Rule:
     reduces: bool = False
     pointwise: bool = False
     reason: str = ""
+    indivisible: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,4 +25,4 @@ def reduction(shape: Shape, dims: Collection[int], keepdim: bool) -> Rule:
 
 def moments(shape: Shape) -> Rule:
     """Mean and variance of groups of channels over space: nothing of the input's dimensions is kept."""
-    return Rule(((None,) * len(shape),), reduces=True)
+    return Rule(((None,) * len(shape),), reduces=True, indivisible=(1,))

@@ -122,7 +122,9 @@ class BackwardLowering:
             del self.grads[v]
 
     def read(self, v: int, box: Box, windows: dict[int, Located] | None = None) -> Read:
-        """A region of a forward value."""
+        """A region of a forward value (an empty one is all border: nothing has to hold it)."""
+        if any(hi <= lo for lo, hi in box) and 0 not in self.graph.values[v].shape:
+            return Read((), 0, 0, box)
         if not (windows and v in windows):
             self.used.add(v)
         return self.f.read(v, box, windows) if v in (windows or {}) or v in self.f.places else self._absent(v)
@@ -287,7 +289,7 @@ class GradWindow:
             return
         end = self.end
         if end < 0:
-            end = min(start, lo) if exact else lo
+            end = min(start, lo)
         if lo > end:
             self._zeros(end, lo)
             end = lo
@@ -570,8 +572,10 @@ class BackwardStrip(Strip):
             pages[0].lo = upto
 
     def _contribute(self, u: int, box: Box, slot: int) -> None:
-        if u in self.produced and any(hi <= lo for lo, hi in box):
+        if any(hi <= lo for lo, hi in box):
             self.builder.drop(slot)
+            if self.graph.values[u].kind != COMPUTED and u not in self.b.grads:
+                self.b.whole_grad(u)
             return
         if u in self.produced:
             place = self._grad_place(u)

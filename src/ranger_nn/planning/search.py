@@ -127,11 +127,12 @@ def starting(graph: Graph, axes: Sequence[Axis], options: Options) -> list[Sched
         return [Schedule(0, ())]
     ones = [1] * len(axes)
     if options.regions is not None:
-        if len(options.regions) > len(axes):
+        spatial = max([len(axes), *(len(graph.values[v].shape) - 2 for v in graph.inputs)])
+        if len(options.regions) > spatial:
             names = ", ".join(a.name for a in axes)
             raise InputError(
                 f"regions has {len(options.regions)} sizes {options.regions}, but {graph.name} can be cut along "
-                f"{len(axes)} axes ({names}): give at most {len(axes)}"
+                f"{len(axes)} axes ({names}): give at most {spatial}"
             )
         counts = [max(1, -(-_input_size(graph, a) // r)) for a, r in zip(axes, options.regions, strict=False)]
         counts += [1] * (len(axes) - len(counts))

@@ -111,7 +111,8 @@ class Resample(Kernel):
         """Native on a crop, or a gather along each cut dimension after the native call on the others."""
         lead = len(out_box) - len(self.axes)
         whole = [out_box[lead + i] == (0, a.out) for i, a in enumerate(self.axes)]
-        if all(whole):
+        read_whole = [in_boxes[0][lead + i] == (0, a.size) for i, a in enumerate(self.axes)]
+        if all(whole) and all(read_whole):
             return lambda x: _resample(x, self.mode, self.axes, self.align)
         if self.native:
             return self._crop(out_box, in_boxes[0], lead)

@@ -24,12 +24,22 @@ Ints = tuple[int, ...]
 
 
 def borders(out_box: Box, in_box: Box, reaches: Sequence[Reach], lead: int) -> list[tuple[int, int]]:
-    """Indices missing before and after, for each windowed dimension."""
+    """Indices missing before and after, for each windowed dimension; negative where more was read than is needed.
+
+    Where the window lies beyond what was read, all of that is cropped and the window is border alone.
+    """
     result = []
     for i, reach in enumerate(reaches):
         lo, hi = reach.needs(*out_box[lead + i])
         a, b = in_box[lead + i]
-        result.append((a - lo, hi - b) if b > a else (0, hi - lo))
+        if b <= a:
+            result.append((0, hi - lo))
+        elif hi <= a:
+            result.append((hi - lo, a - b))
+        elif lo >= b:
+            result.append((a - b, hi - lo))
+        else:
+            result.append((a - lo, hi - b))
     return result
 
 
