@@ -15,19 +15,16 @@ KNOWN_GAPS = {
     "test_plans.py": "golden texts are not recorded until the planner's choices settle",
     "test_main.py::test_signals_leave_no_file": "timing: the signal may come before the run begins",
     "test_examples.py::test_denoise_retina": "stops at its own check measured <= projected",
-    "test_zoo.py::test_inside_a_budget": "planning under a tight budget takes tens of seconds on the larger graphs",
     **{
         f"test_zoo.py::test_regions_that_do_not_divide[{name}": "not exact or not in time yet at this region size"
-        for name in ("resnet50", "unet_3d", "vnet_3d", "convnextv2", "regnet", "swin_tiny", "unet2d", "wavenet")
+        for name in ()
     },
     "test_nets.py::test_extreme_regions": "regions of one pixel: minutes of planning",
 }
 NOT_RUN = (
     "test_nets.py::test_extreme_regions",
     "test_promise.py",
-    "test_zoo.py::test_inside_a_budget",
     "test_plans.py",
-    "resnet50",
     "test_examples.py::test_denoise_retina",
 )
 

@@ -47,7 +47,7 @@ class View(Movement):
         flat: list[int] = []
         crops: list[tuple[int, int, int]] = []
         box = in_boxes[0]
-        if self.groups is None or lengths(box) == list(self.shape):
+        if self.groups is None or (lengths(box) == list(self.shape) and final == list(self.out)):
             return lambda x: x.reshape(final)
         for g, (left, right) in enumerate(self.groups):
             count = 1
