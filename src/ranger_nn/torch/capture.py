@@ -222,6 +222,7 @@ def functional(target: Any) -> Any:
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """`torch.export`, with an error that names the line where it fails."""
+    _refuse_cumulative(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -242,6 +243,17 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
             "that does not depend on the data: replace a Python branch or loop on tensor values by torch.where or "
             "torch.cond, or regionalize the sub-module that has none."
         ) from error
+
+
+def _refuse_cumulative(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        running = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        if running and module.training and module.momentum is None:
+            raise CaptureError(
+                f"{name or type(model).__name__} is a batch norm with momentum=None in training mode: its cumulative "
+                "average divides by the counter num_batches_tracked, a number that torch.export cannot capture. Give it "
+                "a momentum (0.1 is the usual one), or put the module in eval() mode."
+            )
 
 
 def _refuses_input(error: BaseException) -> bool:

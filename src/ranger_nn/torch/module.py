@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +37,7 @@ class Ready:
     engine: TorchEngine
     forward: list[Step]
     backward: list[Step] | None
+    autocast: torch.dtype | None = None
 
 
 def regionalize(
@@ -233,11 +233,13 @@ class Regional(nn.Module):
             with self._lock:
                 ready = self._ready.get(key)
                 if ready is None:
-                    ready = self._make(leaves, spec, grad, device)
+                    ready = self._make(leaves, spec, grad, device, amp)
                     self._ready[key] = ready
         return ready, leaves
 
-    def _make(self, leaves: list[Any], spec: Any, grad: bool, device: torch.device) -> Ready:
+    def _make(
+        self, leaves: list[Any], spec: Any, grad: bool, device: torch.device, autocast: torch.dtype | None
+    ) -> Ready:
         _check_inputs(self.module, leaves)
         fake = [_fake(x, grad) for x in leaves]
         args, kwargs = pytree.tree_unflatten(fake, spec)
@@ -245,7 +247,7 @@ class Regional(nn.Module):
         planned = make_plan(captured.graph, self._options, grad)
         engine = TorchEngine(captured.graph, device)
         backward = bind(planned.backward, engine) if planned.backward is not None else None
-        ready = Ready(captured, planned, engine, bind(planned.forward, engine), backward)
+        ready = Ready(captured, planned, engine, bind(planned.forward, engine), backward, autocast)
         if self._verify:
             verify_small(self, leaves, spec)
         return ready
@@ -294,7 +296,8 @@ class Regional(nn.Module):
                 slots[program.grads[v]] = (
                     grad if grad is not None else torch.zeros(value.shape, dtype=like, device=ready.engine.device)
                 )
-        with torch.no_grad(), nullcontext():
+        amp = ready.autocast
+        with torch.no_grad(), torch.autocast(ready.engine.device.type, dtype=amp, enabled=amp is not None):
             run(ready.backward, slots, ready.engine)
         found = [program.results.get(v) for v in ready.captured.sources]
         return [None if s is None else slots[s] for s in found]
