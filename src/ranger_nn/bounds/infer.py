@@ -40,6 +40,20 @@ class Bounds:
             return 0, size
         return link.needs(start, stop, size)
 
+    def follow(self, node: Node, position: int, axis: int, row: int, end: bool) -> int:
+        """First row of input `position` that output rows from `row` on read; with `end`, the row after the last
+        that rows up to `row` read. Not clipped to the value: rows before 0 and beyond the size go on evenly.
+        """
+        value = node.inputs[position]
+        d = self.dim(value, axis)
+        if d is None:
+            return 1 if end else 0
+        link = node.rule.links[position][d]
+        if link is None or link.out_dim != self.dim(node.outputs[0], axis):
+            return self.graph.values[value].shape[d] if end else 0
+        reach = link.reach
+        return reach.needs(row - 1, row)[1] if end else reach.needs(row, row + 1)[0]
+
     def blocked(self, node: Node, position: int, axis: int) -> bool:
         """True where input `position` is cut along `axis` but must be read whole."""
         value = node.inputs[position]

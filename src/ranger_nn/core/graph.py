@@ -17,7 +17,7 @@ INPUT, PARAMETER, CONSTANT, COMPUTED = "input", "parameter", "constant", "comput
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One tensor of the network: `shape` in elements, `itemsize` in bytes."""
+    """One tensor of the network: `shape` in elements, `itemsize` in bytes, `layout` as the adapter holds it."""
 
     index: int
     name: str
@@ -26,6 +26,7 @@ class Value:
     itemsize: int
     kind: str = COMPUTED
     differentiable: bool = False
+    layout: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -32,13 +32,27 @@ class Read:
     box: Box = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """What one call of a kernel spans: the region of its output, its inputs and their sizes in bytes.
+
+    `reads` tell where each input comes from (in backward the output's gradient is the last); `in_bytes` are sizes of
+    the regions, also of those that backward does not read.
+    """
+
+    out_box: Box
+    out_bytes: int
+    in_bytes: tuple[int, ...]
+    reads: tuple[Read, ...]
+
+
 @dataclass(slots=True)
 class Instruction:
     """One step: `op` on `reads`, results into the slots `outs`, then the slots in `frees` are dropped.
 
     `node` indexes the graph's nodes (-1: none). `out_box` is the region of the node's output that is computed;
     `wanted` (VJP) says for which inputs a gradient is asked; `shape`/`value` serve ALLOC and ZEROS.
-    `live` is the projected number of bytes while it runs, workspace included.
+    `live` is the projected number of bytes while it runs, workspace included; `grows` what the step itself adds.
     """
 
     op: str
@@ -55,6 +69,7 @@ class Instruction:
     sweep: int = 0
     region: int = -1
     live: int = 0
+    grows: int = 0
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from math import prod
 
 from ranger_nn.bounds.infer import share
 from ranger_nn.core.graph import COMPUTED, INPUT, Node
-from ranger_nn.core.program import ADD, REDUCE_VJP, TRIM, VJP, ZEROS, Program, Read
+from ranger_nn.core.program import ADD, REDUCE_VJP, TRIM, VJP, ZEROS, Extent, Program, Read
 from ranger_nn.core.reach import Box
 from ranger_nn.planning.builder import Builder, Located, Page, box_bytes
 from ranger_nn.planning.forward import (
@@ -30,6 +30,7 @@ from ranger_nn.planning.forward import (
     sweep_users,
     tile_intervals,
 )
+from ranger_nn.planning.pace import BackwardPace
 from ranger_nn.planning.stages import REDUCE, REGIONAL
 
 NOTHING = Read(())
@@ -89,10 +90,22 @@ class BackwardLowering:
             for k in reversed(self.stages.levels[at].prologue):
                 self._prologue(k)
             self._free(at, first_read)
+        for v in sorted(self._reached()):
+            if self._is_leaf(v) and v not in self.grads:
+                self.whole_grad(v)
         program = b.program(self.f.external)
         program.results = {v: place.slot for v, place in self.grads.items() if self._is_leaf(v)}
         program.grads = dict(self.given)
         return program
+
+    def _reached(self) -> set[int]:
+        """Differentiable values on which a differentiable output depends: autograd gives them zeros, not None."""
+        values = self.graph.values
+        reached = {v for v in self.graph.outputs if values[v].differentiable}
+        for node in reversed(self.graph.nodes):
+            if reached & set(node.outputs):
+                reached |= {v for v in node.inputs if values[v].differentiable}
+        return reached
 
     def _is_leaf(self, v: int) -> bool:
         return self.graph.values[v].kind != COMPUTED
@@ -189,7 +202,7 @@ class BackwardLowering:
             k,
             [*reads, *grads],
             results,
-            scratch=node.kernel.vjp_scratch(out_bytes, sizes, False),
+            scratch=node.kernel.vjp_scratch(Extent(out_box, out_bytes, tuple(sizes), (*reads, *grads))),
             out_box=out_box,
             wanted=wanted,
             value=node.outputs[0],
@@ -339,88 +352,41 @@ class BackwardStrip(Strip):
         self.streamed = set()
         self.back_order = [k for k in reversed(sweep.nodes) if k in active]
         self.slide = parent.f.slide
+        self.pace = BackwardPace(
+            self.bounds, self.p.stages, sweep.nodes, users, sweep.sinks, self.slide, self.p.schedule.steps, active
+        )
+        self.clock, self.final = self.pace.clock, self.pace.final
 
     # -- progress
 
     def _size(self, v: int) -> int:
-        if self.slide is None or self.bounds.dim(v, self.slide) is None:
-            return 1
-        return self.bounds.size(v, self.slide)
+        return self.pace.size(v)
 
     def _needs(self, k: int, i: int, a: int, b: int) -> tuple[int, int]:
-        if self.slide is None:
-            return (0, 1) if b > a else (0, 0)
-        return self.bounds.needs(self.graph.nodes[k], i, self.slide, a, b)
-
-    def _share_end(self, v: int, t: int, steps: int) -> int:
-        return share(self._size(v), t, steps)[1]
-
-    def _back_ends(self, t: int, steps: int) -> dict[int, int]:
-        new: dict[int, int] = {}
-        for k in self.back_order:
-            if self.p.stages.kind[k] == REDUCE:
-                continue
-            v = self.graph.nodes[k].outputs[0]
-            size = self._size(v)
-            readers = [(u, i) for u, i in self.users.get(v, []) if u in self.active]
-            end = size if readers else self._share_end(v, t, steps)
-            for u, i in readers:
-                if self.p.stages.kind[u] == REDUCE:
-                    end = min(end, self._share_end(v, t, steps))
-                    continue
-                out = self.graph.nodes[u].outputs[0]
-                total = self._size(out)
-                if new[out] < total:
-                    end = min(end, self._needs(u, i, new[out], total)[0])
-            new[v] = max(end, self.back.get(v, 0))
-        return new
-
-    def _front_ends(self, back: dict[int, int], t: int, steps: int) -> dict[int, int]:
-        new: dict[int, int] = {}
-        for k in reversed(self.sweep.nodes):
-            if self.p.stages.kind[k] == REDUCE:
-                continue
-            v = self.graph.nodes[k].outputs[0]
-            end = 0
-            for u, i in self.users.get(v, []):
-                if self.p.stages.kind[u] == REDUCE:
-                    if u in self.active:
-                        end = max(end, self._share_end(v, t, steps))
-                    continue
-                out = self.graph.nodes[u].outputs[0]
-                if new[out] > 0:
-                    end = max(end, self._needs(u, i, 0, new[out])[1])
-                if u in self.active and i in self.graph.nodes[u].vjp_reads and back[out] > 0:
-                    end = max(end, self._needs(u, i, 0, back[out])[1])
-            new[v] = max(end, self.ends.get(v, 0))
-        return new
+        return self.pace.needs(k, i, a, b)
 
     # -- steps
 
     def run(self) -> None:
         """All steps."""
-        steps = max(1, self.p.schedule.steps)
-        final_back = self._back_ends(steps - 1, steps)
-        self.final = self._front_ends(final_back, steps - 1, steps)
         events = self._last_events()
-        for t in range(steps):
-            back = self._back_ends(t, steps)
-            front = self._front_ends(back, t, steps)
+        for t in range(self.clock.total):
+            back, front = self.pace.at(t, self.back, self.ends)
             for k in self.sweep.nodes:
                 if self.p.stages.kind[k] == REGIONAL:
                     node = self.graph.nodes[k]
                     v = node.outputs[0]
                     if front[v] > self.ends.get(v, 0):
                         self._run(k, node, v, (self.ends.get(v, 0), front[v]))
-                self._drop(events.get(("f", k), ()), back, front, t, steps)
+                self._drop(events.get(("f", k), ()), back, front, t)
             for k in self.back_order:
                 if self.p.stages.kind[k] == REDUCE:
-                    self._reduce_vjp(k, t, steps)
+                    self._reduce_vjp(k, t)
                 else:
                     v = self.graph.nodes[k].outputs[0]
                     if back[v] > self.back.get(v, 0):
                         self._vjp(k, v, (self.back.get(v, 0), back[v]))
-                self._drop(events.get(("b", k), ()), back, front, t, steps)
+                self._drop(events.get(("b", k), ()), back, front, t)
             self.ends, self.back = front, back
             self.builder.region += 1
         for place in (*self.windows.values(), *self.grads.values()):
@@ -456,7 +422,7 @@ class BackwardStrip(Strip):
             events.setdefault(key, []).append(v)
         return {k: tuple(v) for k, v in events.items()}
 
-    def _drop(self, values: tuple[int, ...], back: dict[int, int], front: dict[int, int], t: int, steps: int) -> None:
+    def _drop(self, values: tuple[int, ...], back: dict[int, int], front: dict[int, int], t: int) -> None:
         for v in values:
             if v not in self.windows:
                 continue
@@ -464,7 +430,7 @@ class BackwardStrip(Strip):
             for u, i in self.users[v]:
                 if self.p.stages.kind[u] == REDUCE:
                     if u in self.active:
-                        keep = min(keep, self._share_end(v, t, steps))
+                        keep = min(keep, self.clock.end(size, t))
                     continue
                 out = self.graph.nodes[u].outputs[0]
                 if front[out] < self.final[out]:
@@ -547,7 +513,7 @@ class BackwardStrip(Strip):
             ]
             sizes = [box_bytes(b, self.graph.values[u].itemsize) for u, b in zip(node.inputs, boxes, strict=True)]
             results = [(n, None, False) for n, w in zip(sizes, wanted, strict=True) if w]
-            scratch = node.kernel.vjp_scratch(grad.nbytes, sizes, False)
+            scratch = node.kernel.vjp_scratch(Extent(out, grad.nbytes, tuple(sizes), (*reads, grad)))
             outs = iter(
                 self.builder.emit(VJP, k, [*reads, grad], results, scratch=scratch, out_box=out, wanted=wanted, value=v)
             )
@@ -594,12 +560,12 @@ class BackwardStrip(Strip):
         else:
             self.b.add_whole(u, box, slot)
 
-    def _reduce_vjp(self, k: int, t: int, steps: int) -> None:
+    def _reduce_vjp(self, k: int, t: int) -> None:
         node = self.graph.nodes[k]
         u, out = node.inputs[0], node.outputs[0]
         if not self.graph.values[u].differentiable:
             return
-        rows = share(self._size(u), t, steps)
+        rows = self.clock.share(self._size(u), t)
         box = self._own_box(u, rows)
         if any(hi <= lo for lo, hi in box):
             return
@@ -608,7 +574,7 @@ class BackwardStrip(Strip):
         self.b.used.add(out)
         read = self.b.read(u, box, self.windows)
         state = Read(((self.p.states[k], ()),))
-        scratch = node.kernel.vjp_scratch(0, [read.nbytes], False)
+        scratch = node.kernel.vjp_scratch(Extent((), 0, (read.nbytes,), (read,)))
         (slot,) = self.builder.emit(REDUCE_VJP, k, [read, state, grad], [(read.nbytes, None, False)], scratch=scratch)
         self._contribute(u, box, slot)
 

@@ -152,10 +152,8 @@ class Builder:
         now = self.live + joined + scratch
         if now > self.peak:
             self.peak, self.peak_at = now, len(self.instructions)
-        del before
-        self.instructions.append(
-            Instruction(op, node, tuple(reads), tuple(outs), sweep=self.sweep, region=self.region, live=now, **options)  # type: ignore[arg-type]
-        )
+        place = {"sweep": self.sweep, "region": self.region, "live": now, "grows": now - before}
+        self.instructions.append(Instruction(op, node, tuple(reads), tuple(outs), **place, **options))  # type: ignore[arg-type]
         return outs
 
     def program(self, external: dict[int, int]) -> Program:

@@ -14,9 +14,10 @@ from math import prod
 
 from ranger_nn.bounds.infer import Bounds, share
 from ranger_nn.core.graph import COMPUTED, Node
-from ranger_nn.core.program import ALLOC, FINISH, LIFT, MERGE, RUN, TRIM, WRITE, Program, Read
+from ranger_nn.core.program import ALLOC, FINISH, LIFT, MERGE, RUN, TRIM, WRITE, Extent, Program, Read
 from ranger_nn.core.reach import Box, Interval
 from ranger_nn.planning.builder import Builder, Located, Page, box_bytes
+from ranger_nn.planning.pace import Clock, ForwardPace
 from ranger_nn.planning.stages import PROLOGUE, REDUCE, REGIONAL, Stages
 
 FOREVER = 1 << 30
@@ -180,7 +181,8 @@ class ForwardLowering:
         reads = [self.read(v, self.full_box(v)) for v in node.inputs]
         out_bytes = [self.graph.values[v].nbytes for v in node.outputs]
         view = reads[node.alias].parts[0][0] if node.alias is not None and len(reads[node.alias].parts) == 1 else None
-        scratch = node.kernel.scratch(sum(out_bytes), [r.nbytes for r in reads], False)
+        extent = Extent(self.full_box(node.outputs[0]), sum(out_bytes), tuple(r.nbytes for r in reads), tuple(reads))
+        scratch = node.kernel.scratch(extent)
         results = [(n, view, node.may_copy) for n in out_bytes]
         out_box = self.full_box(node.outputs[0])
         outs = self.builder.emit(RUN, k, reads, results, scratch=scratch, out_box=out_box, value=node.outputs[0])
@@ -256,6 +258,7 @@ class Strip:
         self.intervals = {a: tile_intervals(parent, sweep, users, a, i) for a, i in tile.items()}
         self.order = {k: n for n, k in enumerate(sweep.nodes)}
         self.ends: dict[int, int] = {}
+        self.clock = Clock(1)
         self.streamed = self._streamed_stores()
 
     def _streamed_stores(self) -> set[int]:
@@ -271,19 +274,28 @@ class Strip:
 
     def run(self) -> None:
         """All steps."""
-        steps = max(1, self.p.schedule.steps)
-        for t in range(steps):
-            new = slide_ends(self.p, self.sweep, self.users, self.produced, t, steps, self.ends)
+        pace = ForwardPace(
+            self.bounds,
+            self.p.stages,
+            self.sweep.nodes,
+            self.users,
+            self.sweep.sinks,
+            self.p.slide,
+            self.p.schedule.steps,
+        )
+        self.clock = pace.clock
+        for t in range(self.clock.total):
+            new = pace.at(t, self.ends)
             for k in self.sweep.nodes:
                 node = self.graph.nodes[k]
                 if self.p.stages.kind[k] == REDUCE:
-                    self._lift(k, node, t, steps)
+                    self._lift(k, node, t)
                 else:
                     v = node.outputs[0]
                     start = self.ends.get(v, 0)
                     if new[v] > start:
                         self._run(k, node, v, (start, new[v]))
-                self._drop_after(k, new, t, steps)
+                self._drop_after(k, new, t)
             self.ends = new
             self.builder.region += 1
         for v, place in list(self.windows.items()):
@@ -322,16 +334,15 @@ class Strip:
         boxes = [self.in_box(node, i, out) for i in range(len(node.inputs))]
         reads = [self.p.read(u, box, self.windows) for u, box in zip(node.inputs, boxes, strict=True)]
         out_bytes = box_bytes(out, value.itemsize)
-        view = None
+        view, may_copy = None, node.may_copy
         if node.alias is not None and len(reads[node.alias].parts) == 1:
-            view = reads[node.alias].parts[0][0]
-            if self.builder.bytes.get(self.builder.storage[view], 0) == 0 and node.may_copy:
+            copies = node.kernel.copies(out, boxes)
+            may_copy = node.may_copy if copies is None else copies
+            view = None if copies else reads[node.alias].parts[0][0]
+            if view is not None and may_copy and self.builder.bytes.get(self.builder.storage[view], 0) == 0:
                 view = None
-        joined = bool(reads) and len(reads[0].parts) != 1
-        scratch = node.kernel.scratch(out_bytes, [r.nbytes for r in reads], joined)
-        (slot,) = self.builder.emit(
-            RUN, k, reads, [(out_bytes, view, node.may_copy)], scratch=scratch, out_box=out, value=v
-        )
+        scratch = node.kernel.scratch(Extent(out, out_bytes, tuple(r.nbytes for r in reads), tuple(reads)))
+        (slot,) = self.builder.emit(RUN, k, reads, [(out_bytes, view, may_copy)], scratch=scratch, out_box=out, value=v)
         whole = max(1, prod(value.shape))
         self.builder.macs += node.macs * prod(hi - lo for lo, hi in out) // whole
         self._place(v, slot, rows, out)
@@ -374,23 +385,22 @@ class Strip:
             window.pages.pop()
             self.builder.drop(slot)
 
-    def _lift(self, k: int, node: Node, t: int, steps: int) -> None:
+    def _lift(self, k: int, node: Node, t: int) -> None:
         v = node.inputs[0]
         box = [(0, n) for n in self.graph.values[v].shape]
         for a in range(len(self.bounds.axes)):
             d = self.bounds.dim(v, a)
-            index, count = (
-                (t, steps)
-                if a == self.p.slide
-                else (self.tile.get(a, 0), self.p.schedule.tiles[a] if a in self.tile else 1)
-            )
-            own = share(self.bounds.size(v, a), index, count)
+            size = self.bounds.size(v, a)
+            if a == self.p.slide:
+                own = self.clock.share(size, t)
+            else:
+                own = share(size, self.tile.get(a, 0), self.p.schedule.tiles[a] if a in self.tile else 1)
             if own[1] <= own[0]:
                 return
             if d is not None:
                 box[d] = own
         read = self.p.read(v, tuple(box), self.windows)
-        scratch = node.kernel.scratch(0, [read.nbytes], False)
+        scratch = node.kernel.scratch(Extent((), 0, (read.nbytes,), (read,)))
         small = 4 * self.graph.values[node.outputs[0]].nbytes + 64
         (part,) = self.builder.emit(LIFT, k, [read], [(small, None, False)], scratch=scratch)
         n = node.kernel.count(tuple(box))
@@ -411,7 +421,7 @@ class Strip:
 
     # -- lifetimes
 
-    def _drop_after(self, k: int, new: dict[int, int], t: int, steps: int) -> None:
+    def _drop_after(self, k: int, new: dict[int, int], t: int) -> None:
         for v in set(self.graph.nodes[k].inputs):
             in_window = v in self.windows and self.stores.get(v) is not self.windows[v]
             if not in_window and v not in self.streamed:
@@ -419,16 +429,16 @@ class Strip:
             if max(self.order[u] for u, _ in self.users[v]) != self.order[k]:
                 continue
             place = self.windows[v] if in_window else self.p.places[v]
-            drop_rows(self.builder, self.graph, v, place, self._keep_from(v, new, t, steps))
+            drop_rows(self.builder, self.graph, v, place, self._keep_from(v, new, t))
 
-    def _keep_from(self, v: int, new: dict[int, int], t: int, steps: int) -> int:
+    def _keep_from(self, v: int, new: dict[int, int], t: int) -> int:
         if self.p.slide is None:
             return FOREVER
         keep = size = self.bounds.size(v, self.p.slide)
         for k, i in self.users[v]:
             node = self.graph.nodes[k]
             if self.p.stages.kind[k] == REDUCE:
-                keep = min(keep, share(size, t, steps)[1])
+                keep = min(keep, self.clock.end(size, t))
                 continue
             out = node.outputs[0]
             total = self.bounds.size(out, self.p.slide)
@@ -492,36 +502,6 @@ def tile_intervals(
         parts = [q for q in parts if q[1] > q[0]]
         found[v] = (min(lo for lo, _ in parts), max(hi for _, hi in parts)) if parts else (0, 0)
     return found
-
-
-def slide_ends(
-    p: ForwardLowering,
-    sweep: Sweep,
-    users: dict[int, list[tuple[int, int]]],
-    produced: set[int],
-    t: int,
-    steps: int,
-    ends: dict[int, int],
-) -> dict[int, int]:
-    """Rows up to which each value must be produced by step t: its share of a result, or what readers need."""
-    new: dict[int, int] = {}
-    for k in reversed(sweep.nodes):
-        if p.stages.kind[k] == REDUCE:
-            continue
-        v = p.graph.nodes[k].outputs[0]
-        if p.slide is None or p.bounds.dim(v, p.slide) is None:
-            new[v] = 1
-            continue
-        size = p.bounds.size(v, p.slide)
-        end = share(size, t, steps)[1] if v in sweep.sinks else 0
-        for u, i in users.get(v, []):
-            if p.stages.kind[u] == REDUCE:
-                end = max(end, share(size, t, steps)[1])
-                continue
-            out = p.graph.nodes[u].outputs[0]
-            end = max(end, p.bounds.needs(p.graph.nodes[u], i, p.slide, 0, new[out])[1])
-        new[v] = max(end, ends.get(v, 0))
-    return new
 
 
 def lower_forward(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -24,6 +24,7 @@ from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, No
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
 from ranger_nn.torch.kernels import Fused, Kernel, Opaque
+from ranger_nn.torch.layout import result_layout
 
 VIEWS = {
     "slice",
@@ -119,6 +120,12 @@ class Lower:
         name = f"{op}_{count}"
         many = isinstance(like, (list, tuple))
         outs = [self.value(name, t, COMPUTED, flows) for t in (like if many else [like])]
+        kept = "keeps" if rule.pointwise else kernel.layout
+        before = [(len(self.values[i].shape), self.values[i].layout) for i in inputs]
+        if not many and (layout := result_layout(kept, before, like)):
+            self.values[outs[0]] = replace(self.values[outs[0]], layout=layout)
+            kernel.channels_last = True
+        kernel.reads_channels_last = bool(inputs) and before[0][1] != ""
         reads = tuple(range(len(inputs))) if vjp_reads is None else tuple(vjp_reads)
         self.nodes.append(
             Node(
@@ -356,6 +363,8 @@ def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
         found = iter(tensors)
         return pytree.tree_unflatten([next(found) if isinstance(leaf, Ref) else leaf for leaf in leaves], out_spec)
 
+    for lowered in lower.nodes:
+        lowered.kernel.given = any(v in outputs for v in lowered.outputs)
     graph = Graph(
         type(model).__name__, tuple(lower.values), tuple(lower.nodes), tuple(inputs), tuple(dict.fromkeys(outputs))
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from ranger_nn.core import program as P
 from ranger_nn.core.graph import Graph
 from ranger_nn.core.program import Instruction
+from ranger_nn.torch.layout import FORMATS
 
 
 def _write(target: Tensor, source: Tensor) -> None:
@@ -44,11 +45,15 @@ class TorchEngine:
         if i.op == P.VJP:
             return self._vjp(i)
         if i.op in (P.ALLOC, P.ZEROS):
-            make = torch.empty if i.op == P.ALLOC else torch.zeros
-            shape, dtype, device = i.shape, getattr(torch, self.graph.values[i.value].dtype), self.device
-            return lambda: make(shape, dtype=dtype, device=device)
+            value = self.graph.values[i.value]
+            shape, dtype, device = i.shape, getattr(torch, value.dtype), self.device
+            last = value.layout and i.value not in self.graph.outputs
+            order = FORMATS[len(shape)] if last else torch.contiguous_format
+            if i.op == P.ALLOC:
+                return lambda: torch.empty(shape, dtype=dtype, device=device, memory_format=order)
+            return lambda: torch.empty(shape, dtype=dtype, device=device, memory_format=order).zero_()
         if i.op == P.TRIM:
-            return lambda x: x.clone(memory_format=torch.contiguous_format)
+            return torch.clone
         if i.op == P.WRITE:
             return _write
         if i.op == P.ADD:

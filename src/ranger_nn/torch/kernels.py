@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box
 
 Local = Callable[..., Any]
@@ -38,7 +39,7 @@ def fresh(grads: Sequence[Tensor | None], given: Sequence[Tensor], likes: Sequen
             continue
         storage = g.untyped_storage().data_ptr()
         if storage in seen or any(s == 0 and n > 1 for s, n in zip(g.stride(), g.shape, strict=True)):
-            g = g.clone(memory_format=torch.contiguous_format)
+            g = g.clone()
             storage = g.untyped_storage().data_ptr()
         seen.add(storage)
         result.append(g)
@@ -54,6 +55,18 @@ class Kernel:
     generates = False
     """Output dimensions that no input has a link to may be cut all the same."""
 
+    layout = ""
+    """"makes" where the result is channels-last, "keeps" where it is if the input is (see `layout.py`)."""
+
+    channels_last = False
+    """Set on the kernels of nodes whose result is held channels-last."""
+
+    reads_channels_last = False
+    """Set where the first input is held channels-last."""
+
+    given = False
+    """Set where the output's gradient comes from the caller, in whatever layout that has."""
+
     members = 1
     """Operators inside: what backward saves is about this many outputs."""
 
@@ -61,13 +74,17 @@ class Kernel:
         """The function from local inputs to the local output."""
         raise NotImplementedError
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def copies(self, out_box: Box, in_boxes: Sequence[Box]) -> bool | None:
+        """Of a node that may give a view of its input: whether it copies on this region; None: it cannot be said."""
+        return None
+
+    def scratch(self, at: Extent) -> int:
         """Bytes of workspace of one forward call, beyond inputs and output."""
         return 0
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def vjp_scratch(self, at: Extent) -> int:
         """Bytes of workspace of one backward call, beyond inputs, the output's gradient and the results."""
-        return out_bytes * (self.members + 1) + sum(in_bytes)
+        return at.out_bytes * (self.members + 1) + sum(at.in_bytes)
 
     def bind_vjp(self, out_box: Box, in_boxes: Sequence[Box], wanted: Sequence[bool]) -> Local:
         """The function (inputs..., output gradient) -> gradients of the wanted inputs, others None."""
@@ -106,9 +123,9 @@ class Call(Kernel):
 class Light(Call):
     """A call whose backward needs no more than the results (sums, concatenations, views)."""
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def vjp_scratch(self, at: Extent) -> int:
         """The local forward that autograd differentiates."""
-        return out_bytes
+        return at.out_bytes
 
 
 class Linear(Kernel):
@@ -118,13 +135,13 @@ class Linear(Kernel):
         """`torch.nn.functional.linear`."""
         return torch.nn.functional.linear
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def scratch(self, at: Extent) -> int:
         """A contiguous copy of the input where its region is not."""
-        return in_bytes[0]
+        return at.in_bytes[0]
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def vjp_scratch(self, at: Extent) -> int:
         """Contiguous copies of input and gradient."""
-        return out_bytes + in_bytes[0]
+        return at.out_bytes + at.in_bytes[0]
 
     def bind_vjp(self, out_box: Box, in_boxes: Sequence[Box], wanted: Sequence[bool]) -> Local:
         """Two matrix products and a sum."""
@@ -181,9 +198,9 @@ class Fused(Kernel):
 
         return local
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def scratch(self, at: Extent) -> int:
         """One intermediate of each of two members."""
-        return out_bytes * min(2, self.members - 1)
+        return at.out_bytes * min(2, self.members - 1)
 
 
 class Opaque(Kernel):
@@ -197,13 +214,13 @@ class Opaque(Kernel):
         """The function itself."""
         return self.function
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def scratch(self, at: Extent) -> int:
         """As much again as it reads."""
-        return sum(in_bytes)
+        return sum(at.in_bytes)
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def vjp_scratch(self, at: Extent) -> int:
         """Forward's result and as much as it reads."""
-        return 2 * out_bytes + 2 * sum(in_bytes)
+        return 2 * at.out_bytes + 2 * sum(at.in_bytes)
 
     def bind_vjp(self, out_box: Box, in_boxes: Sequence[Box], wanted: Sequence[bool]) -> Local:
         """Autograd through the whole operator; the last arguments are the gradients of its outputs (or None)."""
@@ -241,9 +258,9 @@ class Dropout(Kernel):
         """`dim`: the dimension along which the mask is drawn slice by slice."""
         self.p, self.shape, self.dim = p, shape, dim
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def scratch(self, at: Extent) -> int:
         """The mask."""
-        return 2 * out_bytes
+        return 2 * at.out_bytes
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Multiply by the mask of this box."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Border, Box
 from ranger_nn.ops.movement import inner, leading, view_groups
 from ranger_nn.torch.kernels import Light, Local, lengths
@@ -23,13 +24,13 @@ class Movement(Light):
         """Nothing to bind."""
         super().__init__(lambda x: x)
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def scratch(self, at: Extent) -> int:
         """A copy where the region is not contiguous."""
-        return in_bytes[0]
+        return at.in_bytes[0]
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def vjp_scratch(self, at: Extent) -> int:
         """Forward again and a copy of the gradient."""
-        return 2 * out_bytes + sum(in_bytes)
+        return 2 * at.out_bytes + sum(at.in_bytes)
 
 
 class View(Movement):
@@ -105,6 +106,8 @@ class Crop(Movement):
 
     may_copy = False
 
+    layout = "keeps"
+
     def __init__(self, dim: int, start: int, step: int) -> None:
         """Dimension, first index and step."""
         super().__init__()
@@ -122,6 +125,8 @@ class Crop(Movement):
 
 class Pad(Movement):
     """Padding by a constant, the edge, a mirror or the other end."""
+
+    layout = "keeps"
 
     def __init__(self, before: Sequence[int], shape: Sequence[int], out: Sequence[int], border: Border, value: float):
         """`before[d]`: indices in front of dimension d, negative to cut off."""
@@ -142,17 +147,28 @@ class Pad(Movement):
             result.append(i - base)
         return result
 
+    def _missing(self, out_box: Box, box: Box) -> list[int]:
+        pads: list[int] = []
+        for d in reversed(range(len(out_box))):
+            lo = out_box[d][0] - self.before[d]
+            pads += [box[d][0] - lo, (out_box[d][1] - self.before[d]) - box[d][1]]
+            if box[d][1] == box[d][0]:
+                pads[-2:] = [0, out_box[d][1] - out_box[d][0]]
+        return pads
+
+    def copies(self, out_box: Box, in_boxes: Sequence[Box]) -> bool | None:
+        """A region away from the border is the input itself."""
+        return any(self._missing(out_box, in_boxes[0])) if self.border is Border.FILL else None
+
+    def scratch(self, at: Extent) -> int:
+        """The result of the dimensions before the last that is gathered."""
+        return 0 if self.border is Border.FILL else at.in_bytes[0] + at.out_bytes
+
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Constant: F.pad by what is missing. Otherwise gather the indices of each padded dimension."""
         box = in_boxes[0]
         if self.border is Border.FILL:
-            pads: list[int] = []
-            for d in reversed(range(len(out_box))):
-                lo = out_box[d][0] - self.before[d]
-                pads += [box[d][0] - lo, (out_box[d][1] - self.before[d]) - box[d][1]]
-                if box[d][1] == box[d][0]:
-                    pads[-2:] = [0, out_box[d][1] - out_box[d][0]]
-            value = self.value
+            pads, value = self._missing(out_box, box), self.value
             return (lambda x: F.pad(x, pads, value=value)) if any(pads) else (lambda x: x)
         gathers = []
         for d, interval in enumerate(out_box):
@@ -171,18 +187,20 @@ class Pad(Movement):
 class Concatenate(Movement):
     """Concatenation of those inputs that reach into the region."""
 
+    layout = "keeps"
+
     def __init__(self, dim: int) -> None:
         """`dim`, not negative."""
         super().__init__()
         self.dim = dim
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def scratch(self, at: Extent) -> int:
         """None."""
         return 0
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def vjp_scratch(self, at: Extent) -> int:
         """None: the gradient is cut in pieces."""
-        return out_bytes // 4
+        return at.out_bytes // 4
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """`torch.cat`."""
@@ -204,16 +222,15 @@ class Concatenate(Movement):
 
         def vjp(*args: Any) -> list[Any]:
             grad = args[-1]
-            return [
-                grad.narrow(dim, start, length).clone(memory_format=torch.contiguous_format) if w else None
-                for w, start, length in pieces
-            ]
+            return [grad.narrow(dim, start, length).clone() if w else None for w, start, length in pieces]
 
         return vjp
 
 
 class Roll(Movement):
     """Circular shift; a region away from the seam is read as it is."""
+
+    layout = "keeps"
 
     def __init__(self, shifts: dict[int, int], shape: Sequence[int]) -> None:
         """Shift of each rolled dimension."""
@@ -256,7 +273,7 @@ class PixelShuffle(Movement):
             x = F.pixel_shuffle(x, factor)
             for dim, start, length in crops:
                 x = x.narrow(dim, start, length)
-            return x
+            return x.clone() if crops else x
 
         return local
 

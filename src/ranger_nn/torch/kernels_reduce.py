@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ranger_nn.aggregate.monoid import Extremum, Moments, Monoid, State, Sum, count
+from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box
 from ranger_nn.torch.kernels import Kernel, Local
 
@@ -84,13 +85,13 @@ class Reduce(Kernel):
             result = result.squeeze(self.axis)
         return result.to(self.dtype) if self.dtype is not None else result
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def scratch(self, at: Extent) -> int:
         """Deviations, or the mask of ties; a contiguous copy where channels are grouped."""
-        return (2 if isinstance(self.monoid, Sum) else 3) * in_bytes[0] + 64
+        return (2 if isinstance(self.monoid, Sum) else 3) * at.in_bytes[0] + 64
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def vjp_scratch(self, at: Extent) -> int:
         """As much as the region, twice."""
-        return 3 * in_bytes[0]
+        return 3 * at.in_bytes[0]
 
     def region_vjp(self, x: Tensor, state: State, grad: Tensor) -> Tensor:
         """Gradient of a region from the finished state and the result's gradient."""
@@ -126,13 +127,15 @@ class NormApply(Kernel):
 
     members = 3
 
+    layout = "keeps"
+
     def __init__(self, groups: int, eps: float, weight: bool, bias: bool, batch: bool) -> None:
         """`groups` of channels; `batch`: moments are over the batch too (batch normalisation)."""
         self.groups, self.eps, self.weight, self.bias, self.batch = groups, eps, weight, bias, batch
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def scratch(self, at: Extent) -> int:
         """The scaled input."""
-        return int(1.1 * out_bytes) + 256
+        return int(1.1 * at.out_bytes) + 256
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """One multiply-add with a scale and shift for each sample and channel."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box
 from ranger_nn.torch.kernels import Kernel, Local
 
@@ -92,6 +93,8 @@ def taps(
 class Resample(Kernel):
     """Nearest, linear or cubic resampling of the last `len(axes)` dimensions."""
 
+    layout = "keeps"
+
     def __init__(self, mode: str, axes: Sequence[Axis], align: bool, dtype: torch.dtype) -> None:
         """`axes`: one for each resampled dimension, in order."""
         self.mode, self.axes, self.align, self.dtype = mode, tuple(axes), align, dtype
@@ -99,13 +102,13 @@ class Resample(Kernel):
         self.native = exact and all(a.exact_factor for a in self.axes)
         self.margin = {"linear": 1, "cubic": 2}.get(mode, 0)
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def scratch(self, at: Extent) -> int:
         """The result before it is cropped, or one tap of a gather."""
-        return int(0.3 * out_bytes) + in_bytes[0] if self.native else 2 * out_bytes + in_bytes[0]
+        return int(1.3 * at.out_bytes) + at.in_bytes[0] if self.native else 2 * at.out_bytes + at.in_bytes[0]
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def vjp_scratch(self, at: Extent) -> int:
         """Forward again and the gradient before the crop."""
-        return int((2.4 if self.native else 8) * out_bytes) + 2 * in_bytes[0]
+        return int((2.4 if self.native else 8) * at.out_bytes) + 2 * at.in_bytes[0]
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Native on a crop, or a gather along each cut dimension after the native call on the others."""
@@ -133,7 +136,7 @@ class Resample(Kernel):
             y = _resample(x, mode, axes, align, sizes)
             for dim, start, length in crops:
                 y = y.narrow(dim, start, length)
-            return y
+            return y.clone() if crops else y
 
         return local
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box, Reach
 from ranger_nn.torch.kernels import Kernel, Local
+from ranger_nn.torch.layout import channels_last, dense
 
 Ints = tuple[int, ...]
 
@@ -60,6 +62,8 @@ def split_padding(missing: Sequence[tuple[int, int]], native: Sequence[int]) -> 
 class Convolution(Kernel):
     """Convolution in 1, 2 or 3 dimensions; backward by `convolution_backward`, without running forward again."""
 
+    layout = "makes"
+
     def __init__(
         self, stride: Ints, padding: Ints, dilation: Ints, groups: int, reaches: Sequence[Reach], bias: bool
     ) -> None:
@@ -69,23 +73,48 @@ class Convolution(Kernel):
         self.channels: tuple[int, int] = (16, 16)
         self.columns = 0
 
-    def _blocked(self, out_bytes: int, in_bytes: Sequence[int]) -> tuple[int, int]:
+    def _blocked(self, at: Extent) -> tuple[int, int]:
         """Bytes of input and output with channels padded to sixteens; `columns`: unfolded input (float64)."""
         if self.columns:
-            return in_bytes[0] * self.columns, 0
+            return at.in_bytes[0] * self.columns, 0
         c_in, c_out = self.channels
-        return -(-c_in // 16) * 16 * in_bytes[0] // c_in, -(-c_out // 16) * 16 * out_bytes // c_out
+        return -(-c_in // 16) * 16 * at.in_bytes[0] // c_in, -(-c_out // 16) * 16 * at.out_bytes // c_out
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
-        """A contiguous or padded copy of the input, and oneDNN's blocked copies (channels in sixteens)."""
-        blocked_in, blocked_out = self._blocked(out_bytes, in_bytes)
-        copy = 0 if joined else in_bytes[0]
-        return copy + max(blocked_in + max(0, blocked_out - out_bytes), blocked_out) + 2 * sum(in_bytes[1:])
+    def _padded(self, at: Extent) -> int:
+        """Bytes of the input with its border filled on the spot; 0 where the operator pads by itself."""
+        own, extra = self._geometry(at.out_box, at.reads[0].box)
+        if not extra:
+            return 0
+        size = at.in_bytes[0]
+        for i, (lo, hi) in enumerate(at.reads[0].box[len(at.out_box) - len(own) :]):
+            before, after = extra[2 * (len(own) - 1 - i)], extra[2 * (len(own) - 1 - i) + 1]
+            size = size * max(1, hi - lo + before + after) // max(1, hi - lo)
+        return max(size, at.in_bytes[0])
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
-        """Copies of the input and of the output's gradient, plain and blocked, and the blocked input gradient."""
-        blocked_in, blocked_out = self._blocked(out_bytes, in_bytes)
-        return in_bytes[0] + 2 * blocked_in + blocked_out + out_bytes + 4 * sum(in_bytes[1:])
+    def _copied(self, at: Extent) -> int:
+        """Bytes of the input made channels-last, or made contiguous where its region is not."""
+        if self.reads_channels_last and dense(at.reads[0]):
+            return 0
+        return at.in_bytes[0]
+
+    def scratch(self, at: Extent) -> int:
+        """Channels-last: what is copied, and the weights reordered. Else oneDNN's blocked copies as well."""
+        weights = 2 * sum(at.in_bytes[1:])
+        if self.channels_last:
+            return self._padded(at) + self._copied(at) + weights
+        blocked_in, blocked_out = self._blocked(at)
+        copy = at.in_bytes[0] if len(at.reads[0].parts) == 1 and at.reads[0].parts[0][1] else 0
+        return self._padded(at) + copy + max(blocked_in + max(0, blocked_out - at.out_bytes), blocked_out) + weights
+
+    def vjp_scratch(self, at: Extent) -> int:
+        """Copies of the input and of the output's gradient where they are not in order, and the weights'."""
+        weights = 4 * sum(at.in_bytes[1:])
+        border = 2 * self._padded(at)
+        if self.channels_last:
+            grad = 0 if dense(at.reads[-1]) and not self.given else at.out_bytes
+            return border + (self._copied(at) if at.reads[0].parts else 0) + grad + weights
+        blocked_in, blocked_out = self._blocked(at)
+        return border + at.in_bytes[0] + 2 * blocked_in + blocked_out + at.out_bytes + weights
 
     def _geometry(self, out_box: Box, in_box: Box) -> tuple[list[int], list[int]]:
         lead = len(out_box) - len(self.reaches)
@@ -96,11 +125,12 @@ class Convolution(Kernel):
         own, extra = self._geometry(out_box, in_boxes[0])
         stride, dilation, groups = list(self.stride), list(self.dilation), self.groups
         conv = (torch.conv1d, torch.conv2d, torch.conv3d)[len(stride) - 1]
+        order = channels_last if self.channels_last else _as_it_is
 
         def local(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             if extra:
                 x = F.pad(x, extra)
-            return conv(x, weight, bias, stride, own, dilation, groups)
+            return conv(order(x), weight, bias, stride, own, dilation, groups)
 
         return local
 
@@ -112,6 +142,8 @@ class Convolution(Kernel):
         mask = [wanted[0], wanted[1], bias and wanted[2]]
         zeros = [0] * len(stride)
         generic = super().bind_vjp(out_box, in_boxes, wanted)
+        order = channels_last if self.channels_last else _as_it_is
+        reads_input = wanted[1]
 
         def vjp(*args: Any) -> list[Any]:
             *xs, grad = args
@@ -120,8 +152,20 @@ class Convolution(Kernel):
             x, weight = xs[0], xs[1]
             if extra:
                 x = F.pad(x, extra)
+            if reads_input:
+                x = order(x)
             gx, gw, gb = torch.ops.aten.convolution_backward(
-                grad, x, weight, [weight.shape[0]] if bias else None, stride, own, dilation, False, zeros, groups, mask
+                order(grad),
+                x,
+                weight,
+                [weight.shape[0]] if bias else None,
+                stride,
+                own,
+                dilation,
+                False,
+                zeros,
+                groups,
+                mask,
             )
             if wanted[0] and extra:
                 gx = F.pad(gx, cuts)
@@ -130,8 +174,14 @@ class Convolution(Kernel):
         return vjp
 
 
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 class TransposedConvolution(Kernel):
     """Transposed convolution: run on the local input without padding, keep the part of the output asked for."""
+
+    layout = "makes"
 
     def __init__(
         self,
@@ -142,23 +192,32 @@ class TransposedConvolution(Kernel):
         groups: int,
         kernel: Ints,
         sizes: tuple[Ints, Ints],
+        bias: bool,
     ) -> None:
         """Integers as in `torch.nn.functional.conv_transpose*d`; `sizes`: whole (input, output) spatial sizes."""
         self.stride, self.padding, self.output_padding = stride, padding, output_padding
-        self.dilation, self.groups, self.kernel, self.sizes = dilation, groups, kernel, sizes
+        self.dilation, self.groups, self.kernel, self.sizes, self.bias = dilation, groups, kernel, sizes, bias
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
-        """The output before it is cropped, and a contiguous copy of the input."""
-        return int(out_bytes * 0.5) + in_bytes[0]
+    def scratch(self, at: Extent) -> int:
+        """oneDNN's result before it is cropped and copied, and copies of input and weights."""
+        copy = 0 if self.channels_last and self.reads_channels_last and dense(at.reads[0]) else at.in_bytes[0]
+        return int(1.1 * at.out_bytes) + copy + 2 * sum(at.in_bytes[1:])
 
-    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
-        """The transposed convolution of the region, cropped."""
+    def vjp_scratch(self, at: Extent) -> int:
+        """The gradient padded to what was cropped, and copies of input and weights."""
+        copy = 0 if self.channels_last and self.reads_channels_last and dense(at.reads[0]) else at.in_bytes[0]
+        return int(1.1 * at.out_bytes) + copy + at.in_bytes[0] + 4 * sum(at.in_bytes[1:])
+
+    def _geometry(
+        self, out_box: Box, in_box: Box
+    ) -> tuple[list[int], list[int], list[tuple[int, int]], list[tuple[int, int, int, int]]]:
+        """(padding, output padding, zeros to add to an empty input, crops (dim, start, length, of length))."""
         lead = len(out_box) - len(self.stride)
         padding, extra, crops, fills = [], [], [], []
         for i, (s, p, op, d, k) in enumerate(
             zip(self.stride, self.padding, self.output_padding, self.dilation, self.kernel, strict=True)
         ):
-            (a, b), (lo, hi) = out_box[lead + i], in_boxes[0][lead + i]
+            (a, b), (lo, hi) = out_box[lead + i], in_box[lead + i]
             if (a, b, lo, hi) == (0, self.sizes[1][i], 0, self.sizes[0][i]):
                 padding.append(p)
                 extra.append(op)
@@ -173,28 +232,58 @@ class TransposedConvolution(Kernel):
             if fill:
                 fills.append((lead + i, fill))
             if (a - begin, b - a) != (0, length):
-                crops.append((lead + i, a - begin, b - a))
+                crops.append((lead + i, a - begin, b - a, length))
+        return padding, extra, fills, crops
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """The transposed convolution of the region, cropped."""
+        padding, extra, fills, crops = self._geometry(out_box, in_boxes[0])
         stride, dilation, groups = list(self.stride), list(self.dilation), self.groups
         conv = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[len(stride) - 1]
         rank = len(out_box)
+        order = channels_last if self.channels_last else _as_it_is
 
         def local(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             for dim, count in fills:
                 x = F.pad(x, [0, 0] * (rank - 1 - dim) + [0, count])
-            y = conv(x, weight, bias, stride, padding, extra, groups, dilation)
-            for dim, start, length in crops:
+            y = conv(order(x), weight, bias, stride, padding, extra, groups, dilation)
+            for dim, start, length, _ in crops:
                 y = y.narrow(dim, start, length)
-            return y
+            return y.clone() if crops else y
 
         return local
 
     def bind_vjp(self, out_box: Box, in_boxes: Sequence[Box], wanted: Sequence[bool]) -> Local:
-        """Generic, but forward runs again on the region."""
-        return super().bind_vjp(out_box, in_boxes, wanted)
+        """Gradients of input, weight and bias; the gradient is zero where the output was cropped."""
+        padding, extra, fills, crops = self._geometry(out_box, in_boxes[0])
+        stride, dilation, groups, bias = list(self.stride), list(self.dilation), self.groups, self.bias
+        mask = [wanted[0], wanted[1], bias and wanted[2]]
+        pads = [0] * (2 * len(out_box))
+        for dim, start, length, total in crops:
+            place = 2 * (len(out_box) - 1 - dim)
+            pads[place : place + 2] = [start, total - start - length]
+        generic = super().bind_vjp(out_box, in_boxes, wanted)
+        order = channels_last if self.channels_last else _as_it_is
+
+        def vjp(*args: Any) -> list[Any]:
+            *xs, grad = args
+            if fills or torch.is_autocast_enabled(grad.device.type):
+                return generic(*args)
+            if crops:
+                grad = F.pad(grad, pads)
+            sizes = [grad.shape[1]] if bias else None
+            gx, gw, gb = torch.ops.aten.convolution_backward(
+                order(grad), order(xs[0]), xs[1], sizes, stride, padding, dilation, True, extra, groups, mask
+            )
+            return [gx, gw, gb] if bias else [gx, gw]
+
+        return vjp
 
 
 class Pooling(Kernel):
     """Maximum or average pooling; `whole` is the untouched call, used where no dimension is cut."""
+
+    layout = "keeps"
 
     def __init__(
         self,
@@ -215,13 +304,13 @@ class Pooling(Kernel):
         self.padding, self.dilation, self.ceil_mode = padding, dilation, ceil_mode
         self.count_pad, self.divisor, self.sizes, self.reaches = count_pad, divisor, sizes, reaches
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def scratch(self, at: Extent) -> int:
         """Indices (64-bit) of a maximum, or a padded copy of the input."""
-        return 2 * out_bytes + int(in_bytes[0] * 1.1)
+        return 2 * at.out_bytes + int(at.in_bytes[0] * 1.1)
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def vjp_scratch(self, at: Extent) -> int:
         """Forward again: output, indices, padded input and its gradient."""
-        return 4 * out_bytes + int(in_bytes[0] * 2.2)
+        return 4 * at.out_bytes + int(at.in_bytes[0] * 2.2)
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """The untouched call, or one on a region with its border filled."""
@@ -291,17 +380,19 @@ class Pooling(Kernel):
 class AdaptivePooling(Kernel):
     """Adaptive pooling by windows that vary: separable, one dimension after the other."""
 
+    layout = "keeps"
+
     def __init__(self, whole: Callable[[Tensor], Tensor], average: bool, sizes: tuple[Ints, Ints]) -> None:
         """`sizes`: whole (input, output) spatial sizes."""
         self.whole, self.average, self.sizes = whole, average, sizes
 
-    def scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def scratch(self, at: Extent) -> int:
         """The result after the first dimension."""
-        return 3 * out_bytes + 2 * in_bytes[0]
+        return 3 * at.out_bytes + 2 * at.in_bytes[0]
 
-    def vjp_scratch(self, out_bytes: int, in_bytes: Sequence[int], joined: bool) -> int:
+    def vjp_scratch(self, at: Extent) -> int:
         """Forward again, and gradients of the slices."""
-        return 4 * out_bytes + 4 * in_bytes[0]
+        return 4 * at.out_bytes + 4 * at.in_bytes[0]
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Mean or maximum over each window."""

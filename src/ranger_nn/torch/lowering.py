@@ -251,7 +251,7 @@ def _transposed(op: Operator) -> Any:
     ]
     others = [weight] + ([bias] if bias is not None else [])
     kern = W.TransposedConvolution(
-        stride, padding, extra, dilation, op.arg("groups", 1), kernel, (shape[2:], op.out[2:])
+        stride, padding, extra, dilation, op.arg("groups", 1), kernel, (shape[2:], op.out[2:]), bias is not None
     )
     macs = prod(shape) * prod(op.shape(weight)[1:])
     return op.emit([x, *others], window.window(shape, reaches, [op.shape(o) for o in others]), kern, macs=macs)
@@ -613,6 +613,8 @@ def _pad(op: Operator) -> Any:
     }[mode]
     if border is not Border.FILL and any(p < 0 for p in pads):
         return None
+    if not any(pads):
+        return x
     kern = M.Pad(before, shape, op.out, border, float(op.arg("value") or 0.0))
     return op.emit([x], movement.pad(shape, before, border), kern, alias=0)
 
