@@ -11,7 +11,6 @@ KNOWN_GAPS = {
     "test_bad_input.py::test_budget_too_small": "the least that is named is not always found again within the search's work",
     "test_bad_input.py::test_cumulative_batch_norm": "momentum=None makes torch.export see a data-dependent number",
     "test_training.py::test_autocast": "bfloat16 autocast: regional gradients are not yet accumulated in the untouched order",
-    "test_promise.py": "projected does not yet cover every workspace of the kernels",
     "test_plans.py": "golden texts are not recorded until the planner's choices settle",
     "test_main.py::test_signals_leave_no_file": "timing: the signal may come before the run begins",
     "test_examples.py::test_denoise_retina": "stops at its own check measured <= projected",
@@ -23,7 +22,6 @@ KNOWN_GAPS = {
 }
 NOT_RUN = (
     "test_nets.py::test_extreme_regions",
-    "test_promise.py",
     "test_plans.py",
     "test_examples.py::test_denoise_retina",
 )

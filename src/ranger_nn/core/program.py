@@ -37,13 +37,14 @@ class Extent:
     """What one call of a kernel spans: the region of its output, its inputs and their sizes in bytes.
 
     `reads` tell where each input comes from (in backward the output's gradient is the last); `in_bytes` are sizes of
-    the regions, also of those that backward does not read.
+    the regions, also of those that backward does not read; `wanted` the inputs whose gradient is asked for.
     """
 
     out_box: Box
     out_bytes: int
     in_bytes: tuple[int, ...]
     reads: tuple[Read, ...]
+    wanted: tuple[bool, ...] = ()
 
 
 @dataclass(slots=True)

@@ -202,7 +202,7 @@ class BackwardLowering:
             k,
             [*reads, *grads],
             results,
-            scratch=node.kernel.vjp_scratch(Extent(out_box, out_bytes, tuple(sizes), (*reads, *grads))),
+            scratch=node.kernel.vjp_scratch(Extent(out_box, out_bytes, tuple(sizes), (*reads, *grads), wanted)),
             out_box=out_box,
             wanted=wanted,
             value=node.outputs[0],
@@ -513,7 +513,7 @@ class BackwardStrip(Strip):
             ]
             sizes = [box_bytes(b, self.graph.values[u].itemsize) for u, b in zip(node.inputs, boxes, strict=True)]
             results = [(n, None, False) for n, w in zip(sizes, wanted, strict=True) if w]
-            scratch = node.kernel.vjp_scratch(Extent(out, grad.nbytes, tuple(sizes), (*reads, grad)))
+            scratch = node.kernel.vjp_scratch(Extent(out, grad.nbytes, tuple(sizes), (*reads, grad), wanted))
             outs = iter(
                 self.builder.emit(VJP, k, [*reads, grad], results, scratch=scratch, out_box=out, wanted=wanted, value=v)
             )

@@ -125,6 +125,9 @@ class Lower:
         if not many and (layout := result_layout(kept, before, like)):
             self.values[outs[0]] = replace(self.values[outs[0]], layout=layout)
             kernel.channels_last = True
+        kernel.op = op
+        if inputs:
+            kernel.itemsize = self.values[inputs[0]].itemsize
         kernel.reads_channels_last = bool(inputs) and before[0][1] != ""
         reads = tuple(range(len(inputs))) if vjp_reads is None else tuple(vjp_reads)
         self.nodes.append(

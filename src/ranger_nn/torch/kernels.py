@@ -55,6 +55,15 @@ class Kernel:
     generates = False
     """Output dimensions that no input has a link to may be cut all the same."""
 
+    op = ""
+    """Name of the operator, set when the node is made."""
+
+    sums = False
+    """Backward sums a product as large as the output: the gradient of a scale."""
+
+    itemsize = 4
+    """Bytes of an element of the first input."""
+
     layout = ""
     """"makes" where the result is channels-last, "keeps" where it is if the input is (see `layout.py`)."""
 
@@ -84,7 +93,7 @@ class Kernel:
 
     def vjp_scratch(self, at: Extent) -> int:
         """Bytes of workspace of one backward call, beyond inputs, the output's gradient and the results."""
-        return at.out_bytes * (self.members + 1) + sum(at.in_bytes)
+        return 2 * at.out_bytes + sum(at.in_bytes) + SMALL_TENSORS
 
     def bind_vjp(self, out_box: Box, in_boxes: Sequence[Box], wanted: Sequence[bool]) -> Local:
         """The function (inputs..., output gradient) -> gradients of the wanted inputs, others None."""
@@ -165,6 +174,12 @@ class Linear(Kernel):
         return vjp
 
 
+SAVES_RESULT = {"relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "reciprocal", "softmax"}
+SAVES_NOTHING = {"add", "sub", "rsub", "neg", "to", "clone", "dropout"}
+SMALL_TENSORS = 4096
+"""Scales, shifts and the like: a few values for each channel."""
+
+
 class Fused(Kernel):
     """A chain of pointwise operators, run member by member; what is no longer read is dropped at once."""
 
@@ -201,6 +216,19 @@ class Fused(Kernel):
     def scratch(self, at: Extent) -> int:
         """One intermediate of each of two members."""
         return at.out_bytes * min(2, self.members - 1)
+
+    def vjp_scratch(self, at: Extent) -> int:
+        """The results, what autograd saves of the members on the way, and a gradient in flight."""
+        saved: set[int] = {self.result}
+        broadcast = 0
+        for kernel, args, out in self.steps:
+            if kernel.op in SAVES_RESULT:
+                saved.add(out)
+            elif kernel.op not in SAVES_NOTHING:
+                saved.update(a for a in args if a >= self.inputs)
+            joins = len(args) > 1 and kernel.op not in SAVES_NOTHING | {"batch_norm"}
+            broadcast |= kernel.sums or joins
+        return at.out_bytes * (len(saved) + (self.members > 1) + broadcast) + SMALL_TENSORS
 
 
 class Opaque(Kernel):

@@ -13,6 +13,7 @@ from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Border, Box
 from ranger_nn.ops.movement import inner, leading, view_groups
 from ranger_nn.torch.kernels import Light, Local, lengths
+from ranger_nn.torch.layout import FORMATS
 
 
 class Movement(Light):
@@ -164,11 +165,22 @@ class Pad(Movement):
         """The result of the dimensions before the last that is gathered."""
         return 0 if self.border is Border.FILL else at.in_bytes[0] + at.out_bytes
 
+    def _border(self, out_box: Box) -> Local:
+        shape, value = lengths(out_box), self.value
+        order = FORMATS[len(shape)] if self.channels_last else torch.contiguous_format
+
+        def local(x: Tensor) -> Tensor:
+            return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order).fill_(value)
+
+        return local
+
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Constant: F.pad by what is missing. Otherwise gather the indices of each padded dimension."""
         box = in_boxes[0]
         if self.border is Border.FILL:
             pads, value = self._missing(out_box, box), self.value
+            if any(hi <= lo for lo, hi in box):
+                return self._border(out_box)
             return (lambda x: F.pad(x, pads, value=value)) if any(pads) else (lambda x: x)
         gathers = []
         for d, interval in enumerate(out_box):
@@ -200,7 +212,7 @@ class Concatenate(Movement):
 
     def vjp_scratch(self, at: Extent) -> int:
         """None: the gradient is cut in pieces."""
-        return at.out_bytes // 4
+        return 0
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """`torch.cat`."""

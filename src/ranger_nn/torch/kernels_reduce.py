@@ -15,7 +15,7 @@ from torch import Tensor
 from ranger_nn.aggregate.monoid import Extremum, Moments, Monoid, State, Sum, count
 from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box
-from ranger_nn.torch.kernels import Kernel, Local
+from ranger_nn.torch.kernels import SMALL_TENSORS, Kernel, Local
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -65,7 +65,11 @@ class Reduce(Kernel):
 
     def lift(self, x: Tensor) -> State:
         """State of one region."""
-        return self.monoid.lift(xp, self._split(_wide(x)), self.axis)
+        if not self.groups:
+            return self.monoid.lift(xp, _wide(x), self.axis)
+        wide = self._split(_wide(x))
+        mean = wide.mean(self.axis, keepdim=True)
+        return mean, (wide - mean).square_().sum(self.axis, keepdim=True)
 
     def merge(self, a: State, b: State, n_a: int, n_b: int) -> State:
         """State of two regions."""
@@ -86,12 +90,16 @@ class Reduce(Kernel):
         return result.to(self.dtype) if self.dtype is not None else result
 
     def scratch(self, at: Extent) -> int:
-        """Deviations, or the mask of ties; a contiguous copy where channels are grouped."""
-        return (2 if isinstance(self.monoid, Sum) else 3) * at.in_bytes[0] + 64
+        """Deviations (and their squares), or the mask of ties; in half precision a copy in single as well."""
+        halves = 1 if self.itemsize > 2 else 2
+        count = 0 if isinstance(self.monoid, Sum) else 1 if self.groups else 3
+        return (count * halves + (halves - 1) * 2) * at.in_bytes[0] + SMALL_TENSORS
 
     def vjp_scratch(self, at: Extent) -> int:
-        """As much as the region, twice."""
-        return 3 * at.in_bytes[0]
+        """The deviations, or the ties; in half precision copies in single as well."""
+        return (
+            (1 if self.itemsize > 2 else 5) * (1 if self.groups or isinstance(self.monoid, Sum) else 2) * at.in_bytes[0]
+        )
 
     def region_vjp(self, x: Tensor, state: State, grad: Tensor) -> Tensor:
         """Gradient of a region from the finished state and the result's gradient."""
@@ -126,6 +134,7 @@ class NormApply(Kernel):
     """(x - mean) / sqrt(var + eps) * weight + bias with moments given: inputs x, stats, [weight], [bias]."""
 
     members = 3
+    sums = True
 
     layout = "keeps"
 

@@ -102,13 +102,26 @@ class Resample(Kernel):
         self.native = exact and all(a.exact_factor for a in self.axes)
         self.margin = {"linear": 1, "cubic": 2}.get(mode, 0)
 
+    def _uncropped(self, at: Extent) -> int:
+        """Bytes of the native result before it is cropped; 0 where it is not."""
+        lead, box = len(at.out_box) - len(self.axes), at.reads[0].box
+        size, cropped = at.out_bytes, False
+        for i, axis in enumerate(self.axes):
+            (a, b), (lo, hi) = at.out_box[lead + i], box[lead + i]
+            full = (hi - lo) * (axis.exact_factor or 1)
+            cropped |= full != b - a
+            size = size * full // max(1, b - a)
+        return size if cropped else 0
+
     def scratch(self, at: Extent) -> int:
         """The result before it is cropped, or one tap of a gather."""
-        return int(1.3 * at.out_bytes) + at.in_bytes[0] if self.native else 2 * at.out_bytes + at.in_bytes[0]
+        return self._uncropped(at) if self.native else 2 * at.out_bytes + at.in_bytes[0]
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again and the gradient before the crop."""
-        return int((2.4 if self.native else 8) * at.out_bytes) + 2 * at.in_bytes[0]
+        if self.native:
+            return at.out_bytes + 2 * self._uncropped(at)
+        return 8 * at.out_bytes + 2 * at.in_bytes[0]
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Native on a crop, or a gather along each cut dimension after the native call on the others."""

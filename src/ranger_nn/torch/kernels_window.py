@@ -59,6 +59,10 @@ def split_padding(missing: Sequence[tuple[int, int]], native: Sequence[int]) -> 
     return own, flat if any(flat) else []
 
 
+SMALL = 192 << 10
+"""Bytes that oneDNN may take on small regions, whatever their size."""
+
+
 class Convolution(Kernel):
     """Convolution in 1, 2 or 3 dimensions; backward by `convolution_backward`, without running forward again."""
 
@@ -72,12 +76,14 @@ class Convolution(Kernel):
         self.reaches, self.bias = reaches, bias
         self.channels: tuple[int, int] = (16, 16)
         self.columns = 0
+        self.point = False
 
     def _blocked(self, at: Extent) -> tuple[int, int]:
         """Bytes of input and output with channels padded to sixteens; `columns`: unfolded input (float64)."""
         if self.columns:
             return at.in_bytes[0] * self.columns, 0
         c_in, c_out = self.channels
+        c_in = c_in if c_in > 3 or self.channels_last else 16
         return -(-c_in // 16) * 16 * at.in_bytes[0] // c_in, -(-c_out // 16) * 16 * at.out_bytes // c_out
 
     def _padded(self, at: Extent) -> int:
@@ -97,9 +103,14 @@ class Convolution(Kernel):
             return 0
         return at.in_bytes[0]
 
+    def _weights(self, at: Extent, copies: int) -> int:
+        """Weights reordered (a convolution of size 1 takes them as they are), and small buffers."""
+        small = min(4 * (at.in_bytes[0] + at.out_bytes), SMALL)
+        return small + (0 if self.point and self.channels_last else copies * sum(at.in_bytes[1:]))
+
     def scratch(self, at: Extent) -> int:
         """Channels-last: what is copied, and the weights reordered. Else oneDNN's blocked copies as well."""
-        weights = 2 * sum(at.in_bytes[1:])
+        weights = self._weights(at, 2)
         if self.channels_last:
             return self._padded(at) + self._copied(at) + weights
         blocked_in, blocked_out = self._blocked(at)
@@ -108,10 +119,12 @@ class Convolution(Kernel):
 
     def vjp_scratch(self, at: Extent) -> int:
         """Copies of the input and of the output's gradient where they are not in order, and the weights'."""
-        weights = 4 * sum(at.in_bytes[1:])
+        weights = self._weights(at, 3)
         border = 2 * self._padded(at)
         if self.channels_last:
             grad = 0 if dense(at.reads[-1]) and not self.given else at.out_bytes
+            if at.wanted[0] and self.channels[0] % 8:  # oneDNN has no plain gradient for these
+                border += sum(self._blocked(at))
             return border + (self._copied(at) if at.reads[0].parts else 0) + grad + weights
         blocked_in, blocked_out = self._blocked(at)
         return border + at.in_bytes[0] + 2 * blocked_in + blocked_out + at.out_bytes + weights
@@ -199,14 +212,23 @@ class TransposedConvolution(Kernel):
         self.dilation, self.groups, self.kernel, self.sizes, self.bias = dilation, groups, kernel, sizes, bias
 
     def scratch(self, at: Extent) -> int:
-        """oneDNN's result before it is cropped and copied, and copies of input and weights."""
+        """oneDNN's reordered input, its result where windows overlap or it is cropped, copies of input and weights."""
         copy = 0 if self.channels_last and self.reads_channels_last and dense(at.reads[0]) else at.in_bytes[0]
-        return int(1.1 * at.out_bytes) + copy + 2 * sum(at.in_bytes[1:])
+        crops = self._geometry(at.out_box, at.reads[0].box)[3]
+        spread = at.out_bytes if self.kernel != self.stride else 0
+        for _, _, length, total in crops:
+            spread = max(spread, at.out_bytes) * total // max(1, length)
+        small = min(4 * (at.in_bytes[0] + at.out_bytes), SMALL)
+        return spread + copy + 2 * at.in_bytes[0] + 2 * sum(at.in_bytes[1:]) + small
 
     def vjp_scratch(self, at: Extent) -> int:
         """The gradient padded to what was cropped, and copies of input and weights."""
         copy = 0 if self.channels_last and self.reads_channels_last and dense(at.reads[0]) else at.in_bytes[0]
-        return int(1.1 * at.out_bytes) + copy + at.in_bytes[0] + 4 * sum(at.in_bytes[1:])
+        spread = 0 if self.channels_last and dense(at.reads[-1]) and not self.given else at.out_bytes
+        for _, _, length, total in self._geometry(at.out_box, at.reads[0].box)[3]:
+            spread = max(spread, at.out_bytes) * total // max(1, length)
+        small = min(4 * (at.in_bytes[0] + at.out_bytes), SMALL)
+        return spread + copy + 3 * sum(at.in_bytes[1:]) + small
 
     def _geometry(
         self, out_box: Box, in_box: Box
@@ -300,17 +322,26 @@ class Pooling(Kernel):
         reaches: Sequence[Reach],
     ) -> None:
         """Integers as in `torch.nn.functional.{max,avg}_pool*d`."""
+        self.copied = 0
         self.whole, self.average, self.kernel, self.stride = whole, average, kernel, stride
         self.padding, self.dilation, self.ceil_mode = padding, dilation, ceil_mode
         self.count_pad, self.divisor, self.sizes, self.reaches = count_pad, divisor, sizes, reaches
 
     def scratch(self, at: Extent) -> int:
-        """Indices (64-bit) of a maximum, or a padded copy of the input."""
-        return 2 * at.out_bytes + int(at.in_bytes[0] * 1.1)
+        """Indices (64-bit) of a maximum, a padded copy of the input where its border is filled on the spot."""
+        return self._indices(at) + self._padded(at)
+
+    def _indices(self, at: Extent) -> int:
+        return (at.out_bytes if self.average else at.out_bytes * 8 // self.itemsize) + self.copied * at.in_bytes[0]
+
+    def _padded(self, at: Extent) -> int:
+        lead = len(at.out_box) - len(self.reaches)
+        own, extra = split_padding(borders(at.out_box, at.reads[0].box, self.reaches, lead), self.padding)
+        return int(1.05 * at.in_bytes[0]) if extra or (self.average and any(own)) else 0
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again: output, indices, padded input and its gradient."""
-        return 4 * at.out_bytes + int(at.in_bytes[0] * 2.2)
+        return at.out_bytes + self._indices(at) + self._padded(at)
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """The untouched call, or one on a region with its border filled."""

@@ -222,7 +222,8 @@ def _convolution(op: Operator) -> Any:
     groups = op.arg("groups", 1)
     macs = prod(op.out) * prod(op.shape(weight)[1:])
     kern = W.Convolution(stride, native, dilation, groups, reaches, bias is not None)
-    kern.channels = (shape[1], op.out[1]) if shape[1] > 3 else (16, op.out[1])
+    kern.channels = (shape[1], op.out[1])
+    kern.point = groups == 1 and set(kernel) == set(stride) == {1}
     kern.columns = prod(kernel) + 1 if op.like.dtype == torch.float64 else 0
     wants_weight = op.lower.values[weight].differentiable
     reads = (0, 1) if wants_weight else (1,)
