@@ -125,7 +125,7 @@ class Lower:
         if not many and (layout := result_layout(kept, before, like)):
             self.values[outs[0]] = replace(self.values[outs[0]], layout=layout)
             kernel.channels_last = True
-        kernel.op = op
+        kernel.op, kernel.pointwise = op, rule.pointwise
         if inputs:
             kernel.itemsize = self.values[inputs[0]].itemsize
         kernel.reads_channels_last = bool(inputs) and before[0][1] != ""
@@ -434,7 +434,7 @@ def _lower_call(model: nn.Module, node: FxNode, lower: Lower, lower_operator: An
     base = node.args[0] if node.args else None
     if mutable and isinstance(base, FxNode) and isinstance(lower.env.get(base), int):
         kind = lower.values[lower.env[base]].kind
-        if kind == INPUT or _root(base, lower).name in user:
+        if kind == INPUT or _root(base).name in user:
             _refuse_mutation(model, base.name)
         if kind in (CONSTANT, PARAMETER):
             if not _buffer_update(node, lower):
@@ -451,7 +451,7 @@ def _lower_call(model: nn.Module, node: FxNode, lower: Lower, lower_operator: An
         _rebind(base, node, lower)
 
 
-def _root(node: FxNode, lower: Lower) -> FxNode:
+def _root(node: FxNode) -> FxNode:
     while _op(node) in VIEWS | SAME and isinstance(node.args[0], FxNode):
         node = node.args[0]
     return node
@@ -477,6 +477,8 @@ def _rebind(base: FxNode, node: FxNode, lower: Lower) -> None:
             raise AliasError
         return
     lower.env[base] = written
+    if not _read_later(base, node):
+        return
     view = base
     while _op(view) in VIEWS | SAME:
         parent = view.args[0]
@@ -499,6 +501,12 @@ def _rebind(base: FxNode, node: FxNode, lower: Lower) -> None:
         if siblings:
             raise AliasError
         view = parent
+
+
+def _read_later(base: FxNode, node: FxNode) -> bool:
+    """True where memory that `node` writes is read afterwards through another name than `base`."""
+    names = [n for n in (_root(base), *_views_of(_root(base))) if n is not base]
+    return any(u._sort_key > node._sort_key for n in names for u in n.users if u is not node)
 
 
 def _views_of(node: FxNode) -> list[FxNode]:

@@ -20,6 +20,14 @@ from ranger_nn.core.reach import Box
 
 Local = Callable[..., Any]
 
+SAVES_RESULT = {"relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "reciprocal", "softmax"}
+SAVES_NOTHING = {"add", "sub", "rsub", "neg", "to", "clone", "dropout"}
+BLOCKS = 1 << 20
+"""Scores of attention that one call holds at a time."""
+
+SMALL_TENSORS = 4096
+"""Scales, shifts and the like: a few values for each channel."""
+
 
 def lengths(box: Box) -> list[int]:
     """Sizes of a box."""
@@ -63,6 +71,9 @@ class Kernel:
 
     itemsize = 4
     """Bytes of an element of the first input."""
+
+    pointwise = False
+    """Every element depends on the elements at the same place only."""
 
     layout = ""
     """"makes" where the result is channels-last, "keeps" where it is if the input is (see `layout.py`)."""
@@ -128,6 +139,24 @@ class Call(Kernel):
         """The function itself."""
         return self.function
 
+    def vjp_scratch(self, at: Extent) -> int:
+        """Forward again; pointwise, that is the result, and the product of which a scale's gradient is the sum."""
+        if not self.pointwise:
+            return super().vjp_scratch(at)
+        return at.out_bytes * (2 if _multiplies(self, len(at.in_bytes)) else 1) + SMALL_TENSORS
+
+
+def _multiplies(kernel: Kernel, arguments: int) -> bool:
+    return kernel.sums or (arguments > 1 and kernel.op not in SAVES_NOTHING and kernel.op != "batch_norm")
+
+
+class ChannelNorm(Call):
+    """Normalisation over channels, which come last."""
+
+    def scratch(self, at: Extent) -> int:
+        """Mean and deviation of each place."""
+        return at.out_bytes // 4
+
 
 class Light(Call):
     """A call whose backward needs no more than the results (sums, concatenations, views)."""
@@ -174,12 +203,6 @@ class Linear(Kernel):
         return vjp
 
 
-SAVES_RESULT = {"relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "reciprocal", "softmax"}
-SAVES_NOTHING = {"add", "sub", "rsub", "neg", "to", "clone", "dropout"}
-SMALL_TENSORS = 4096
-"""Scales, shifts and the like: a few values for each channel."""
-
-
 class Fused(Kernel):
     """A chain of pointwise operators, run member by member; what is no longer read is dropped at once."""
 
@@ -193,6 +216,11 @@ class Fused(Kernel):
         for k, (_, args, _out) in enumerate(steps):
             for a in args:
                 last[a] = k
+        self.width, live = 1, 0
+        for i, (_, _, out) in enumerate(steps):
+            live += 1
+            self.width = max(self.width, live)
+            live -= sum(1 for r, k in last.items() if k == i and r >= inputs and r != out)
         self.drops = [[r for r, k in last.items() if k == i and r >= inputs] for i in range(len(steps))]
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
@@ -214,8 +242,8 @@ class Fused(Kernel):
         return local
 
     def scratch(self, at: Extent) -> int:
-        """One intermediate of each of two members."""
-        return at.out_bytes * min(2, self.members - 1)
+        """Intermediates that live side by side."""
+        return at.out_bytes * (self.width - 1)
 
     def vjp_scratch(self, at: Extent) -> int:
         """The results, what autograd saves of the members on the way, and a gradient in flight."""
@@ -224,10 +252,9 @@ class Fused(Kernel):
         for kernel, args, out in self.steps:
             if kernel.op in SAVES_RESULT:
                 saved.add(out)
-            elif kernel.op not in SAVES_NOTHING:
+            elif kernel.op not in SAVES_NOTHING and not (kernel.op in {"mul", "div"} and len(args) == 1):
                 saved.update(a for a in args if a >= self.inputs)
-            joins = len(args) > 1 and kernel.op not in SAVES_NOTHING | {"batch_norm"}
-            broadcast |= kernel.sums or joins
+            broadcast |= _multiplies(kernel, len(args))
         return at.out_bytes * (len(saved) + (self.members > 1) + broadcast) + SMALL_TENSORS
 
 
@@ -273,6 +300,18 @@ class Opaque(Kernel):
             return fresh(result, given, [x if w else None for x, w in zip(xs, wanted, strict=True)])
 
         return vjp
+
+
+class Attention(Opaque):
+    """Scaled dot-product attention: the CPU kernel works in blocks of queries and keys."""
+
+    def scratch(self, at: Extent) -> int:
+        """Blocks of scores for each thread, and copies of what is not contiguous."""
+        return sum(at.in_bytes) + BLOCKS
+
+    def vjp_scratch(self, at: Extent) -> int:
+        """Forward's result and its blocks, and those of backward."""
+        return 2 * at.out_bytes + 2 * sum(at.in_bytes) + 2 * BLOCKS
 
 
 class Dropout(Kernel):

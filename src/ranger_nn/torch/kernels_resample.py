@@ -120,7 +120,7 @@ class Resample(Kernel):
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again and the gradient before the crop."""
         if self.native:
-            return at.out_bytes + 2 * self._uncropped(at)
+            return at.out_bytes + self._uncropped(at)
         return 8 * at.out_bytes + 2 * at.in_bytes[0]
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:

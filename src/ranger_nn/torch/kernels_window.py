@@ -62,6 +62,9 @@ def split_padding(missing: Sequence[tuple[int, int]], native: Sequence[int]) -> 
 SMALL = 192 << 10
 """Bytes that oneDNN may take on small regions, whatever their size."""
 
+WINOGRAD = 640 << 10
+"""The same where it may choose Winograd's algorithm (windows of 3, stride 1), for each matrix that it transforms."""
+
 
 class Convolution(Kernel):
     """Convolution in 1, 2 or 3 dimensions; backward by `convolution_backward`, without running forward again."""
@@ -77,6 +80,7 @@ class Convolution(Kernel):
         self.channels: tuple[int, int] = (16, 16)
         self.columns = 0
         self.point = False
+        self.winograd = False
 
     def _blocked(self, at: Extent) -> tuple[int, int]:
         """Bytes of input and output with channels padded to sixteens; `columns`: unfolded input (float64)."""
@@ -105,7 +109,7 @@ class Convolution(Kernel):
 
     def _weights(self, at: Extent, copies: int) -> int:
         """Weights reordered (a convolution of size 1 takes them as they are), and small buffers."""
-        small = min(4 * (at.in_bytes[0] + at.out_bytes), SMALL)
+        small = min(6 * (at.in_bytes[0] + at.out_bytes), SMALL if not self.winograd else copies * WINOGRAD)
         return small + (0 if self.point and self.channels_last else copies * sum(at.in_bytes[1:]))
 
     def scratch(self, at: Extent) -> int:
@@ -123,7 +127,9 @@ class Convolution(Kernel):
         border = 2 * self._padded(at)
         if self.channels_last:
             grad = 0 if dense(at.reads[-1]) and not self.given else at.out_bytes
-            if at.wanted[0] and self.channels[0] % 8:  # oneDNN has no plain gradient for these
+            if (
+                at.wanted[0] and self.channels[0] % 8 and self.channels[1] % 8 == 0
+            ):  # oneDNN has no plain gradient for these
                 border += sum(self._blocked(at))
             return border + (self._copied(at) if at.reads[0].parts else 0) + grad + weights
         blocked_in, blocked_out = self._blocked(at)

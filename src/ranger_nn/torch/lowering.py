@@ -224,6 +224,7 @@ def _convolution(op: Operator) -> Any:
     kern = W.Convolution(stride, native, dilation, groups, reaches, bias is not None)
     kern.channels = (shape[1], op.out[1])
     kern.point = groups == 1 and set(kernel) == set(stride) == {1}
+    kern.winograd = set(kernel) == {3} and set(stride) == set(dilation) == {1} and groups == 1
     kern.columns = prod(kernel) + 1 if op.like.dtype == torch.float64 else 0
     wants_weight = op.lower.values[weight].differentiable
     reads = (0, 1) if wants_weight else (1,)
@@ -485,7 +486,7 @@ def _layer_norm(op: Operator) -> Any:
         tuple(Link(d) if d < rank - count else None for d in range(rank)) if i == x else (None,) * len(op.shape(i))
         for i in inputs
     ]
-    return op.emit(inputs, Rule(tuple(links)), K.Call(function))
+    return op.emit(inputs, Rule(tuple(links)), K.ChannelNorm(function))
 
 
 @rule(
@@ -562,7 +563,7 @@ def _attention(op: Operator) -> Any:
     function, inputs = op.call()
     shapes = [op.shape(i) for i in inputs]
     macs = prod(op.out) * shapes[1][-2] * 2
-    return op.emit(inputs, contraction.attention(shapes, op.out), K.Opaque(function), macs=macs)
+    return op.emit(inputs, contraction.attention(shapes, op.out), K.Attention(function), macs=macs)
 
 
 @rule("cat", "concat", "concatenate")

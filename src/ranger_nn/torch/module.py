@@ -286,7 +286,8 @@ class Regional(nn.Module):
         program = ready.planned.backward
         assert program is not None and ready.backward is not None
         graph = ready.captured.graph
-        slots = kept + [None] * (program.slots - len(kept))
+        slots = kept  # the very list: a slot that is freed must not live on in a copy
+        slots.extend([None] * (program.slots - len(kept)))
         for slot, tensor in zip(program.external.values(), tensors, strict=True):
             slots[slot] = tensor.detach()
         for v, grad in zip(graph.outputs, grads, strict=True):
