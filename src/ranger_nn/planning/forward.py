@@ -27,7 +27,8 @@ FOREVER = 1 << 30
 class Schedule:
     """Decisions of the planner: sliding steps along axis 0 (0: no sliding), tiles per axis, cuts, holds.
 
-    `holds[v]`: the last level at which v is read from memory; later levels compute it again.
+    `holds[v]`: the last level at which v is read from memory; later levels compute it again, from what is in memory
+    for another reader or from the input.
     """
 
     steps: int
@@ -75,24 +76,27 @@ def demand(bounds: Bounds, stages: Stages, schedule: Schedule) -> Demand:
         sweep.sinks |= {v for v in stored if stages.level[stages.producer[v]] == at}
         todo = [stages.producer[v] for v in sweep.sinks] + stages.levels[at].reduces
         seen: set[int] = set()
-        while todo:
-            k = todo.pop()
+        again: list[int] = []  # nodes of earlier levels: looked at last, when it is known what is in memory anyway
+        while todo or again:
+            k = todo.pop() if todo else again.pop()
             if k in seen:
                 continue
             seen.add(k)
+            native = stages.level[k] == at
             for i, v in enumerate(graph.nodes[k].inputs):
                 p = stages.producer.get(v)
                 if p is None or stages.kind[p] != REGIONAL:
                     continue
                 whole = any(bounds.blocked(graph.nodes[k], i, a) for a in range(len(bounds.axes)))
                 whole = whole and stages.kind[k] == REGIONAL
+                held = holds.get(v, FOREVER) >= at if native else max(stored.get(v, -1), holds.get(v, -1)) >= at
                 if stages.level[p] == at and not whole:
                     todo.append(p)
-                elif whole or holds.get(v, FOREVER) >= at:
+                elif whole or held:
                     stored[v] = max(stored.get(v, 0), at)
                     sweep.stored_reads.add(v)
                 else:
-                    todo.append(p)
+                    again.append(p)
         sweep.nodes = sorted(seen)
     return Demand(sweeps, stored)
 

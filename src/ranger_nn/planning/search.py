@@ -7,6 +7,7 @@ that reads it, a cut that ends a sweep early (training), tiles across the second
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,16 +18,20 @@ from ranger_nn.core.program import Program
 from ranger_nn.errors import BudgetError, InputError
 from ranger_nn.planning.backward import lower_backward
 from ranger_nn.planning.budget import format_bytes
-from ranger_nn.planning.forward import ForwardLowering, Schedule, lower_forward
+from ranger_nn.planning.forward import FOREVER, ForwardLowering, Schedule, lower_forward
 from ranger_nn.planning.report import Plan, describe
-from ranger_nn.planning.stages import REGIONAL, stage
+from ranger_nn.planning.stages import REGIONAL, Stages, stage
 from ranger_nn.planning.verify import verify_program
 
 STEP_BYTES = 6 << 20
 """Bytes of the largest value's share of one step: about what stays in the last-level cache."""
 MARGIN = 1.02
-SEARCH_WORK = 60_000
+SEARCH_WORK = 70_000
 """Instructions that one search may write: bounds the planning time, the same on every machine."""
+COARSE_SLACK = 1.5
+"""Times the budget that a candidate on few steps may need to be tried on more."""
+COARSE_STEPS = 16
+"""Steps on which structural moves are compared: what is held weighs the same on few steps as on many."""
 SCHEDULES = ("tile", "slide")
 
 
@@ -78,8 +83,17 @@ class Candidate:
     @property
     def size(self) -> int:
         """Instructions written to find it."""
-        twice = 2 if self.backward is not None else 1
-        return twice * (len(self.forward.instructions) + (len(self.backward.instructions) if self.backward else 0))
+        return len(self.forward.instructions) + (len(self.backward.instructions) if self.backward else 0)
+
+    @property
+    def profile(self) -> tuple[int, ...]:
+        """Peaks of all sweeps, the highest first: a move that lowers one of several equal peaks is a step forward."""
+        peaks: dict[tuple[bool, int], int] = {}
+        for program in (self.forward, self.backward):
+            for i in program.instructions if program is not None else ():
+                key = (program is self.forward, i.sweep)
+                peaks[key] = max(peaks.get(key, 0), i.live)
+        return tuple(sorted(peaks.values(), reverse=True))
 
     @property
     def binding(self) -> int:
@@ -98,14 +112,21 @@ def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool
     if not training:
         forward, state = lower_forward(bounds, stages, slim)
         return Candidate(schedule, bounds, forward, None, state, forward.peak, forward.macs)
-    everything = {v for n in graph.nodes for v in n.outputs}
-    _, state = lower_forward(bounds, stages, slim, everything, streaming=False)
-    _, used = lower_backward(state)
+    used = read_by_backward(bounds, stages, slim)
     forward, state = lower_forward(bounds, stages, slim, used, streaming=True)
     backward, _ = lower_backward(state)
     return Candidate(
         schedule, bounds, forward, backward, state, max(forward.peak, backward.peak), forward.macs + backward.macs
     )
+
+
+def read_by_backward(bounds: Bounds, stages: Stages, schedule: Schedule) -> set[int]:
+    """Values of the forward program that backward reads: the same for any number of steps, so found with one."""
+    everything = {v for n in bounds.graph.nodes for v in n.outputs}
+    _, state = lower_forward(
+        bounds, stages, replace(schedule, steps=min(1, schedule.steps)), everything, streaming=False
+    )
+    return lower_backward(state)[1]
 
 
 def base_steps(graph: Graph, axis: Axis) -> int:
@@ -148,8 +169,7 @@ def starting(graph: Graph, axes: Sequence[Axis], options: Options) -> list[Sched
             found.append(Schedule(0, tuple([count] * min(2, len(axes)) + [1] * max(0, len(axes) - 2))))
             count *= 2
         return found
-    sizes = [steps] + [s for s in (steps * 2, steps * 4, steps * 8) if s <= min(limit, 256)]
-    return [Schedule(s, tuple(ones)) for s in sizes]
+    return [Schedule(min(steps, limit), tuple(ones))]
 
 
 def _input_size(graph: Graph, axis: Axis) -> int:
@@ -157,11 +177,9 @@ def _input_size(graph: Graph, axis: Axis) -> int:
     return max(sizes, default=axis.size)
 
 
-def _neighbours(graph: Graph, axes: Sequence[Axis], best: Candidate, training: bool) -> Iterator[Schedule]:
-    """Schedules one move away that may lower the peak, the most promising first."""
-    schedule = best.schedule
-    level = best.binding
-    state = best.lowering
+def _structural(graph: Graph, best: Candidate, training: bool) -> Iterator[Schedule]:
+    """Schedules that compute a value again instead of holding it, or cut the binding sweep in two."""
+    schedule, level, state = best.schedule, best.binding, best.lowering
     holds = dict(schedule.holds)
     crossing = []
     for v, last in state.demand.stored.items():
@@ -177,45 +195,67 @@ def _neighbours(graph: Graph, axes: Sequence[Axis], best: Candidate, training: b
     if training:
         for cut in _cut_positions(graph, best):
             yield replace(schedule, cuts=tuple(sorted({*schedule.cuts, cut})))
-    regions = max(1, schedule.steps)
-    for count in schedule.tiles:
-        regions *= count
-    if regions > 256:
-        return
-    if schedule.slides and schedule.steps * 2 <= min(256, _input_size(graph, axes[0]) // 2):
-        yield replace(schedule, steps=schedule.steps * 2)
-    if len(axes) > 1 and schedule.tiles[1] < 16:
-        yield replace(schedule, tiles=(schedule.tiles[0], schedule.tiles[1] * 2, *schedule.tiles[2:]))
+
+
+def _ladder(best: Candidate) -> list[dict[int, int]]:
+    """Holds that trade multiply-adds for memory, where several sweeps read what earlier ones made.
+
+    From the least extra work on. For each of the largest sizes of stored values: those that can be computed again from others that are in memory
+    anyway; all of that size from what is smaller, which is then held as long as it serves; and both together.
+    """
+    stages, stored, graph = best.lowering.stages, best.lowering.demand.stored, best.bounds.graph
+    free = {v: last for v, last in stored.items() if v not in stages.whole_reads}
+    home = {v: stages.level[stages.producer[v]] for v in free}
+    cheap = {v for v, last in free.items() if all(free.get(u, FOREVER) >= last for u in _sources(best, v))}
+    sizes = sorted({graph.values[v].nbytes for v in free}, reverse=True)[:3]
+    found: list[dict[int, int]] = []
+    for x in (None, *sizes):
+        for y in (None, *sizes):
+            if (x is None and y is None) or (x is not None and y is not None and y >= x):
+                continue
+            large = {v for v in free if x is not None and graph.values[v].nbytes >= x}
+            lean = {v for v in cheap if y is not None and graph.values[v].nbytes >= y}
+            rest = dict.fromkeys(free, FOREVER) if x is not None else {}
+            found.append(rest | {v: home[v] for v in large | lean})
+    return [holds for k, holds in enumerate(found) if holds and holds not in found[:k]]
+
+
+def _sources(best: Candidate, v: int) -> set[int]:
+    """Stored values from which v is computed."""
+    stages, stored, graph = best.lowering.stages, best.lowering.demand.stored, best.bounds.graph
+    found: set[int] = set()
+    todo, seen = [v], {v}
+    while todo:
+        for u in graph.nodes[stages.producer[todo.pop()]].inputs:
+            p = stages.producer.get(u)
+            if p is None or stages.kind[p] != REGIONAL or u in seen:
+                continue
+            seen.add(u)
+            if u in stored:
+                found.add(u)
+            else:
+                todo.append(u)
+    return found
 
 
 def _cut_positions(graph: Graph, best: Candidate) -> list[int]:
-    """Positions where few bytes cross, spread over the work of the binding sweep."""
+    """One position in each eighth of the binding sweep's operators: where the fewest bytes cross."""
     stages = best.lowering.stages
-    level = best.binding
-    nodes = [k for k in best.lowering.demand.sweeps[level].nodes if stages.kind[k] == REGIONAL]
+    nodes = [k for k in best.lowering.demand.sweeps[best.binding].nodes if stages.kind[k] == REGIONAL]
     if len(nodes) < 4:
         return []
     last: dict[int, int] = {}
     for k, node in enumerate(graph.nodes):
         for v in node.inputs:
             last[v] = k
-    costs = []
-    total = sum(graph.nodes[k].macs for k in nodes) or 1
-    done = 0
-    for k in nodes[:-1]:
-        done += graph.nodes[k].macs
-        position = k + 1
-        if position in best.schedule.cuts:
-            continue
-        bytes_over = sum(
-            graph.values[v].nbytes
-            for j in nodes
-            if j <= k
-            for v in graph.nodes[j].outputs
-            if last.get(v, -1) >= position
-        )
-        costs.append((bytes_over, abs(0.5 - done / total), position))
-    return [p for _, _, p in sorted(costs)[:3]]
+    weights = {k: sum(graph.values[v].nbytes for v in graph.nodes[k].outputs) for k in nodes}
+    found: dict[int, tuple[int, int]] = {}
+    for n, k in enumerate(nodes[:-1]):
+        over = sum(weights[j] for j in nodes if j <= k and any(last.get(v, -1) > k for v in graph.nodes[j].outputs))
+        part = 8 * n // len(nodes)
+        if k + 1 not in best.schedule.cuts:
+            found[part] = min(found.get(part, (over, k + 1)), (over, k + 1))
+    return [position for _, position in found.values()]
 
 
 def with_margin(peak: int) -> int:
@@ -223,36 +263,138 @@ def with_margin(peak: int) -> int:
     return int(peak * MARGIN) + 4096
 
 
-def search(graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> Candidate:
-    """The first schedule within the budget, or the best found."""
-    best: Candidate | None = None
-    work = 0
-    for schedule in starting(graph, axes, options):
-        found = lower(graph, axes, schedule, training)
-        work += found.size
-        if best is None or found.peak < best.peak:
-            best = found
-        if options.allowed is None or with_margin(found.peak) <= options.allowed:
-            return found
-    assert best is not None
-    fixed = options.regions is not None
-    while axes and work < SEARCH_WORK and options.allowed is not None:
-        improved: Candidate | None = None
-        for schedule in _neighbours(graph, axes, best, training):
-            if fixed and (schedule.steps, schedule.tiles) != (best.schedule.steps, best.schedule.tiles):
-                continue
-            if work >= SEARCH_WORK:
+def _coarse(schedule: Schedule) -> Schedule:
+    return replace(schedule, steps=min(schedule.steps, COARSE_STEPS))
+
+
+class Search:
+    """Greedy descent of the peak: what is held and where sweeps end is chosen on few steps, then regions shrink."""
+
+    def __init__(self, graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> None:
+        """Nothing is lowered yet."""
+        self.graph, self.axes, self.options, self.training = graph, axes, options, training
+        self.work = 0
+        self.best: Candidate | None = None
+
+    def fits(self, found: Candidate) -> bool:
+        """Within the budget, or no budget."""
+        return self.options.allowed is None or with_margin(found.peak) <= self.options.allowed
+
+    def lower(self, schedule: Schedule) -> Candidate:
+        """A candidate, counted in the work."""
+        found = lower(self.graph, self.axes, schedule, self.training)
+        self.work += found.size
+        return found
+
+    def attempt(self, schedule: Schedule) -> bool:
+        """Lower a schedule in full; True where it fits. The best so far is kept."""
+        found = self.lower(schedule)
+        if self.best is None or found.profile < self.best.profile:
+            self.best = found
+        return self.fits(found)
+
+    def run(self) -> Candidate:
+        """The first schedule within the budget, or the least found."""
+        for schedule in starting(self.graph, self.axes, self.options):
+            if self.attempt(schedule):
                 break
-            found = lower(graph, axes, schedule, training)
-            work += found.size
-            if with_margin(found.peak) <= options.allowed:
-                return found
-            if found.peak < (improved.peak if improved else best.peak):
-                improved = found
-        if improved is None or improved.peak >= best.peak:
-            break
-        best = improved
-    return best
+        assert self.best is not None
+        if self.axes and not self.fits(self.best):
+            _ = (
+                self._shrink(self.best.schedule, 1)
+                or self._climb()
+                or self._descend()
+                or self._shrink(self.best.schedule, 4)
+            )
+        return self.best
+
+    def _near(self, rough: Candidate) -> bool:
+        """Whether more steps may bring a candidate on few steps into the budget."""
+        return self.options.allowed is None or rough.peak <= COARSE_SLACK * self.options.allowed
+
+    def _finer(self, schedule: Schedule) -> Schedule | None:
+        """Half the step, while that makes sense; then columns."""
+        if self.options.regions is not None:
+            return None
+        if schedule.slides and schedule.steps * 2 <= min(256, _input_size(self.graph, self.axes[0]) // 2):
+            return replace(schedule, steps=schedule.steps * 2)
+        if len(self.axes) > 1 and schedule.tiles[1] < 8:
+            return replace(schedule, tiles=(schedule.tiles[0], schedule.tiles[1] * 2, *schedule.tiles[2:]))
+        return None
+
+    def _shrink(self, schedule: Schedule, times: int) -> bool:
+        """Smaller and smaller regions; True where the budget is met."""
+        for _ in range(times):
+            finer = self._finer(schedule)
+            if finer is None or self.work >= SEARCH_WORK:
+                return False
+            if self.attempt(finer):
+                return True
+            schedule = finer
+        return False
+
+    def _climb(self) -> bool:
+        """Ever more computed again, from the least on, as long as it saves memory; True where the budget is met."""
+        assert self.best is not None
+        start = self.best
+        if self.training or len(start.lowering.demand.stored) < 2:
+            return False
+        fine, lowest = start.schedule, self.lower(_coarse(start.schedule)).peak
+        least: Candidate | None = None
+        for holds in _ladder(start):
+            if self.work >= SEARCH_WORK:
+                break
+            schedule = replace(start.schedule, holds=tuple(sorted(holds.items())))
+            fine = self._finer(schedule) or schedule
+            rough = self.lower(_coarse(schedule))
+            if rough.peak >= lowest:
+                continue
+            lowest, least = rough.peak, rough
+            if self._near(rough) and self._between(rough) <= (self.options.allowed or 0) and self.attempt(fine):
+                return True
+        return least is not None and self.attempt(replace(least.schedule, steps=fine.steps))
+
+    def _between(self, found: Candidate) -> int:
+        """Bytes that wait in memory between two sweeps, at the worst: no step size changes them."""
+        stages, stored = found.lowering.stages, found.lowering.demand.stored
+        homes = {v: stages.level[stages.producer[v]] for v in stored}
+        return max(
+            sum(self.graph.values[v].nbytes for v, last in stored.items() if homes[v] <= at < last)
+            for at in range(len(stages.levels))
+        )
+
+    def _descend(self) -> bool:
+        """The best structural move, again and again, judged on few steps; True where the budget is met."""
+        assert self.best is not None
+        steps = self.best.schedule.steps
+        state = self.best if steps <= COARSE_STEPS else self.lower(_coarse(self.best.schedule))
+        moved = False
+        while self.work < SEARCH_WORK:
+            chosen = state
+            for schedule in _structural(self.graph, state, self.training):
+                if self.work >= SEARCH_WORK:
+                    break
+                found = self.lower(schedule)
+                if found.profile < chosen.profile:
+                    chosen = found
+            if chosen is state:
+                break
+            state, moved = chosen, True
+            fine = replace(state.schedule, steps=steps)
+            if self._near(state) and (self.attempt(fine) or self._shrink(fine, 1)):
+                return True
+        return moved and self.attempt(replace(state.schedule, steps=steps))
+
+
+def search(graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> Candidate:
+    """The first schedule within the budget, or the best found. The garbage collector rests meanwhile."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return Search(graph, axes, options, training).run()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def make_plan(graph: Graph, options: Options, training: bool) -> Planned:
@@ -262,7 +404,7 @@ def make_plan(graph: Graph, options: Options, training: bool) -> Planned:
     whole = lower(graph, [], Schedule(0, ()), training)
     projected = with_margin(best.peak)
     if options.allowed is not None and projected > options.allowed:
-        raise _too_small(graph, options.allowed, projected, best)
+        raise _too_small(graph, options.allowed, *_least(graph, axes, options, training, best))
     verify_program(best.forward, graph)
     if best.backward is not None:
         verify_program(best.backward, graph, best.forward)
@@ -271,6 +413,20 @@ def make_plan(graph: Graph, options: Options, training: bool) -> Planned:
         graph, axes, best.schedule, best.lowering, best.forward, best.backward, options.allowed, projected, untouched
     )
     return Planned(plan, best.forward, best.backward)
+
+
+def _least(
+    graph: Graph, axes: Sequence[Axis], options: Options, training: bool, best: Candidate
+) -> tuple[int, Candidate]:
+    """The least budget found that a search meets when it is given just that."""
+    least = with_margin(best.peak)
+    for _ in range(3):
+        found = search(graph, axes, replace(options, allowed=least), training)
+        if with_margin(found.peak) <= least:
+            return least, found
+        least = with_margin(found.peak)
+    first = search(graph, axes, options.without_budget(), training)
+    return with_margin(first.peak), first
 
 
 def _saved_by_untouched(graph: Graph) -> int:
