@@ -1,6 +1,6 @@
 """What all benchmarks share: options, peak, time, largest difference, and the printed row.
 
-Peak: bytes by `ranger_nn.measure` over those live before the call, less the final output, for both
+Peak: bytes by `ranger_nn.measure` over those live before the call, the final output left out, for both
 sides alike. The input and the parameters exist before and do not count; gradients that a backward
 leaves behind (of parameters and of the input) count on both sides.
 Time: median of interleaved runs (untouched, ours, untouched, ...) after one run of each that makes
@@ -64,18 +64,14 @@ def options(arguments: Sequence[str] | None = None) -> Options:
 # ---------------------------------------------------------------------------- what is measured
 
 
-def bytes_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the storage of some tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def peak(work: Work, model: nn.Module, device: str = "cpu") -> int:
-    """Most bytes live at one time while `work` runs on `model`, less its output."""
+    """Most bytes live at one time while `work` runs on `model`, its output left out."""
     model.zero_grad(set_to_none=True)  # or the last run's gradients would be freed while we count
     gc.collect()
     with ranger_nn.measure(torch.device(device).type) as used:
         output = work()
-    return used.peak - bytes_of(output)
+        used.leave_out(*output)
+    return used.peak
 
 
 def interleaved(works: dict[str, Work], repeats: int, device: str = "cpu") -> dict[str, float]:

@@ -216,3 +216,14 @@ def test_cuda_counts_above_what_was_live():
         second = torch.empty(1 << 19, device="cuda")
     assert used.peak == used.by_device["cuda:0"] == before.nbytes
     assert used.current == second.nbytes
+
+
+def test_leave_out() -> None:
+    """A result that the caller keeps is not counted; what was made on the way is."""
+    with measure("cpu") as used:
+        x = torch.ones(1 << 20)
+        y = x + 1
+        del x
+        used.leave_out(y)
+    assert used.peak == 4 << 20
+    assert used.current == 0

@@ -121,8 +121,8 @@ def _relative(expected: Tensor, given: Tensor) -> float:
 def _peak(work: Work, model: nn.Module, device: str) -> int:
     model.zero_grad(set_to_none=True)  # the last run's gradients would be freed while we count
     with ranger_nn.measure(device.partition(":")[0]) as used:
-        outputs = work()
-    return used.peak - sum(output.nbytes for output in outputs)
+        used.leave_out(*work())
+    return used.peak
 
 
 def _times(sides: dict[str, Work], repeat: int, device: str) -> dict[str, float]:

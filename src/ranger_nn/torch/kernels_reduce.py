@@ -50,9 +50,6 @@ class Reduce(Kernel):
             return list(shape)
         return [shape[0], self.groups, shape[1] // self.groups, *shape[2:]]
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.reshape(self._split_shape(x.shape)) if self.groups else x
-
     def count(self, box: Box) -> int:
         """Elements behind one entry, in a region."""
         return count(self._split_shape([b - a for a, b in box]), self.axis)
@@ -67,9 +64,20 @@ class Reduce(Kernel):
         """State of one region."""
         if not self.groups:
             return self.monoid.lift(xp, _wide(x), self.axis)
-        wide = self._split(_wide(x))
-        mean = wide.mean(self.axis, keepdim=True)
-        return mean, (wide - mean).square_().sum(self.axis, keepdim=True)
+        wide = _wide(x)
+        over = tuple(d for d in range(x.dim()) if d != 1 and (d or 0 in self.axis))
+        mean = wide.mean(over, keepdim=True)
+        squares = (wide - mean).square_().sum(over, keepdim=True)
+        return self._gather(mean, squares, x.numel() // mean.numel())
+
+    def _gather(self, mean: Tensor, squares: Tensor, n: int) -> State:
+        """Moments of groups from those of their channels (n elements behind each): shape (rows, groups, 1, ...)."""
+        rows, channels = mean.shape[:2]
+        parts, deviations = (t.reshape(rows, self.groups, channels // self.groups) for t in (mean, squares))
+        center = parts.mean(2, keepdim=True)
+        total = deviations.sum(2, keepdim=True) + n * (parts - center).square().sum(2, keepdim=True)
+        shape = [rows, self.groups] + [1] * (len(self._split_shape(self.shape)) - 2)
+        return center.reshape(shape), total.reshape(shape)
 
     def merge(self, a: State, b: State, n_a: int, n_b: int) -> State:
         """State of two regions."""
@@ -103,13 +111,11 @@ class Reduce(Kernel):
 
     def region_vjp(self, x: Tensor, state: State, grad: Tensor) -> Tensor:
         """Gradient of a region from the finished state and the result's gradient."""
-        wide = self._split(_wide(x))
-        ndim = wide.dim()
-        kept = [1 if d in self.axis else wide.shape[d] for d in range(ndim)]
+        wide = _wide(x)
         if self.groups:
-            g_mean, g_var = (g.reshape(kept) for g in grad.unbind(0))
-            out = (wide - state[0]) * (g_var * (2 / self.total)) + g_mean / self.total
-        elif isinstance(self.monoid, Moments):
+            return self._moments_vjp(wide, state[0], grad).to(x.dtype)
+        kept = [1 if d in self.axis else wide.shape[d] for d in range(wide.dim())]
+        if isinstance(self.monoid, Moments):
             out = (wide - state[0]) * (grad.reshape(kept) * (2 / (self.total - self.monoid.correction)))
         elif isinstance(self.monoid, Extremum):
             hit = self.monoid.sign * wide == state[0]
@@ -117,7 +123,17 @@ class Reduce(Kernel):
         else:
             mean = isinstance(self.monoid, Sum) and self.monoid.mean
             out = (grad.to(wide.dtype).reshape(kept) / (self.total if mean else 1)).expand(wide.shape).contiguous()
-        return out.to(x.dtype).reshape(x.shape)
+        return out.to(x.dtype)
+
+    def _moments_vjp(self, x: Tensor, mean: Tensor, grad: Tensor) -> Tensor:
+        rows, channels = mean.shape[0], x.shape[1]
+
+        def each(t: Tensor) -> Tensor:
+            spread = t.reshape(rows, self.groups, 1).expand(rows, self.groups, channels // self.groups)
+            return spread.reshape([rows, channels] + [1] * (x.dim() - 2))
+
+        slope = each(grad[1] * (2 / self.total))
+        return torch.addcmul(each(grad[0] / self.total) - each(mean) * slope, x, slope)
 
     def bind_vjp(self, out_box: Box, in_boxes: Sequence[Box], wanted: Sequence[bool]) -> Local:
         """Gradient where the reduction ran in one piece."""
@@ -130,39 +146,50 @@ class Reduce(Kernel):
         return vjp
 
 
+class NormScale(Kernel):
+    """(scale, shift) of each channel, so that a normalisation is x * scale + shift: inputs stats, [weight], [bias].
+
+    Made once from the moments of the whole; the result has shape (2, samples or 1, channels).
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float, weight: bool, bias: bool) -> None:
+        """`groups` of channels share their moments."""
+        self.groups, self.channels, self.eps, self.weight, self.bias = groups, channels, eps, weight, bias
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """scale = weight / sqrt(var + eps), shift = bias - mean * scale."""
+        groups, channels, eps, weight, bias = self.groups, self.channels, self.eps, self.weight, self.bias
+
+        def local(stats: Tensor, *affine: Tensor) -> Tensor:
+            rows = stats.shape[1]
+            wide = stats.unsqueeze(-1).expand(2, rows, groups, channels // groups).reshape(2, rows, channels)
+            scale = torch.rsqrt(wide[1] + eps)
+            if weight:
+                scale = scale * affine[0]
+            shift = -wide[0] * scale
+            if bias:
+                shift = shift + affine[-1]
+            return torch.stack([scale, shift])
+
+        return local
+
+
 class NormApply(Kernel):
-    """(x - mean) / sqrt(var + eps) * weight + bias with moments given: inputs x, stats, [weight], [bias]."""
+    """x * scale + shift, one of each for a channel: inputs x and what `NormScale` gives."""
 
-    members = 3
     sums = True
-
     layout = "keeps"
 
-    def __init__(self, groups: int, eps: float, weight: bool, bias: bool, batch: bool) -> None:
-        """`groups` of channels; `batch`: moments are over the batch too (batch normalisation)."""
-        self.groups, self.eps, self.weight, self.bias, self.batch = groups, eps, weight, bias, batch
-
     def scratch(self, at: Extent) -> int:
-        """Scales and shifts; in half precision copies in single."""
+        """In half precision copies in single."""
         return SMALL_TENSORS if self.itemsize > 2 else 4 * at.out_bytes + SMALL_TENSORS
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
-        """One multiply-add with a scale and shift for each sample and channel."""
-        groups, eps, weight, bias = self.groups, self.eps, self.weight, self.bias
+        """One multiply-add."""
 
-        def local(x: Tensor, stats: Tensor, *affine: Tensor) -> Tensor:
-            mean, var = stats[0], stats[1]
-            scale = torch.rsqrt(var + eps)
-            rows, channels = mean.shape[0], x.shape[1]
-            scale = scale.unsqueeze(-1).expand(rows, groups, channels // groups).reshape(rows, channels)
-            mean = mean.unsqueeze(-1).expand(rows, groups, channels // groups).reshape(rows, channels)
-            if weight:
-                scale = scale * affine[0]
-            shift = -mean * scale
-            if bias:
-                shift = shift + affine[-1]
-            shape = [rows, channels] + [1] * (x.dim() - 2)
-            return torch.addcmul(shift.view(shape), x.to(scale.dtype), scale.view(shape)).to(x.dtype)
+        def local(x: Tensor, affine: Tensor) -> Tensor:
+            scale, shift = affine.view([*affine.shape, *[1] * (x.dim() - 2)]).unbind(0)
+            return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)
 
         return local
 

@@ -415,7 +415,7 @@ def _batch_norm(op: Operator) -> Any:
         )
     elif op.arg("running_mean") is not None:
         return None
-    return _apply(op, x, stats, shape[1], float(op.arg("eps")), weight, bias, batch)
+    return _apply(op, x, stats, shape[1], float(op.arg("eps")), weight, bias)
 
 
 def _whole_batch_norm(op: Operator) -> Any:
@@ -447,13 +447,21 @@ class _Stats(R.Reduce):
         return torch.stack([mean.reshape(rows, groups), var.reshape(rows, groups)])
 
 
-def _apply(op: Operator, x: int, stats: int, groups: int, eps: float, weight: Any, bias: Any, batch: bool) -> Any:
+def _apply(op: Operator, x: int, stats: int, groups: int, eps: float, weight: Any, bias: Any) -> Any:
     affine = [v for v in (weight, bias) if v is not None]
     shape = op.shape(x)
+    rows = op.shape(stats)[1]
+    wide = torch.float64 if op.lower.values[stats].dtype == "float64" else torch.float32
+    like = torch.empty((2, rows, shape[1]), dtype=wide, device="meta")
+    scale = op.lower.emit(
+        "norm_scale",
+        [stats, *affine],
+        like,
+        Rule(((None,) * 3, *((None,) * len(op.shape(v)) for v in affine))),
+        R.NormScale(groups, shape[1], eps, weight is not None, bias is not None),
+    )
     row = tuple(Link(d) if d != 1 else None for d in range(len(shape)))
-    links = (row, (None,) * 3, *((None,) * len(op.shape(v)) for v in affine))
-    kern = R.NormApply(groups, eps, weight is not None, bias is not None, batch)
-    return op.lower.emit(op.name, [x, stats, *affine], op.like, Rule(links, pointwise=True), kern, macs=0)
+    return op.lower.emit(op.name, [x, scale], op.like, Rule((row, (None,) * 3), pointwise=True), R.NormApply())
 
 
 def _channel_norm(op: Operator, x: int) -> Any:
@@ -473,7 +481,7 @@ def _group_norm(op: Operator) -> Any:
     if len(shape) < 3:
         return None
     stats = _stats(op, x, groups, tuple(range(2, len(shape) + 1)), shape[0], shape[1])
-    return _apply(op, x, stats, groups, float(op.arg("eps")), op.arg("weight"), op.arg("bias"), False)
+    return _apply(op, x, stats, groups, float(op.arg("eps")), op.arg("weight"), op.arg("bias"))
 
 
 @rule("layer_norm", "rms_norm", "_fused_rms_norm")

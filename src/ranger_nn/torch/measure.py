@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler, _profiler_enabled
 from torch._C._profiler import (
     ProfilerActivity,
@@ -64,10 +65,19 @@ class Usage:
         self.by_device: dict[str, int] = {}
         self.current = 0
         self.blocks = 0
+        self._left_out: set[int] = set()
 
     @property
     def peak(self) -> int:
         return max(self.by_device.values(), default=0)
+
+    def leave_out(self, *tensors: Tensor) -> None:
+        """Do not count the memory of these tensors: a call's result, which the caller keeps whoever computes it.
+
+        To be called inside the `with` block, and after the last `flush()` before which they were made. On CUDA
+        nothing is left out.
+        """
+        self._left_out |= {t.untyped_storage().data_ptr() for t in tensors if t.device.type == "cpu"}
 
     def flush(self) -> None:
         """Bring the figures up to date, and free what the profiler holds.
@@ -77,7 +87,7 @@ class Usage:
         if torch._C._current_graph_task_id() != -1:
             return
         if self._cpu is not None:
-            self._cpu.stop()
+            self._cpu.stop(self._left_out)
             self._cpu.start()
         self._read()
 
@@ -89,7 +99,7 @@ class Usage:
 
     def _exit(self) -> None:
         if self._cpu is not None:
-            self._cpu.stop()
+            self._cpu.stop(self._left_out)
         self._read()
 
     def _read(self) -> None:
@@ -149,19 +159,19 @@ class _CpuCounter:
             # The stub of PyTorch leaves the scopes out.
             _enable_profiler(config, {ProfilerActivity.CPU}, {RecordScope.STATIC_RUNTIME_MODEL})  # type: ignore[call-arg]
 
-    def stop(self) -> None:
+    def stop(self, left_out: Collection[int] = ()) -> None:
         try:
-            self._count(_disable_profiler().experimental_event_tree())
+            self._count(_disable_profiler().experimental_event_tree(), left_out)
         finally:
             _one_at_a_time.release()
 
-    def _count(self, events: Iterable[Any]) -> None:
+    def _count(self, events: Iterable[Any], left_out: Collection[int] = ()) -> None:
         """Add up the events in the order of time; the profiler sorts them, and keeps ties in order."""
-        for event in events:
-            if event.tag != _EventType.Allocation:
-                continue
-            block = event.extra_fields
-            if block.device.type != "cpu":
+        blocks = [e.extra_fields for e in events if e.tag == _EventType.Allocation]
+        last = {b.ptr: k for k, b in enumerate(blocks) if b.ptr in left_out and b.alloc_size > 0}
+        skipped = set(last.values())
+        for k, block in enumerate(blocks):
+            if block.device.type != "cpu" or k in skipped:
                 continue
             # An address given out again was freed unseen, by a thread that is not measured.
             self.current -= self._sizes.pop(block.ptr, 0)
