@@ -23,7 +23,7 @@ from ranger_nn.core.fuse import fuse
 from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, Node, Rule, Value
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
-from ranger_nn.torch.kernels import Fused, Kernel, Opaque
+from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
 from ranger_nn.torch.layout import result_layout
 
 VIEWS = {
@@ -129,7 +129,9 @@ class Lower:
         if inputs:
             kernel.itemsize = self.values[inputs[0]].itemsize
         kernel.reads_channels_last = bool(inputs) and before[0][1] != ""
-        reads = tuple(range(len(inputs))) if vjp_reads is None else tuple(vjp_reads)
+        free = isinstance(kernel, Light) or (isinstance(kernel, Call) and rule.pointwise and op in SAVES_NOTHING)
+        every = () if free else tuple(range(len(inputs)))
+        reads = every if vjp_reads is None else tuple(vjp_reads)
         self.nodes.append(
             Node(
                 name,

@@ -143,11 +143,16 @@ class Call(Kernel):
         """Forward again; pointwise, that is the result, and the product of which a scale's gradient is the sum."""
         if not self.pointwise:
             return super().vjp_scratch(at)
-        return at.out_bytes * (2 if _multiplies(self, len(at.in_bytes)) else 1) + SMALL_TENSORS
+        if self.op in SAVES_NOTHING:
+            return SMALL_TENSORS
+        return at.out_bytes * (1 + _products(self, len(at.in_bytes)) + (self.op == "batch_norm")) + SMALL_TENSORS
 
 
-def _multiplies(kernel: Kernel, arguments: int) -> bool:
-    return kernel.sums or (arguments > 1 and kernel.op not in SAVES_NOTHING and kernel.op != "batch_norm")
+def _products(kernel: Kernel, arguments: int) -> int:
+    """Products as large as the output of which a scale's gradient is the sum."""
+    if kernel.sums:
+        return 2
+    return int(arguments > 1 and kernel.op not in SAVES_NOTHING and kernel.op != "batch_norm")
 
 
 class ChannelNorm(Call):
@@ -254,7 +259,7 @@ class Fused(Kernel):
                 saved.add(out)
             elif kernel.op not in SAVES_NOTHING and not (kernel.op in {"mul", "div"} and len(args) == 1):
                 saved.update(a for a in args if a >= self.inputs)
-            broadcast |= _multiplies(kernel, len(args))
+            broadcast = max(broadcast, _products(kernel, len(args)))
         return at.out_bytes * (len(saved) + (self.members > 1) + broadcast) + SMALL_TENSORS
 
 

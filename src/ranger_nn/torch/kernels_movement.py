@@ -30,8 +30,8 @@ class Movement(Light):
         return at.in_bytes[0]
 
     def vjp_scratch(self, at: Extent) -> int:
-        """Forward again and a copy of the gradient."""
-        return 2 * at.out_bytes + sum(at.in_bytes)
+        """Forward again, on zeros that take no memory until they are moved."""
+        return at.out_bytes + sum(at.in_bytes)
 
 
 class View(Movement):
@@ -164,6 +164,10 @@ class Pad(Movement):
     def scratch(self, at: Extent) -> int:
         """The result of the dimensions before the last that is gathered."""
         return 0 if self.border is Border.FILL else at.in_bytes[0] + at.out_bytes
+
+    def vjp_scratch(self, at: Extent) -> int:
+        """Forward again, on zeros that take no memory."""
+        return at.out_bytes if self.border is Border.FILL else 2 * at.out_bytes + at.in_bytes[0]
 
     def _border(self, out_box: Box) -> Local:
         shape, value = lengths(out_box), self.value

@@ -105,9 +105,10 @@ class Reduce(Kernel):
 
     def vjp_scratch(self, at: Extent) -> int:
         """The deviations, or the ties; in half precision copies in single as well."""
-        return (
-            (1 if self.itemsize > 2 else 5) * (1 if self.groups or isinstance(self.monoid, Sum) else 2) * at.in_bytes[0]
-        )
+        halves = 1 if self.itemsize > 2 else 5
+        if self.groups and self.itemsize > 2:
+            return SMALL_TENSORS
+        return halves * (1 if isinstance(self.monoid, Sum) else 2) * at.in_bytes[0] + SMALL_TENSORS
 
     def region_vjp(self, x: Tensor, state: State, grad: Tensor) -> Tensor:
         """Gradient of a region from the finished state and the result's gradient."""
