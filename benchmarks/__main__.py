@@ -16,6 +16,7 @@ NAMES = (
     "basicunet_training",
     "resnet18_training",
     "autoencoderkl_decode",
+    "loop_overhead",
     "peers",
 )
 

@@ -171,7 +171,7 @@ def compare_picture(model: nn.Module, small: Regional, picture: Tensor) -> dict[
         plan = small.plan_for(picture)
     found, cost = {}, {}
     for name, net in (("untouched", model), ("regional", small)):
-        cost[name], found[name] = measured(partial(apply, net, picture), picture.nbytes)
+        cost[name], found[name] = measured(partial(apply, net, picture))
     print(
         f"\nApplied to {picture.shape[-2]} x {picture.shape[-1]}: "
         f"largest relative difference {relative(found['regional'], found['untouched']):.1e}"
@@ -181,11 +181,14 @@ def compare_picture(model: nn.Module, small: Regional, picture: Tensor) -> dict[
     return cost
 
 
-def measured(work: Callable[[], Tensor], excluded: int) -> tuple[Measured, Tensor]:
-    """Bytes at the peak less `excluded`, and seconds (the counter costs microseconds per block); the result."""
+def measured(work: Callable[[], Tensor], excluded: int = 0) -> tuple[Measured, Tensor]:
+    """Bytes at the peak, without the result and less `excluded`, and seconds (the counter costs microseconds per
+    block); the result.
+    """
     start = time.perf_counter()
     with ranger_nn.measure() as used:
         result = work()
+        used.leave_out(result)
     return Measured(used.peak - excluded, time.perf_counter() - start), result
 
 

@@ -282,3 +282,14 @@ def test_distributed_wrapper(tmp_path: Any) -> None:
             assert difference(mine, wanted, 1e-2 * theirs.largest) <= 1e-11
     finally:
         dist.destroy_process_group()
+
+
+def test_outputs_have_plain_strides() -> None:
+    """Windows are held channels-last; what the caller gets may be viewed as ever."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1))
+    x = torch.rand(2, 3, 9, 8)
+    for regions in (None, (4, 4), (100, 100)):
+        small = ranger_nn.regionalize(model, regions=regions)
+        assert small(x).is_contiguous()
+        with torch.no_grad():
+            assert small(x).is_contiguous()

@@ -118,7 +118,7 @@ class _Run(torch.autograd.Function):
         ctx.kept = slots
         ctx.rng = regional._rng
         outputs = ready.captured.graph.outputs
-        results = tuple(slots[ready.planned.forward.results[v]] for v in outputs)
+        results = tuple(_plain(ready, v, slots[ready.planned.forward.results[v]]) for v in outputs)
         for v in outputs:
             if not ready.captured.graph.values[v].differentiable:
                 ctx.mark_non_differentiable(*[r for r in results if not r.is_floating_point()])
@@ -192,7 +192,7 @@ class Regional(nn.Module):
         if ready.backward is None:
             slots = self._execute(ready, tensors)
             found = {
-                v: slots[ready.planned.forward.results[v]]
+                v: _plain(ready, v, slots[ready.planned.forward.results[v]])
                 for v in ready.captured.graph.outputs
                 if v in ready.planned.forward.results
             }
@@ -302,6 +302,11 @@ class Regional(nn.Module):
             run(ready.backward, slots, ready.engine)
         found = [program.results.get(v) for v in ready.captured.sources]
         return [None if s is None else slots[s] for s in found]
+
+
+def _plain(ready: Ready, v: int, result: Tensor) -> Tensor:
+    """An output in plain strides, as the untouched network gives it, where it was held channels-last."""
+    return result.contiguous() if ready.captured.graph.values[v].layout else result
 
 
 def _leaf_key(x: Any, grad: bool) -> Any:
