@@ -66,7 +66,7 @@ def run(
         elif outs:
             for slot, item in zip(outs, result, strict=True):
                 slots[slot] = item
-        result = None
+        result = item = None  # what is freed below must not live on in a name
         for slot in frees:
             slots[slot] = None
     if on_region is not None and region >= 0:

@@ -260,7 +260,10 @@ class Fused(Kernel):
             elif kernel.op not in SAVES_NOTHING and not (kernel.op in {"mul", "div"} and len(args) == 1):
                 saved.update(a for a in args if a >= self.inputs)
             broadcast = max(broadcast, _products(kernel, len(args)))
-        return at.out_bytes * (len(saved) + (self.members > 1) + broadcast) + SMALL_TENSORS
+        held = len(saved) + (self.members > 1) + broadcast
+        if any(kernel.op == "batch_norm" for kernel, _, _ in self.steps):
+            held = max(held, 3)  # its backward takes as much again as the gradient
+        return at.out_bytes * held + SMALL_TENSORS
 
 
 class Opaque(Kernel):

@@ -59,6 +59,17 @@ def split_padding(missing: Sequence[tuple[int, int]], native: Sequence[int]) -> 
     return own, flat if any(flat) else []
 
 
+def padded_bytes(at: Extent, extra: Sequence[int]) -> int:
+    """Bytes of the first input padded by `extra` (as F.pad takes it); 0 where nothing is padded."""
+    if not extra:
+        return 0
+    size, box = at.in_bytes[0], at.reads[0].box
+    for i in range(len(extra) // 2):
+        lo, hi = box[len(box) - 1 - i]
+        size = size * max(1, hi - lo + extra[2 * i] + extra[2 * i + 1]) // max(1, hi - lo)
+    return max(size, at.in_bytes[0])
+
+
 SMALL = 192 << 10
 """Bytes that oneDNN may take on small regions, whatever their size."""
 
@@ -92,14 +103,8 @@ class Convolution(Kernel):
 
     def _padded(self, at: Extent) -> int:
         """Bytes of the input with its border filled on the spot; 0 where the operator pads by itself."""
-        own, extra = self._geometry(at.out_box, at.reads[0].box)
-        if not extra:
-            return 0
-        size = at.in_bytes[0]
-        for i, (lo, hi) in enumerate(at.reads[0].box[len(at.out_box) - len(own) :]):
-            before, after = extra[2 * (len(own) - 1 - i)], extra[2 * (len(own) - 1 - i) + 1]
-            size = size * max(1, hi - lo + before + after) // max(1, hi - lo)
-        return max(size, at.in_bytes[0])
+        _, extra = self._geometry(at.out_box, at.reads[0].box)
+        return padded_bytes(at, extra)
 
     def _copied(self, at: Extent) -> int:
         """Bytes of the input made channels-last, or made contiguous where its region is not."""
@@ -344,7 +349,9 @@ class Pooling(Kernel):
     def _padded(self, at: Extent) -> int:
         lead = len(at.out_box) - len(self.reaches)
         own, extra = split_padding(borders(at.out_box, at.reads[0].box, self.reaches, lead), self.padding)
-        return int(1.05 * at.in_bytes[0]) if extra or (self.average and any(own)) else 0
+        if self.average and any(own):
+            extra = extra or [n for pad in reversed(own) for n in (pad, pad)]
+        return padded_bytes(at, extra)
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again: output, indices, padded input and its gradient."""
