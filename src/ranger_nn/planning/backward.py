@@ -352,10 +352,20 @@ class BackwardStrip(Strip):
         self.streamed = set()
         self.back_order = [k for k in reversed(sweep.nodes) if k in active]
         self.slide = parent.f.slide
-        self.pace = BackwardPace(
-            self.bounds, self.p.stages, sweep.nodes, users, sweep.sinks, self.slide, self.p.schedule.steps, active
+        schedule = parent.f.schedule
+        self.pace = pace = BackwardPace(
+            self.bounds,
+            self.p.stages,
+            sweep.nodes,
+            users,
+            sweep.sinks,
+            self.slide,
+            schedule.steps,
+            active,
+            schedule.grain,
         )
-        self.clock, self.final = self.pace.clock, self.pace.final
+        self.ends_at = pace.at
+        self.clock, self.final = pace.clock, pace.final
 
     # -- progress
 
@@ -371,7 +381,7 @@ class BackwardStrip(Strip):
         """All steps."""
         events = self._last_events()
         for t in range(self.clock.total):
-            back, front = self.pace.at(t, self.back, self.ends)
+            back, front = self.ends_at(t, self.back, self.ends)
             for k in self.sweep.nodes:
                 if self.p.stages.kind[k] == REGIONAL:
                     node = self.graph.nodes[k]
@@ -430,7 +440,7 @@ class BackwardStrip(Strip):
             for u, i in self.users[v]:
                 if self.p.stages.kind[u] == REDUCE:
                     if u in self.active:
-                        keep = min(keep, self.clock.end(size, t))
+                        keep = min(keep, self.pace.due(v, t))
                     continue
                 out = self.graph.nodes[u].outputs[0]
                 if front[out] < self.final[out]:
@@ -565,7 +575,7 @@ class BackwardStrip(Strip):
         u, out = node.inputs[0], node.outputs[0]
         if not self.graph.values[u].differentiable:
             return
-        rows = self.clock.share(self._size(u), t)
+        rows = self.pace.share(u, t)
         box = self._own_box(u, rows)
         if any(hi <= lo for lo, hi in box):
             return

@@ -17,7 +17,7 @@ from ranger_nn.core.graph import COMPUTED, Node
 from ranger_nn.core.program import ALLOC, FINISH, LIFT, MERGE, RUN, TRIM, WRITE, Extent, Program, Read
 from ranger_nn.core.reach import Box, Interval
 from ranger_nn.planning.builder import Builder, Located, Page, box_bytes
-from ranger_nn.planning.pace import Clock, ForwardPace
+from ranger_nn.planning.pace import Clock, ForwardPace, Pace
 from ranger_nn.planning.stages import PROLOGUE, REDUCE, REGIONAL, Stages
 
 FOREVER = 1 << 30
@@ -28,13 +28,14 @@ class Schedule:
     """Decisions of the planner: sliding steps along axis 0 (0: no sliding), tiles per axis, cuts, holds.
 
     `holds[v]`: the last level at which v is read from memory; later levels compute it again, from what is in memory
-    for another reader or from the input.
+    for another reader or from the input. `grain`: values with heavy weights advance by several rows at a time.
     """
 
     steps: int
     tiles: tuple[int, ...]
     cuts: tuple[int, ...] = ()
     holds: tuple[tuple[int, int], ...] = ()
+    grain: bool = True
 
     @property
     def slides(self) -> bool:
@@ -263,6 +264,7 @@ class Strip:
         self.order = {k: n for n, k in enumerate(sweep.nodes)}
         self.ends: dict[int, int] = {}
         self.clock = Clock(1)
+        self.pace: Pace
         self.streamed = self._streamed_stores()
 
     def _streamed_stores(self) -> set[int]:
@@ -278,14 +280,16 @@ class Strip:
 
     def run(self) -> None:
         """All steps."""
-        pace = ForwardPace(
+        schedule, nodes = self.p.schedule, self.sweep.nodes
+        pace = self.pace = ForwardPace(
             self.bounds,
             self.p.stages,
-            self.sweep.nodes,
+            nodes,
             self.users,
             self.sweep.sinks,
             self.p.slide,
-            self.p.schedule.steps,
+            schedule.steps,
+            schedule.grain,
         )
         self.clock = pace.clock
         for t in range(self.clock.total):
@@ -396,7 +400,7 @@ class Strip:
             d = self.bounds.dim(v, a)
             size = self.bounds.size(v, a)
             if a == self.p.slide:
-                own = self.clock.share(size, t)
+                own = self.pace.share(v, t)
             else:
                 own = share(size, self.tile.get(a, 0), self.p.schedule.tiles[a] if a in self.tile else 1)
             if own[1] <= own[0]:
@@ -442,7 +446,7 @@ class Strip:
         for k, i in self.users[v]:
             node = self.graph.nodes[k]
             if self.p.stages.kind[k] == REDUCE:
-                keep = min(keep, self.clock.end(size, t))
+                keep = min(keep, self.pace.due(v, t))
                 continue
             out = node.outputs[0]
             total = self.bounds.size(out, self.p.slide)

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from ranger_nn.bounds.infer import Bounds
+from ranger_nn.core.graph import PARAMETER
 from ranger_nn.planning.stages import REDUCE, Stages
 
 Users = Mapping[int, Sequence[tuple[int, int]]]
@@ -61,12 +62,47 @@ class Pace:
         users: Users,
         sinks: Collection[int],
         axis: int | None,
+        grain: bool,
     ) -> None:
-        """`nodes`: the sweep's nodes in order; `sinks`: its results."""
+        """`nodes`: the sweep's nodes in order; `sinks`: its results; `grain`: let rows gather before heavy weights."""
         self.bounds, self.stages, self.nodes = bounds, stages, nodes
         self.users, self.sinks, self.axis = users, sinks, axis
         self.graph = bounds.graph
         self.regional = [k for k in nodes if stages.kind[k] != REDUCE]
+        self.clock = Clock(1)
+        self.grain = self._grains() if grain else {}
+
+    def _grains(self) -> dict[int, int]:
+        """Rows that a value waits for before it advances: a call should move no less data than its weights' share.
+
+        What waits is at most a quarter of the weights' bytes, and an eighth of the rows.
+        """
+        values, found = self.graph.values, {}
+        for k in self.regional:
+            node = self.graph.nodes[k]
+            v = node.outputs[0]
+            if not self._on_axis(v):
+                continue
+            rows = self.size(v)
+            weights = sum(values[u].nbytes for u in node.inputs if values[u].kind == PARAMETER)
+            own = min(weights * rows // (4 * max(1, values[v].nbytes)), rows // 8)
+            same = [found[u] for u in node.inputs if u in found and self.size(u) == rows]
+            found[v] = max([1, own, *same])
+        return found
+
+    def floor(self, v: int, row: int) -> int:
+        """The last row at or before `row` to which v advances of its own accord."""
+        grain = self.grain.get(v, 1)
+        return row if row >= self.size(v) else row // grain * grain
+
+    def due(self, v: int, t: int) -> int:
+        """Rows of a result that must be there after step t."""
+        end = self.clock.end(self.size(v), t)
+        return end if t >= self.clock.total - 1 else self.floor(v, end)
+
+    def share(self, v: int, t: int) -> tuple[int, int]:
+        """Rows of a result that step t adds."""
+        return self.due(v, t - 1), self.due(v, t)
 
     def size(self, v: int) -> int:
         """Rows of a value (1 where it does not lie on the axis)."""
@@ -101,9 +137,10 @@ class ForwardPace(Pace):
         sinks: Collection[int],
         axis: int | None,
         steps: int,
+        grain: bool = False,
     ) -> None:
         """`steps` for the results; the lead is worked out here."""
-        super().__init__(bounds, stages, nodes, users, sinks, axis)
+        super().__init__(bounds, stages, nodes, users, sinks, axis, grain)
         self.clock = Clock(steps if axis is not None else 1)
         self.cap = self._ends(None, {})
         if axis is not None and steps > 1:
@@ -136,7 +173,7 @@ class ForwardPace(Pace):
                 new[v] = 1
                 continue
             size = self.size(v)
-            due = size if t is None else self.clock.end(size, t)
+            due = size if t is None else self.due(v, t)
             end = due if v in self.sinks else 0
             for u, i in self.users.get(v, ()):
                 if self.stages.kind[u] == REDUCE:
@@ -144,7 +181,7 @@ class ForwardPace(Pace):
                 else:
                     end = max(end, self.needs(u, i, 0, new[self.graph.nodes[u].outputs[0]])[1])
             if t is not None:
-                end = max(end, min(ahead[v], self.cap[v]), before.get(v, 0))
+                end = max(end, self.floor(v, min(ahead[v], self.cap[v])), before.get(v, 0))
             new[v] = end
         return new
 
@@ -166,9 +203,10 @@ class BackwardPace(Pace):
         axis: int | None,
         steps: int,
         active: Collection[int],
+        grain: bool = False,
     ) -> None:
         """`active`: nodes that a gradient reaches."""
-        super().__init__(bounds, stages, nodes, users, sinks, axis)
+        super().__init__(bounds, stages, nodes, users, sinks, axis, grain)
         self.active = active
         self.clock = Clock(steps if axis is not None else 1)
         complete = {self.graph.nodes[k].outputs[0]: self.size(self.graph.nodes[k].outputs[0]) for k in self.regional}
@@ -225,17 +263,17 @@ class BackwardPace(Pace):
             v = self.graph.nodes[k].outputs[0]
             readers = [(u, i) for u, i in self.users.get(v, ()) if u in self.active]
             size = self.size(v)
-            end = size if readers else self.clock.end(size, t)
+            end = size if readers else self.due(v, t)
             for u, i in readers:
                 if self.stages.kind[u] == REDUCE:
-                    end = min(end, self.clock.end(size, t))
+                    end = min(end, self.due(v, t))
                     continue
                 out = self.graph.nodes[u].outputs[0]
                 total = self.size(out)
                 if new[out] < total:
                     end = min(end, self.needs(u, i, new[out], total)[0])
             if not last and self._on_axis(v):
-                end = min(end, max(behind[v], 0))
+                end = self.floor(v, min(end, max(behind[v], 0)))
             new[v] = max(end, before.get(v, 0))
         return new
 
@@ -249,7 +287,7 @@ class BackwardPace(Pace):
             for u, i in self.users.get(v, ()):
                 if self.stages.kind[u] == REDUCE:
                     if u in self.active:
-                        end = max(end, size if t is None else self.clock.end(size, t))
+                        end = max(end, size if t is None else self.due(v, t))
                     continue
                 out = self.graph.nodes[u].outputs[0]
                 if new[out] > 0:
@@ -257,7 +295,8 @@ class BackwardPace(Pace):
                 if u in self.active and i in self.graph.nodes[u].vjp_reads and back[out] > 0:
                     end = max(end, self.needs(u, i, 0, back[out])[1])
             if t is not None:
-                end = max(end, min(ahead[v], self.final[v]) if self._on_axis(v) else 0, before.get(v, 0))
+                own = self.floor(v, min(ahead[v], self.final[v])) if self._on_axis(v) else 0
+                end = max(end, own, before.get(v, 0))
             new[v] = end
         return new
 

@@ -159,7 +159,7 @@ def starting(graph: Graph, axes: Sequence[Axis], options: Options) -> list[Sched
         counts += [1] * (len(axes) - len(counts))
         if options.schedule == "tile":
             return [Schedule(0, tuple(counts))]
-        return [Schedule(max(1, counts[0]), (1, *counts[1:]))]
+        return [Schedule(max(1, counts[0]), (1, *counts[1:]), grain=False)]
     steps = base_steps(graph, axes[0])
     limit = max(1, _input_size(graph, axes[0]) // 2)
     if options.schedule == "tile":
