@@ -58,19 +58,17 @@ def _resample(x: Tensor, mode: str, axes: Sequence[Axis], align: bool, sizes: Se
 
 @lru_cache(maxsize=256)
 def taps(
-    axis: Axis, mode: str, align: bool, dtype: torch.dtype
+    axis: Axis, mode: str, align: bool, dtype: torch.dtype, rank: int = 1
 ) -> tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]:
     """For each output index: the input indices read and their weights, as the framework has them."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     comb = torch.zeros(1, PERIOD, axis.size, dtype=compute)
     for k in range(PERIOD):
         comb[0, k, k::PERIOD] = 1
-    if mode == "cubic":
-        flat = _resample(comb[:, :, :, None], mode, [axis, Axis(1, 1, None if axis.factor is None else 1.0)], align)[
-            0, :, :, 0
-        ]
-    else:
-        flat = _resample(comb, mode, [axis], align)[0]
+    # At the rank of the untouched call: the framework's operators of one and two dimensions round differently.
+    ones = [Axis(1, 1, None if axis.factor is None else 1.0)] * (rank - 1)
+    flat = _resample(comb.reshape(1, PERIOD, axis.size, *[1] * (rank - 1)), mode, [axis, *ones], align)
+    flat = flat.reshape(PERIOD, axis.out)
     weights = flat.t().tolist()
     result = []
     for o in range(axis.out):
@@ -159,7 +157,7 @@ class Resample(Kernel):
             if whole[i] and axis.size == axis.out and axis.factor in (None, 1.0):
                 continue
             (a, b), base = out_box[lead + i], in_box[lead + i][0]
-            rows = taps(axis, self.mode, self.align, self.dtype)[a:b]
+            rows = taps(axis, self.mode, self.align, self.dtype, len(self.axes))[a:b]
             depth = max(len(js) for js, _ in rows)
             index = [[(js[k] if k < len(js) else js[0]) - base for js, _ in rows] for k in range(depth)]
             weight = [[ws[k] if k < len(ws) else 0.0 for _, ws in rows] for k in range(depth)]
