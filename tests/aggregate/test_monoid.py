@@ -5,7 +5,7 @@ from __future__ import annotations
 import array_api_compat.torch as xp
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,6 +39,7 @@ def result(monoid: Monoid, state: tuple[object, int]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MONOIDS)
+@settings(deadline=None)
 @given(sizes=lengths, seed=st.integers(0, 99), order=st.randoms(use_true_random=False))
 def test_any_order_and_grouping(name: str, sizes: list[int], seed: int, order: object) -> None:
     """Folded from the left, from the right, or in pairs picked at random: one result, the framework's."""

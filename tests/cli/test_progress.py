@@ -32,10 +32,11 @@ def test_lines_are_few_and_the_last_is_never_left_out(monkeypatch):
             now[0] += 0.25
             progress.step(done, 100)
     assert out.getvalue().splitlines() == [
-        "region 20/100, 0:20 left",
-        "region 40/100, 0:15 left",
-        "region 60/100, 0:10 left",
-        "region 80/100, 0:05 left",
+        "region 4/100, 0:24 left",
+        "region 24/100, 0:19 left",
+        "region 44/100, 0:14 left",
+        "region 64/100, 0:09 left",
+        "region 84/100, 0:04 left",
         "region 100/100, took 0:25",
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranger_nn.core.reach import Border, Link, Reach
@@ -30,6 +30,7 @@ def read(reach: Reach, start: int, stop: int) -> list[int]:
     ]
 
 
+@settings(deadline=None)
 @given(reaches, intervals)
 def test_needs_is_the_hull_of_what_is_read(reach: Reach, interval: tuple[int, int]) -> None:
     """No more and no less."""
@@ -37,6 +38,7 @@ def test_needs_is_the_hull_of_what_is_read(reach: Reach, interval: tuple[int, in
     assert reach.needs(*interval) == (min(found), max(found) + 1)
 
 
+@settings(deadline=None)
 @given(reaches, intervals, st.integers(1, 30), st.sampled_from(list(Border)))
 def test_a_link_stays_inside_and_covers(reach: Reach, interval: tuple[int, int], size: int, border: Border) -> None:
     """The interval lies in the value and holds every index that is read, wherever its border sends it."""
@@ -73,9 +75,12 @@ def moved(function: object, size: int, index: int) -> set[int]:
     return set((function(x) != function(y)).nonzero()[:, -1].tolist())  # type: ignore[operator]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(0, 4), st.integers(12, 24))
 def test_convolution_by_perturbation(kernel: int, stride: int, dilation: int, padding: int, size: int) -> None:
     """An output moves exactly where its reach holds the index on a tap."""
+    if size + 2 * padding < dilation * (kernel - 1) + 1:
+        return  # the framework refuses a window larger than the input
     weight = torch.ones(1, 1, kernel, dtype=torch.float64)
     reach = window_reach(kernel, stride, dilation, padding)
     for index in range(0, size, 5):
@@ -85,6 +90,7 @@ def test_convolution_by_perturbation(kernel: int, stride: int, dilation: int, pa
             assert (index - lo) % dilation == 0
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 2), st.integers(0, 1), st.integers(4, 12))
 def test_transposed_convolution_by_perturbation(
     kernel: int, stride: int, dilation: int, padding: int, size: int

@@ -225,5 +225,5 @@ def test_leave_out() -> None:
         y = x + 1
         del x
         used.leave_out(y)
-    assert used.peak == 4 << 20
-    assert used.current == 0
+    assert 4 << 20 <= used.peak < (4 << 20) + 1024
+    assert used.current < 1024

@@ -61,6 +61,7 @@ def bench(chosen: argparse.Namespace) -> None:
 
 def _work(net: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> Work:
     """One forward, or one forward and backward, that gives all values to compare."""
+    given: list[Tensor] = []
 
     def forward() -> tuple[Tensor, ...]:
         return leaves(net(*inputs))
@@ -69,7 +70,9 @@ def _work(net: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> Work:
         torch = import_torch()
         net.zero_grad(set_to_none=True)
         outputs = tuple(output for output in leaves(net(*inputs)) if output.requires_grad)
-        torch.autograd.backward(outputs, [torch.ones_like(output) / output.numel() for output in outputs])
+        if not given:  # made once: the outputs' gradients are the caller's, as the outputs are
+            given.extend(torch.full_like(output, 1 / output.numel()) for output in outputs)
+        torch.autograd.backward(outputs, given)
         return tuple(output.detach() for output in outputs)
 
     return forward_and_backward if training else forward

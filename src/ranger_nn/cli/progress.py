@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_TO_FIRST_LINE = 1.0
 
 
 class Progress(Protocol):
@@ -43,11 +44,12 @@ class _Silent:
 
 
 class _Lines:
-    """A line at most every few seconds, and one at the end."""
+    """A line after the first second, then at most every few seconds, and one at the end."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._start = self._last = time.monotonic()
+        self._start = time.monotonic()
+        self._last = self._start - SECONDS_BETWEEN_LINES + SECONDS_TO_FIRST_LINE
 
     def step(self, done: int, total: int) -> None:
         now = time.monotonic()

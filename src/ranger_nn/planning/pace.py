@@ -77,7 +77,8 @@ class Pace:
 
         What waits is at most a quarter of the weights' bytes, and an eighth of the rows.
         """
-        values, found = self.graph.values, {}
+        values = self.graph.values
+        found: dict[int, int] = {}
         for k in self.regional:
             node = self.graph.nodes[k]
             v = node.outputs[0]
