@@ -79,12 +79,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small crop and two steps")
     parser.add_argument("--memory", help="the budget (default: 128MB, with --quick 24MB)")
-    parser.add_argument("--steps", type=int, help="training steps (default: 8, with --quick 2)")
+    parser.add_argument("--steps", type=int, help="training steps (default: 14, with --quick 2)")
     parser.add_argument("--out", default="out", help="folder of the pictures (default: out)")
     chosen = parser.parse_args()
     chosen.side = 261 if chosen.quick else None
     chosen.memory = chosen.memory or ("24MB" if chosen.quick else "128MB")
-    chosen.steps = chosen.steps or (2 if chosen.quick else 8)
+    chosen.steps = chosen.steps or (2 if chosen.quick else 14)
     return chosen
 
 
