@@ -22,7 +22,11 @@ demo: $(READY)
 	$(BIN)/python examples/denoise_retina.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --ignore=tests/keras
+	for backend in tensorflow jax torch; do \
+	  echo "Keras on $$backend"; \
+	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/keras || exit 1; \
+	done
 
 lint: $(READY)
 	$(BIN)/ruff check

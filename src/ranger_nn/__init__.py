@@ -1,11 +1,11 @@
 """Ranger: run and train neural networks region by region, exactly, inside a stated memory.
 
-`regionalize`, `plan` and `measure` are loaded on first use: importing `ranger_nn` imports no framework.
+Everything but the errors is loaded on first use: importing `ranger_nn` imports no framework.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ranger_nn import errors
 from ranger_nn.errors import (
@@ -13,39 +13,56 @@ from ranger_nn.errors import (
     CaptureError,
     InputError,
     MissingExtraError,
+    PartitionError,
     PlanError,
     RangerError,
     VerificationError,
 )
+from ranger_nn.lazy import exporter
 
 if TYPE_CHECKING:
+    from ranger_nn.partition.blocks import Blocks
+    from ranger_nn.partition.graph import GraphParts
+    from ranger_nn.partition.grid import Grid
+    from ranger_nn.partition.kmeans import KMeans
+    from ranger_nn.partition.show import show
+    from ranger_nn.partition.time import TimeSlices
     from ranger_nn.torch.measure import measure
     from ranger_nn.torch.module import plan, regionalize
 
 __version__ = "0.1.0"
 __all__ = [
+    "Blocks",
     "BudgetError",
     "CaptureError",
+    "GraphParts",
+    "Grid",
     "InputError",
+    "KMeans",
     "MissingExtraError",
+    "PartitionError",
     "PlanError",
     "RangerError",
+    "TimeSlices",
     "VerificationError",
     "errors",
     "measure",
     "plan",
     "regionalize",
+    "show",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Load the PyTorch adapter when one of its functions is first asked for."""
-    if name in {"plan", "regionalize"}:
-        from ranger_nn.torch import module
-
-        return getattr(module, name)
-    if name == "measure":
-        from ranger_nn.torch.measure import measure
-
-        return measure
-    raise AttributeError(f"module 'ranger_nn' has no attribute {name!r}")
+__getattr__, __dir__ = exporter(
+    __name__,
+    {
+        "Blocks": "ranger_nn.partition.blocks",
+        "GraphParts": "ranger_nn.partition.graph",
+        "Grid": "ranger_nn.partition.grid",
+        "KMeans": "ranger_nn.partition.kmeans",
+        "TimeSlices": "ranger_nn.partition.time",
+        "show": "ranger_nn.partition.show",
+        "measure": "ranger_nn.torch.measure",
+        "plan": "ranger_nn.torch.module",
+        "regionalize": "ranger_nn.torch.module",
+    },
+)

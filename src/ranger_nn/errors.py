@@ -70,6 +70,14 @@ class PlanError(RangerError, RuntimeError):
     """
 
 
+class PartitionError(RangerError, ValueError):
+    """A partition, an aggregator or a layer over regions cannot be what it was asked to be.
+
+    For example: more regions than elements, a capacity too small to hold all samples, outputs of regions that the
+    aggregator cannot join, an unknown name. The message gives the rule, both values and the way out.
+    """
+
+
 class VerificationError(RangerError, RuntimeError):
     """A check of a plan or of its numbers against the untouched network failed.
 

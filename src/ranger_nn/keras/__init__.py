@@ -1,0 +1,22 @@
+"""Keras 3 adapter (TensorFlow, JAX and PyTorch back ends). Only this room imports keras.
+
+The layers of `keras/layers` have the same names and arguments as those of `ranger_nn.torch`.
+"""
+
+from __future__ import annotations
+
+from ranger_nn.lazy import exporter
+
+_LAYERS = {
+    "RegionalAggregator": "regional",
+    "BlockDense": "blocks",
+    "SlicedRNN": "sliced_rnn",
+    "MinGRU": "recurrence",
+    "LRU": "recurrence",
+    "GatedLinearAttention": "recurrence",
+    "ClusteredAttention": "attention",
+    "RegionExperts": "experts",
+}
+
+__all__ = [*_LAYERS]
+__getattr__, __dir__ = exporter(__name__, {n: f"ranger_nn.keras.layers.{m}" for n, m in _LAYERS.items()})

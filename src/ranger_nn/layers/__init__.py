@@ -1,0 +1,1 @@
+"""What the layers of all frameworks share: shapes, routing and recurrences written against an array namespace."""

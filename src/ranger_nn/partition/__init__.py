@@ -1,0 +1,1 @@
+"""Partitions: how the domain of some values is cut into regions. Descriptions only; no framework is imported."""

@@ -1,0 +1,1 @@
+"""Tests of `ranger_nn.partition`."""
