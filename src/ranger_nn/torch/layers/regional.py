@@ -1,0 +1,349 @@
+"""`RegionalAggregator` for PyTorch: parameters, the local network on batches of regions, and the loop under `memory`.
+
+What is cut and joined is `ranger_nn.layers.regional`'s. Three ways to run the local network on a group of regions:
+
+    shared        one network: regions are folded into the batch, one call
+    per region    stacked parameters (regions, ...): torch.func.vmap over regions, one call; or a loop where the
+                  network has buffers or recurrent layers, which vmap does not take
+    a list        one module each: a loop
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor, nn
+
+from ranger_nn.aggregate.names import aggregator as by_name
+from ranger_nn.aggregate.pieces import Call, Concat, Stitch
+from ranger_nn.aggregate.pooling import Softmax, WeightedMean
+from ranger_nn.errors import PartitionError
+from ranger_nn.layers.regional import Group, Layout, Result, piecewise, reduce
+from ranger_nn.partition.blocks import Blocks
+from ranger_nn.partition.grid import Grid
+from ranger_nn.partition.time import TimeSlices
+from ranger_nn.planning.budget import parse_memory
+from ranger_nn.torch.layers.cut import add_back, cut
+from ranger_nn.torch.layers.rematerialise import Budget, budget, rematerialised
+from ranger_nn.torch.layers.stacked import Stacked
+
+Local = Callable[..., Any]
+
+
+class RegionalAggregator(nn.Module):
+    """Cut the input in regions, run a local network on each, join the results.
+
+    Args:
+        partition: `Grid`, `TimeSlices`, `Blocks` (of `ranger_nn`), or a callable that gives the list of parts.
+        aggregator: "sum", "mean", "weighted_mean", "max", "min", "logsumexp", "softmax", "moments", "stitch", "concat",
+            an object of `ranger_nn.aggregate`, or a callable that takes the list of the regions' results. With a
+            callable partition and no `local`, a callable is the local network and the parts are summed.
+        local: network applied to a region: (batch, ...) in, (batch, ...) out. One module for all regions, a list with
+            one for each, or None for the region itself.
+        per_region: one set of parameters for each region, made from `local` by copying it and calling
+            `reset_parameters` of its modules.
+        coordinates: with a `Grid`, also give the local network each element's position in its region, -1 to 1,
+            as one more feature for each axis that is cut (axis 1, or the last one if that is not cut).
+        memory: run the regions one after the other in as large groups as this allows (bytes, or text such as
+            "512MB"), and compute each group again in backward, so that activations of one group are alive at a
+            time. The bytes of a region are measured when a shape is first seen. Without it: all regions at once.
+
+    Shapes:
+        x (batch, ...). A `Grid` cuts the last axes, `TimeSlices` axis 1, `Blocks` the last, unless they say otherwise.
+        Result: for reductions the shape of one region's result, for "stitch" that of the regions in place, for "concat"
+        the results' with a longer last axis.
+
+    Raises:
+        PartitionError: more regions than elements, results that the aggregator cannot join, unknown names.
+        BudgetError: a single region does not fit into `memory`.
+
+    Source: the article's RegionalAggregator; weights and scores as in `ranger_nn.aggregate.pooling`.
+    """
+
+    def __init__(
+        self,
+        partition: Any,
+        aggregator: Any = "sum",
+        local: Local | Sequence[Local] | None = None,
+        *,
+        per_region: bool = False,
+        coordinates: bool = False,
+        memory: str | int | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(partition, type) or not (
+            isinstance(partition, Grid | TimeSlices | Blocks) or callable(partition)
+        ):
+            raise PartitionError(
+                f"a partition is a Grid, TimeSlices or Blocks, or a callable that gives parts; got {partition!r}. "
+                "KMeans has RegionExperts and ClusteredAttention, GraphParts has GraphLoader and infer_by_parts"
+            )
+        described = isinstance(partition, Grid | TimeSlices | Blocks)
+        if not described and local is None and callable(aggregator):
+            aggregator, local = "sum", aggregator
+        self.partition = partition
+        self.aggregator = by_name(aggregator)
+        self.coordinates = coordinates
+        self.allowed = parse_memory(memory)
+        self.regions: int | None = partition.count if described else None
+        self.described = described
+        if isinstance(aggregator, nn.Module):
+            self.join = aggregator
+        self._set_local(local, per_region)
+        self._set_weights()
+        self._budgets: dict[Any, Budget] = {}
+
+    def _set_local(self, local: Local | Sequence[Local] | None, per_region: bool) -> None:
+        self.stacked = per_region
+        if isinstance(local, list | tuple | nn.ModuleList):
+            if self.regions is not None and len(local) != self.regions:
+                raise PartitionError(
+                    f"one local network for each region: {self.partition} has {self.regions} regions, local has "
+                    f"{len(local)} networks"
+                )
+            if per_region:
+                raise PartitionError(
+                    "per_region=True copies one network; a list of local networks is per region already"
+                )
+            modules = all(isinstance(m, nn.Module) for m in local)
+            self.local: Any = nn.ModuleList(local) if modules else list(local)
+            return
+        if per_region:
+            if not isinstance(local, nn.Module) or self.regions is None:
+                raise PartitionError(
+                    f"per_region=True needs a module and a partition with a known number of regions; got local="
+                    f"{type(local).__name__} and {self.partition}. Give a list of local networks, or counts as in Grid(2, 2)"
+                )
+            self.local = Stacked(local, self.regions)
+            return
+        self.local = local
+
+    def _set_weights(self) -> None:
+        over = self.aggregator
+        if isinstance(over, Softmax):
+            self.score: nn.Module = _Score(over)
+        if not isinstance(over, WeightedMean):
+            return
+        if over.weights == "predicted":
+            self.score = _Score(Softmax())
+        elif self.regions is None and over.weights != "size":
+            raise PartitionError(
+                f"weights for each region need a known number of regions; {self.partition} has none. Use "
+                'WeightedMean("size"), WeightedMean("predicted"), or counts as in Grid(2, 2)'
+            )
+        elif over.weights == "learned":
+            self.log_weight = nn.Parameter(torch.zeros(self.regions or 0))
+        elif isinstance(over.weights, tuple):
+            if len(over.weights) != self.regions:
+                raise PartitionError(
+                    f"{len(over.weights)} weights were given for {self.regions} regions of {self.partition}"
+                )
+            self.register_buffer("weight", torch.tensor(over.weights), persistent=False)
+
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """Join of the local results.
+
+        Args:
+            x: (batch, ...).
+            present: (batch, regions) bool: False for regions that are absent and must not count; None: all count.
+        """
+        layout = self._layout(x) if self.described else None
+        results = self._cut_results(x, layout) if layout is not None else self._part_results(x)
+        if present is not None and tuple(present.shape) != (x.shape[0], sum(len(r.ids) for r in results)):
+            raise PartitionError(
+                f"present is (batch, regions) = {(x.shape[0], sum(len(r.ids) for r in results))}; got {tuple(present.shape)}"
+            )
+        over = self.aggregator
+        if isinstance(over, Stitch | Concat | Call):
+            return piecewise(xp, over, results, layout, present)
+        return reduce(xp, over, results, self._weights(results, layout), present)
+
+    def _layout(self, x: Tensor) -> Layout:
+        rank = self.partition.rank
+        return Layout.of(self.partition, tuple(x.shape), range(x.dim() - rank, x.dim()))
+
+    # ------------------------------------------------------------------------------------ local
+
+    def _cut_results(self, x: Tensor, layout: Layout) -> list[Result]:
+        groups = layout.groups()
+        if self.allowed is None:
+            works = [_Cut(self, layout, g) for g in groups]
+            return [Result(w.group.ids, w.run(w.take(x))) for w in works]
+        works = [_Cut(self, layout, p) for g in groups for p in g.parts(self._at_once(x, layout, g))]
+        results = rematerialised(works, x, list(self._local_parameters()))
+        return [Result(w.group.ids, y) for w, y in zip(works, results)]
+
+    def _part_results(self, x: Tensor) -> list[Result]:
+        parts = list(self.partition(x))
+        if not parts:
+            raise PartitionError(f"the partition {self.partition} gave no parts for an input of shape {tuple(x.shape)}")
+        if isinstance(self.local, nn.ModuleList | list) and len(self.local) != len(parts):
+            raise PartitionError(f"one local network for each part: {len(parts)} parts, {len(self.local)} networks")
+        if self.allowed is None:
+            return [Result([i], self._run([i], part.unsqueeze(0))) for i, part in enumerate(parts)]
+        results = rematerialised([_Part(self, i) for i in range(len(parts))], x, list(self._local_parameters()))
+        return [Result([i], y) for i, y in enumerate(results)]
+
+    def _local_parameters(self) -> Iterator[nn.Parameter]:
+        for module in (self.local, self.partition):
+            if isinstance(module, nn.Module):
+                yield from module.parameters()
+
+    def _placed(self, stacked: Tensor, layout: Layout, group: Group) -> Tensor:
+        """With `coordinates`: each element's position as more features."""
+        if not self.coordinates:
+            return stacked
+        axis = -1 if 1 in layout.axes else 2
+        along = layout.coordinates(group)
+        maps = []
+        for d, rows in enumerate(along):
+            shape = [len(rows), *[1] * (stacked.dim() - 1)]
+            shape[layout.axes[d] + 1] = len(rows[0])
+            wanted = list(stacked.shape)
+            wanted[axis] = 1
+            maps.append(torch.tensor(rows, dtype=stacked.dtype, device=stacked.device).reshape(shape).expand(wanted))
+        return torch.cat([stacked, *maps], axis)
+
+    def _run(self, ids: list[int], stacked: Tensor) -> Tensor:
+        """Local network on stacked regions (regions, batch, ...)."""
+        if self.local is None:
+            return stacked
+        if isinstance(self.local, Stacked):
+            return self.local(ids, stacked)
+        if isinstance(self.local, nn.ModuleList | list):
+            return _stack([self.local[i](part) for i, part in zip(ids, stacked.unbind(0))], ids)
+        folded = _tensor(self.local(stacked.flatten(0, 1)))
+        if folded.shape[:1] != (stacked.shape[0] * stacked.shape[1],):
+            raise PartitionError(
+                f"the local network keeps the batch: it was given {stacked.shape[0] * stacked.shape[1]} samples "
+                f"({stacked.shape[0]} regions of a batch of {stacked.shape[1]}) and gave shape {tuple(folded.shape)}"
+            )
+        return folded.unflatten(0, (stacked.shape[0], stacked.shape[1]))
+
+    def _at_once(self, x: Tensor, layout: Layout, group: Group) -> int:
+        """Regions of this group that run together; measured when a shape is first seen."""
+        key = (group.regions[0].shape, tuple(x.shape), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled())
+        if key not in self._budgets:
+            one = Group(group.regions[:1])
+            self._budgets[key] = budget(
+                self.allowed or 0,
+                _Cut(self, layout, one),
+                x,
+                list(self._local_parameters()),
+                regions=len(layout.regions),
+                place=f"region {one.ids[0]} of {self.partition}",
+            )
+        return self._budgets[key].regions
+
+    # ---------------------------------------------------------------------------------- weights
+
+    def _weights(self, results: Sequence[Result], layout: Layout | None) -> list[Tensor] | None:
+        over = self.aggregator
+        if isinstance(over, Softmax):
+            return [self.score(r.y) for r in results]
+        if not isinstance(over, WeightedMean):
+            return None
+        if over.weights == "predicted":
+            return [torch.sigmoid(self.score(r.y)) for r in results]
+        return [self._own_weights(layout, r)[r.ids].unsqueeze(1) for r in results]
+
+    def _own_weights(self, layout: Layout | None, result: Result) -> Tensor:
+        if isinstance(self.aggregator, WeightedMean) and isinstance(self.aggregator.weights, tuple):
+            return self.get_buffer("weight").to(result.y.dtype)
+        if layout is None:
+            raise PartitionError('WeightedMean("size") needs a Grid, TimeSlices or Blocks; give the weights')
+        share = torch.tensor(layout.shares(), dtype=result.y.dtype, device=result.y.device)
+        learned = isinstance(self.aggregator, WeightedMean) and self.aggregator.weights == "learned"
+        return share * self.log_weight.exp().to(share.dtype) if learned else share
+
+    def extra_repr(self) -> str:
+        """Partition and aggregator."""
+        return f"{self.partition}, {self.aggregator}"
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Regions of a described partition, as work for the loop."""
+
+    layer: RegionalAggregator
+    layout: Layout
+    group: Group
+
+    def take(self, x: Tensor) -> Tensor:
+        """Stacked regions."""
+        return cut(x, self.layout, self.group)
+
+    def run(self, taken: Tensor) -> Tensor:
+        """Local results."""
+        return self.layer._run(self.group.ids, self.layer._placed(taken, self.layout, self.group))
+
+    def give(self, whole: Tensor, grad: Tensor, x: Tensor) -> None:
+        """Gradients in their places."""
+        add_back(whole, grad, self.layout, self.group)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part of a callable partition, as work for the loop."""
+
+    layer: RegionalAggregator
+    index: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """The part."""
+        return self.layer.partition(x)[self.index].unsqueeze(0)
+
+    def run(self, taken: Tensor) -> Tensor:
+        """Its local result."""
+        return self.layer._run([self.index], taken)
+
+    def give(self, whole: Tensor, grad: Tensor, x: Tensor) -> None:
+        """Gradient through the callable."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            part = self.take(leaf)
+        (found,) = torch.autograd.grad(part, leaf, grad)
+        whole += found
+
+
+class _Score(nn.Module):
+    """One number for each region's result: (regions, batch, features ...) -> (regions, batch)."""
+
+    def __init__(self, kind: Softmax) -> None:
+        super().__init__()
+        self.gate: nn.Module | None = None
+        if kind.hidden is None:
+            self.score: nn.Module = nn.LazyLinear(1, bias=False)
+            return
+        self.score = nn.Sequential(nn.LazyLinear(kind.hidden), nn.Tanh())
+        self.gate = nn.Sequential(nn.LazyLinear(kind.hidden), nn.Sigmoid()) if kind.gated else None
+        self.query = nn.Linear(kind.hidden, 1, bias=False)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Scores; what is more than a vector is averaged over all axes but the features (axis 1 of a map)."""
+        features = y.flatten(3).mean(3) if y.dim() > 4 else y.mean(2) if y.dim() == 4 else y
+        if features.dim() == 2:
+            features = features.unsqueeze(-1)
+        hidden = self.score(features)
+        if not hasattr(self, "query"):
+            return hidden.squeeze(-1)
+        return self.query(hidden if self.gate is None else hidden * self.gate(features)).squeeze(-1)
+
+
+def _tensor(y: Any) -> Tensor:
+    """The tensor of a local network's result: of a recurrent layer the outputs, not the states."""
+    return y[0] if isinstance(y, tuple) else y
+
+
+def _stack(results: Sequence[Any], ids: Sequence[int]) -> Tensor:
+    tensors = [_tensor(y) for y in results]
+    if len({tuple(t.shape) for t in tensors}) > 1:
+        raise PartitionError(
+            "local networks of regions of one shape give results of one shape; got "
+            + ", ".join(f"{tuple(t.shape)} for region {i}" for i, t in zip(ids, tensors))
+        )
+    return torch.stack(tensors)
