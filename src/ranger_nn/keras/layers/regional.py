@@ -1,0 +1,430 @@
+"""`RegionalAggregator` for Keras 3: variables, the local network on batches of regions, and the loop under `memory`.
+
+What is cut and joined is `ranger_nn.layers.regional`'s, called with `ranger_nn.keras.namespace`. The local network
+runs on a group of regions of one shape as in PyTorch: folded into the batch (shared), over stacked weights
+(`per_region`), or one layer after the other (a list). Under `memory` a group is a loop of the back end
+(`keras.ops.scan`), whose body is computed again in backward (`keras.remat`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from ranger_nn import aggregate
+from ranger_nn.aggregate.names import aggregator as by_name
+from ranger_nn.aggregate.pieces import Call, Concat, Stitch
+from ranger_nn.aggregate.pooling import Softmax, WeightedMean
+from ranger_nn.errors import PartitionError
+from ranger_nn.keras import namespace as xp
+from ranger_nn.keras.layers.estimate import at_once
+from ranger_nn.keras.layers.stacked import Stacked, Untracked
+from ranger_nn.layers.regional import Group, Layout, Result, piecewise, reduce
+from ranger_nn.partition.blocks import Blocks
+from ranger_nn.partition.config import from_config, to_config
+from ranger_nn.partition.grid import Grid
+from ranger_nn.partition.time import TimeSlices
+from ranger_nn.planning.budget import parse_memory
+
+_PARTITIONS: dict[str, type] = {"Grid": Grid, "TimeSlices": TimeSlices, "Blocks": Blocks}
+_AGGREGATORS = {n: getattr(aggregate, n) for n in aggregate.__all__ if n not in {"aggregator", "Call"}}
+
+
+@keras.saving.register_keras_serializable(package="ranger_nn")
+class RegionalAggregator(keras.layers.Layer):
+    """Cut the input in regions, run a local network on each, join the results.
+
+    Args:
+        partition: `Grid`, `TimeSlices`, `Blocks` (of `ranger_nn`), or a callable that gives the list of parts.
+        aggregator: "sum", "mean", "weighted_mean", "max", "min", "logsumexp", "softmax", "moments", "stitch", "concat",
+            an object of `ranger_nn.aggregate`, or a callable that takes the list of the regions' results. With a
+            callable partition and no `local`, a callable is the local network and the parts are summed.
+        local: layer or model applied to a region: (batch, ...) in, (batch, ...) out. One for all regions, a list with
+            one for each, or None for the region itself.
+        per_region: one set of weights for each region, each initialised as a new layer of `local`'s configuration.
+        coordinates: with a `Grid`, also give the local network each element's position in its region, -1 to 1,
+            as one more feature for each axis that is cut.
+        memory: run the regions one after the other in as large groups as this allows (bytes, or text such as
+            "512MB"), and compute each group again in backward. Bytes are estimated from the shapes of the
+            layers' outputs, for the batch of the call (a batch that is not known counts as one). Not under
+            `jit_compile=True` on TensorFlow, whose XLA has no gradient of such a loop.
+
+    Shapes:
+        x (batch, ...). A `Grid` cuts the spatial axes of the data format, `TimeSlices` axis 1, `Blocks` the last, unless
+        they say otherwise. A mask of time steps reaches the local network; slices that are masked throughout are
+        absent.
+
+    Raises:
+        PartitionError (a ValueError): more regions than elements, results that the aggregator cannot join, unknown
+            names.
+        BudgetError: a single region does not fit into `memory`.
+
+    Source: the article's RegionalAggregator; weights and scores as in `ranger_nn.aggregate.pooling`.
+    """
+
+    def __init__(
+        self,
+        partition: Any,
+        aggregator: Any = "sum",
+        local: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+        *,
+        per_region: bool = False,
+        coordinates: bool = False,
+        memory: str | int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.described = isinstance(partition, Grid | TimeSlices | Blocks)
+        if isinstance(partition, type) or not (self.described or callable(partition)):
+            raise PartitionError(
+                f"a partition is a Grid, TimeSlices or Blocks, or a callable that gives parts; got {partition!r}. "
+                "KMeans has RegionExperts and ClusteredAttention"
+            )
+        given = {"aggregator": aggregator, "local": local, "per_region": per_region}
+        self._given = Untracked(given | {"coordinates": coordinates, "memory": memory})
+        if not self.described and local is None and callable(aggregator):
+            aggregator, local = "sum", aggregator
+        self.partition = partition
+        self.aggregator = by_name(aggregator)
+        self.join = aggregator if isinstance(aggregator, keras.layers.Layer) else None
+        self.coordinates = coordinates
+        self.allowed = parse_memory(memory)
+        self.regions: int | None = partition.count if self.described else None
+        self.supports_masking = True
+        self._shapes_only = False
+        self._set_local(local, per_region)
+        self._check_weights()
+
+    def _set_local(self, local: Any, per_region: bool) -> None:
+        several = isinstance(local, list | tuple)
+        if several and self.regions is not None and len(local) != self.regions:
+            raise PartitionError(
+                f"one local network for each region: {self.partition} has {self.regions} regions, local has {len(local)} "
+                "networks"
+            )
+        if per_region and (several or not isinstance(local, keras.layers.Layer) or self.regions is None):
+            raise PartitionError(
+                f"per_region=True needs one layer and a partition with a known number of regions; got local="
+                f"{type(local).__name__} and {self.partition}. Give counts as in Grid(2, 2)"
+            )
+        if per_region and _has_state(local):
+            local = [type(local).from_config(local.get_config()) for _ in range(self.regions or 0)]
+        self.stacked = Stacked(local, self.regions or 0) if per_region and not isinstance(local, list) else None
+        self.locals = list(local) if isinstance(local, list | tuple) else None
+        self.local = None if self.stacked is not None or self.locals is not None else local
+
+    def _check_weights(self) -> None:
+        over = self.aggregator
+        if not isinstance(over, WeightedMean) or over.weights in ("size", "predicted"):
+            return
+        if self.regions is None:
+            raise PartitionError(
+                f"weights for each region need a known number of regions; {self.partition} has none. Use "
+                'WeightedMean("size"), WeightedMean("predicted"), or counts as in Grid(2, 2)'
+            )
+        if isinstance(over.weights, tuple) and len(over.weights) != self.regions:
+            raise PartitionError(
+                f"{len(over.weights)} weights were given for {self.regions} regions of {self.partition}"
+            )
+
+    # ------------------------------------------------------------------------------------ build
+
+    def build(self, shape: Any) -> None:
+        """Build the local networks on the shape of a region, and what weights and scores need."""
+        if self.described:
+            self._build_local(self._layout(shape), shape)
+        over = self.aggregator
+        if isinstance(over, WeightedMean) and over.weights == "learned":
+            self.log_weight = self.add_weight(shape=(self.regions,), initializer="zeros", name="log_weight")
+        if isinstance(over, Softmax) or (isinstance(over, WeightedMean) and over.weights == "predicted"):
+            self._build_score(over if isinstance(over, Softmax) else Softmax(), shape)
+        self.built = True
+
+    def _build_local(self, layout: Layout, shape: Any) -> None:
+        one = self._region_shape(layout, shape)
+        for layer in [self.local, self.stacked, *(self.locals or [])]:
+            if isinstance(layer, keras.layers.Layer) and not layer.built:
+                layer.build(one)
+
+    def _build_score(self, kind: Softmax, shape: Any) -> None:
+        self.hidden = self.gate = None
+        if kind.hidden is not None:
+            self.hidden = keras.layers.Dense(kind.hidden, activation="tanh", dtype=self.dtype_policy)
+            self.gate = keras.layers.Dense(kind.hidden, "sigmoid", dtype=self.dtype_policy) if kind.gated else None
+        self.score = keras.layers.Dense(1, use_bias=False, dtype=self.dtype_policy)
+        features = self._result_features(shape)
+        for layer in (self.hidden, self.gate):
+            if layer is not None:
+                layer.build((None, None, features))
+        self.score.build((None, None, kind.hidden or features))
+
+    def _result_features(self, shape: Any) -> int:
+        """Width of a region's result."""
+        if self.described:
+            layout = self._layout(shape)
+            result = self._result_shape(self._region_shape(layout, shape))
+        else:
+            part = keras.layers.Lambda(lambda x: self.partition(x)[0]).compute_output_shape(shape)
+            result = self._result_shape(part)
+        if len(result) == 1:
+            return 1
+        first = keras.config.image_data_format() == "channels_first" and len(result) > 3
+        return int(result[1 if first else -1])
+
+    def _region_shape(self, layout: Layout, shape: Any) -> tuple[int | None, ...]:
+        one = list(shape)
+        for axis, (a, b) in zip(layout.axes, layout.regions[0].read):
+            one[axis] = b - a
+        if self.coordinates:
+            one[self._feature_axis(layout)] += len(layout.axes)
+        return tuple(one)
+
+    # ------------------------------------------------------------------------------------- call
+
+    def call(self, x: Any, present: Any = None, mask: Any = None) -> Any:
+        """Join of the local results.
+
+        Args:
+            x: (batch, ...).
+            present: (batch, regions) bool: False for regions that are absent and must not count; None: all count.
+            mask: (batch, time) bool, as Keras's masking layers give it.
+        """
+        layout = self._layout(x.shape) if self.described else None
+        results = self._results(x, mask)
+        if present is None and mask is not None and layout is not None and layout.axes == (1,):
+            parts = [ops.any(mask[:, a:b], axis=1) for r in layout.regions for (a, b) in r.own[:1]]
+            present = ops.stack(parts, axis=1)
+        over = self.aggregator
+        if isinstance(over, Stitch | Concat | Call):
+            return piecewise(xp, over, results, layout, present)
+        return reduce(xp, over, results, self._weights(results, layout), present)
+
+    def _layout(self, shape: Any) -> Layout:
+        first = 2 if keras.config.image_data_format() == "channels_first" and len(shape) > 3 else 1
+        return Layout.of(self.partition, tuple(shape), range(first, first + (self.partition.rank or 1)))
+
+    def _feature_axis(self, layout: Layout) -> int:
+        return 1 if min(layout.axes) == 2 else -1
+
+    def _results(self, x: Any, mask: Any) -> list[Result]:
+        if not self.described:
+            return self._part_results(x)
+        layout = self._layout(x.shape)
+        if self.allowed is None or self._shapes_only:
+            return [self._group(x, layout, g, mask) for g in layout.groups()]
+        return [self._looped(x, layout, g) for g in layout.groups()]
+
+    def _part_results(self, x: Any) -> list[Result]:
+        parts = list(self.partition(x))
+        if not parts:
+            raise PartitionError(f"the partition {self.partition} gave no parts for an input of shape {tuple(x.shape)}")
+        if self.locals is not None and len(self.locals) != len(parts):
+            raise PartitionError(f"one local network for each part: {len(parts)} parts, {len(self.locals)} networks")
+        run = self._run if self.allowed is None else keras.remat(self._run)
+        return [Result([i], run(ops.expand_dims(part, 0), [i])) for i, part in enumerate(parts)]
+
+    def _group(self, x: Any, layout: Layout, group: Group, mask: Any) -> Result:
+        taken = self._placed(layout.gather(xp, x, group), layout, group)
+        if mask is None or layout.axes != (1,) or not _takes_mask(self.local):
+            return Result(group.ids, self._run(taken, group.ids))
+        masks = xp.stack([mask[:, a:b] for r in group.regions for (a, b) in r.read[:1]], axis=0)
+        return Result(group.ids, self._run(taken, group.ids, mask=ops.reshape(masks, (-1, masks.shape[-1]))))
+
+    def _placed(self, stacked: Any, layout: Layout, group: Group) -> Any:
+        """With `coordinates`: each element's position as more features."""
+        if not self.coordinates:
+            return stacked
+        feature = self._feature_axis(layout)
+        template = stacked[..., :1] if feature == -1 else stacked[:, :, :1]
+        maps = []
+        for axis, rows in zip(layout.axes, layout.coordinates(group)):
+            shape = [1] * len(stacked.shape)
+            shape[0], shape[axis + 1] = len(rows), len(rows[0])
+            maps.append(ops.reshape(ops.convert_to_tensor(rows, dtype=stacked.dtype), shape) + ops.zeros_like(template))
+        return ops.concatenate([stacked, *maps], axis=-1 if feature == -1 else 2)
+
+    def _run(self, stacked: Any, ids: list[int], **kwargs: Any) -> Any:
+        """Local network on stacked regions (regions, batch, ...)."""
+        if self.stacked is not None:
+            return self.stacked(stacked, ids=ids)
+        if self.locals is not None:
+            return _stack([self.locals[i](stacked[k]) for k, i in enumerate(ids)], ids)
+        if self.local is None:
+            return stacked
+        folded = self.local(ops.reshape(stacked, (-1, *stacked.shape[2:])), **kwargs)
+        return ops.reshape(folded, (len(ids), -1, *folded.shape[1:]))
+
+    def _looped(self, x: Any, layout: Layout, group: Group) -> Result:
+        """A group in a loop of the back end, so many regions at once as `memory` allows."""
+        taken = self._placed(layout.gather(xp, x, group), layout, group)
+        one = tuple(n if isinstance(n, int) else 1 for n in taken.shape[1:])
+        layer = self.local if self.stacked is None else self.stacked.template.held
+        k = at_once(
+            self.allowed or 0,
+            layer,
+            one,
+            len(group.ids),
+            f"{self.name}, regions of {self.partition}",
+            self.compute_dtype,
+        )
+        if self.locals is not None or (self.stacked is None and _has_state(self.local)):
+            k = 1 if self.locals is not None else k
+            run = keras.remat(self._run)
+            parts = [run(taken[j : j + k], group.ids[j : j + k]) for j in range(0, len(group.ids), k)]
+            return Result(group.ids, ops.concatenate(parts, 0))
+        chunks = len(group.ids) // k
+
+        def split(a: Any) -> Any:
+            return ops.reshape(a, (chunks, k, *[-1 if n is None else n for n in a.shape[1:]]))
+
+        each = (
+            []
+            if self.stacked is None
+            else [split(self.stacked.picked(w, group.ids)) for w in self.stacked.stacked_weights]
+        )
+        shared = _weights_of(self.local)
+
+        def local(*given: Any) -> Any:
+            *own, part = given
+            return self._stateless(own, part) if self.stacked is None else self.stacked.apply(own, part)
+
+        def body(before: Any, given: Any) -> Any:
+            # weights go in as arguments: TensorFlow's recomputation does not see variables inside a loop.
+            # What it carries has the shape of what it gives.
+            y = keras.remat(local)(*shared, *given)
+            return y, y
+
+        shape = self._result_shape((None, *taken.shape[2:]))[1:]
+        start = ops.zeros((k, ops.shape(x)[0], *shape), taken.dtype)
+        _, y = ops.scan(body, start, (*each, split(taken)))
+        return Result(group.ids, ops.reshape(y, (len(group.ids), -1, *y.shape[3:])))
+
+    def _stateless(self, weights: list[Any], stacked: Any) -> Any:
+        """The shared network with these weights, on stacked regions."""
+        if not weights or self.local is None:
+            return self._run(stacked, list(range(stacked.shape[0])))
+        folded = self.local.stateless_call(weights, [], ops.reshape(stacked, (-1, *stacked.shape[2:])))[0]
+        return ops.reshape(folded, (stacked.shape[0], -1, *folded.shape[1:]))
+
+    def _result_shape(self, region: Any) -> Any:
+        """Shape of the local network's result for regions of this shape (batch first)."""
+        layer = self.local if self.stacked is None else self.stacked.template.held
+        layer = self.locals[0] if self.locals is not None else layer
+        if layer is None:
+            return region
+        return (layer if isinstance(layer, keras.layers.Layer) else keras.layers.Lambda(layer)).compute_output_shape(
+            region
+        )
+
+    # ---------------------------------------------------------------------------------- weights
+
+    def _score_features(self, y: Any) -> Any:
+        """(regions, batch, features) of results; what is more than a vector is averaged over the other axes."""
+        if len(y.shape) == 2:
+            return ops.expand_dims(y, -1)
+        if len(y.shape) == 3:
+            return y
+        first = keras.config.image_data_format() == "channels_first" and len(y.shape) > 4
+        return ops.mean(y, axis=tuple(range(3, len(y.shape)) if first else range(2, len(y.shape) - 1)))
+
+    def _scores(self, y: Any) -> Any:
+        features = self._score_features(y)
+        hidden = features if self.hidden is None else self.hidden(features)
+        return self.score(hidden if self.gate is None else hidden * self.gate(features))[..., 0]
+
+    def _weights(self, results: Sequence[Result], layout: Layout | None) -> list[Any] | None:
+        over = self.aggregator
+        if isinstance(over, Softmax):
+            return [self._scores(r.y) for r in results]
+        if not isinstance(over, WeightedMean):
+            return None
+        if over.weights == "predicted":
+            return [ops.sigmoid(self._scores(r.y)) for r in results]
+        return [ops.expand_dims(ops.take(self._own_weights(layout, r.y.dtype), r.ids, axis=0), 1) for r in results]
+
+    def _own_weights(self, layout: Layout | None, dtype: Any) -> Any:
+        given = self.aggregator.weights if isinstance(self.aggregator, WeightedMean) else "size"
+        if isinstance(given, tuple):
+            return ops.convert_to_tensor(given, dtype=dtype)
+        if layout is None:
+            raise PartitionError('WeightedMean("size") needs a Grid, TimeSlices or Blocks; give the weights')
+        share = ops.convert_to_tensor(layout.shares(), dtype=dtype)
+        return share * ops.cast(ops.exp(self.log_weight), dtype) if given == "learned" else share
+
+    # ------------------------------------------------------------------------------- good citizen
+
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        """Traced: nothing is computed. Sizes of the batch are made up there, so `memory` does not count."""
+        self._shapes_only = True
+        try:
+            return keras.Operation.compute_output_spec(self, *args, **kwargs)
+        finally:
+            self._shapes_only = False
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        """Shape of the result for an input of `shape`."""
+        return self.compute_output_spec(keras.KerasTensor(shape, dtype=self.compute_dtype)).shape
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        """Stitched steps keep their mask."""
+        return mask if isinstance(self.aggregator, Stitch) else None
+
+    def get_config(self) -> dict[str, Any]:
+        """Partition, aggregator and local networks as plain data."""
+        given = dict(self._given.held)
+        given["partition"] = (
+            to_config(self.partition) if self.described else keras.saving.serialize_keras_object(self.partition)
+        )
+        over = given["aggregator"]
+        if not isinstance(over, str):
+            named = type(over) in _AGGREGATORS.values()
+            given["aggregator"] = to_config(over) if named else keras.saving.serialize_keras_object(over)
+        given["local"] = keras.saving.serialize_keras_object(given["local"])
+        return {**super().get_config(), **given}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RegionalAggregator:
+        """The layer that `get_config` described."""
+        config = dict(config)
+        for key, known in (("partition", _PARTITIONS), ("aggregator", _AGGREGATORS)):
+            if isinstance(config[key], dict):
+                ours = "class" in config[key]
+                config[key] = from_config(config[key], known) if ours else _restored(config[key])
+        config["local"] = _restored(config["local"])
+        return cls(**config)
+
+
+def _restored(given: Any) -> Any:
+    return keras.saving.deserialize_keras_object(given)
+
+
+def _weights_of(layer: Any) -> list[Any]:
+    own = layer.trainable_variables if isinstance(layer, keras.layers.Layer) else []
+    return [ops.convert_to_tensor(v) for v in own]
+
+
+def _has_state(layer: Any) -> bool:
+    """Does the layer hold more than weights: statistics, random seeds."""
+    if not isinstance(layer, keras.layers.Layer):
+        return False
+    return bool(layer.non_trainable_variables) or any(
+        isinstance(sub, keras.layers.BatchNormalization | keras.layers.Dropout | keras.layers.RNN)
+        for sub in layer._flatten_layers()
+    )
+
+
+def _takes_mask(layer: Any) -> bool:
+    return isinstance(layer, keras.layers.Layer) and "mask" in inspect.signature(layer.call).parameters
+
+
+def _stack(results: Sequence[Any], ids: Sequence[int]) -> Any:
+    if len({tuple(y.shape[1:]) for y in results}) > 1:
+        raise PartitionError(
+            "local networks of regions of one shape give results of one shape; got "
+            + ", ".join(f"{tuple(y.shape)} for region {i}" for i, y in zip(ids, results))
+        )
+    return ops.stack(results, axis=0)

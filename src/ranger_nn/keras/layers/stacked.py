@@ -1,0 +1,77 @@
+"""One layer with a set of weights for each region, held as stacked variables (regions, ...)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+
+class Untracked:
+    """Holds something that a layer uses but does not own: Keras tracks no variables in it."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+class Stacked(keras.layers.Layer):
+    """`regions` independent copies of `layer`, applied to stacked regions through `keras.ops.vectorized_map`.
+
+    Weights are stacked, (regions, ...), each copy initialised as a new layer of the same configuration would be. The
+    layer must have no state besides its weights (no BatchNormalization, no Dropout): `RegionalAggregator` uses a list
+    of copies for those.
+    """
+
+    def __init__(self, layer: Any, regions: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.template = Untracked(layer)
+        self.regions = regions
+        self.stacked_weights: list[Any] = []
+
+    def build(self, shape: Any) -> None:
+        """Make the weights for regions of `shape` (batch first)."""
+        layer = self.template.held
+        if not layer.built:
+            layer.build(shape)
+        copies: list[list[np.ndarray]] = []
+
+        def values(k: int) -> np.ndarray:
+            while len(copies) < self.regions:
+                copy = type(layer).from_config(layer.get_config())
+                copy.build(shape)
+                copies.append([ops.convert_to_numpy(v) for v in copy.trainable_variables])
+            return np.stack([c[k] for c in copies])
+
+        for k, variable in enumerate(layer.trainable_variables):
+            self.stacked_weights.append(
+                self.add_weight(
+                    shape=(self.regions, *variable.shape),
+                    dtype=variable.dtype,
+                    initializer=lambda shape, dtype=None, k=k: ops.convert_to_tensor(values(k), dtype=dtype),
+                    name=variable.path.replace("/", "_"),
+                )
+            )
+        self.built = True
+
+    def call(self, stacked: Any, ids: list[int]) -> Any:
+        """Region ids[k]'s copy on stacked[k]: (regions, batch, ...) in and out."""
+        weights = [self.picked(w, ids) for w in self.stacked_weights]
+        return self.apply(weights, stacked)
+
+    def picked(self, weight: Any, ids: list[int]) -> Any:
+        """The weights of these regions."""
+        if ids == list(range(self.regions)):
+            return ops.convert_to_tensor(weight)
+        return ops.take(weight, np.asarray(ids, "int32"), axis=0)
+
+    def apply(self, weights: list[Any], stacked: Any) -> Any:
+        """The layer with these weights, region by region, in one call."""
+        layer = self.template.held
+
+        def one(given: Any) -> Any:
+            *own, x = given
+            return layer.stateless_call(list(own), [], x)[0]
+
+        return ops.vectorized_map(one, (*weights, stacked))

@@ -1,0 +1,59 @@
+"""`keras.ops` under the names of the Python array API standard: what the neutral code of `aggregate` and `layers` calls.
+
+Only what is called is here. A function missing here is added here, never worked around in neutral code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from keras import ops
+
+abs = ops.abs
+all = ops.all
+any = ops.any
+arange = ops.arange
+argmax = ops.argmax
+argmin = ops.argmin
+argsort = ops.argsort
+astype = ops.cast
+broadcast_to = ops.broadcast_to
+exp = ops.exp
+expand_dims = ops.expand_dims
+isfinite = ops.isfinite
+log = ops.log
+matmul = ops.matmul
+max = ops.max
+maximum = ops.maximum
+mean = ops.mean
+min = ops.min
+minimum = ops.minimum
+ones_like = ops.ones_like
+reshape = ops.reshape
+sqrt = ops.sqrt
+sum = ops.sum
+take = ops.take
+where = ops.where
+zeros = ops.zeros
+zeros_like = ops.zeros_like
+
+
+def asarray(x: Any, dtype: Any = None, **_: Any) -> Any:
+    """An array from numbers; devices are Keras's affair."""
+    return ops.convert_to_tensor(x, dtype=dtype)
+
+
+def concat(arrays: Sequence[Any], axis: int = 0) -> Any:
+    """One after the other."""
+    return ops.concatenate(arrays, axis=axis)
+
+
+def permute_dims(x: Any, axes: Sequence[int]) -> Any:
+    """Transpose."""
+    return ops.transpose(x, axes)
+
+
+def stack(arrays: Sequence[Any], axis: int = 0) -> Any:
+    """On top of each other."""
+    return ops.stack(arrays, axis=axis)
