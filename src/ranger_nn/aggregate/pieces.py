@@ -91,7 +91,7 @@ class Call(_Pieces):
 
     function: Callable[[list[Any]], Any]
 
-    def finish(self, xp: Any, state: Pieces) -> Any:
+    def finish(self, state: Pieces) -> Any:
         """What the callable makes of them."""
         return self.function(self.ordered(state))
 

@@ -232,7 +232,7 @@ def piecewise(
                 piece = xp.where(mask, piece, xp.zeros_like(piece))
             state = over.merge(state, over.lift(i, piece))
     if not isinstance(over, Stitch):
-        return over.finish(xp, state)
+        return over.finish(state) if isinstance(over, Call) else over.finish(xp, state)
     if layout is None:
         raise PartitionError("stitch needs a partition that knows places: Grid, TimeSlices, Blocks; use concat or sum")
     return over.finish(xp, state, layout.regions, layout.axes, layout.blend())

@@ -88,9 +88,12 @@ class Grid:
     def intervals(self, size: int, axis: int) -> list[tuple[Interval, Interval]]:
         """(own, read) of each region along one axis of `size` elements."""
         owns = by_length(size, self.size[axis]) if self.size else even(size, self.counts[axis], axis)
-        length = owns[0][1] - owns[0][0]
-        overlap = round(self.overlap * length) if isinstance(self.overlap, float) else self.overlap
+        overlap = self._overlap(owns[0])
         return [(own, widened(own, overlap, size)) for own in owns]
+
+    def _overlap(self, own: Interval) -> int:
+        """In elements; a share is one of the first region's length."""
+        return round(self.overlap * (own[1] - own[0])) if isinstance(self.overlap, float) else self.overlap
 
     def regions(self, sizes: Sequence[int]) -> tuple[Region, ...]:
         """All regions of axes of these sizes, in row-major order."""
@@ -105,7 +108,8 @@ class Grid:
         if self.window is None:
             return None
         cells = self.intervals(size, axis)
-        raw = [[_bell(self.window, p, own, read, size) for p in range(*read)] for own, read in cells]
+        overlap = self._overlap(cells[0][0])
+        raw = [[_bell(self.window, p, own, overlap, size) for p in range(*read)] for own, read in cells]
         total = [0.0] * size
         for (_, read), weights in zip(cells, raw):
             for p, w in zip(range(*read), weights):
@@ -126,9 +130,9 @@ class Grid:
         ]
 
 
-def _bell(window: str, p: int, own: Interval, read: Interval, size: int) -> float:
-    """Weight, not yet normalised: 1 deep inside, falling to 0 beyond the overlap; flat at the ends of the axis."""
-    left = 1.0 if read[0] == 0 else (p + 0.5 - read[0]) / (2 * (own[0] - read[0]))
-    right = 1.0 if read[1] == size else (read[1] - p - 0.5) / (2 * (read[1] - own[1]))
+def _bell(window: str, p: int, own: Interval, overlap: int, size: int) -> float:
+    """Weight, not yet normalised: 1 deep inside, falling to 0 at the end of the overlap; flat at the ends of the axis."""
+    left = 1.0 if own[0] == 0 or not overlap else (p + 0.5 - own[0] + overlap) / (2 * overlap)
+    right = 1.0 if own[1] == size or not overlap else (own[1] + overlap - p - 0.5) / (2 * overlap)
     t = min(left, right, 1.0)
     return t if window == "linear" else 0.5 - 0.5 * math.cos(math.pi * t)
