@@ -361,8 +361,8 @@ class BackwardStrip(Strip):
             sweep.sinks,
             self.slide,
             schedule.steps,
-            active,
             schedule.grain,
+            active,
         )
         self.ends_at = pace.at
         self.clock, self.final = pace.clock, pace.final
