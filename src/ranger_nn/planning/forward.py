@@ -17,7 +17,7 @@ from ranger_nn.core.graph import COMPUTED, Node
 from ranger_nn.core.program import ALLOC, FINISH, LIFT, MERGE, RUN, TRIM, WRITE, Extent, Program, Read
 from ranger_nn.core.reach import Box, Interval
 from ranger_nn.planning.builder import Builder, Located, Page, box_bytes
-from ranger_nn.planning.pace import Clock, ForwardPace, Pace
+from ranger_nn.planning.pace import ForwardPace, Pace
 from ranger_nn.planning.stages import PROLOGUE, REDUCE, REGIONAL, Stages
 
 FOREVER = 1 << 30
@@ -246,6 +246,8 @@ def sweep_users(graph: object, nodes: list[int]) -> dict[int, list[tuple[int, in
 class Strip:
     """One tile across the tiled axes, walked along the sliding axis if there is one."""
 
+    pace: Pace
+
     def __init__(
         self,
         parent: ForwardLowering,
@@ -263,9 +265,7 @@ class Strip:
         self.intervals = {a: tile_intervals(parent, sweep, users, a, i) for a, i in tile.items()}
         self.order = {k: n for n, k in enumerate(sweep.nodes)}
         self.ends: dict[int, int] = {}
-        self.clock = Clock(1)
-        self.pace: Pace
-        self.streamed = self._streamed_stores()
+        self.streamed: set[int] = set()
 
     def _streamed_stores(self) -> set[int]:
         """Paged values that this sweep reads last: their pages are dropped as it goes."""
@@ -280,19 +280,19 @@ class Strip:
 
     def run(self) -> None:
         """All steps."""
-        schedule, nodes = self.p.schedule, self.sweep.nodes
+        schedule = self.p.schedule
+        self.streamed = self._streamed_stores()
         pace = self.pace = ForwardPace(
             self.bounds,
             self.p.stages,
-            nodes,
+            self.sweep.nodes,
             self.users,
             self.sweep.sinks,
             self.p.slide,
             schedule.steps,
             schedule.grain,
         )
-        self.clock = pace.clock
-        for t in range(self.clock.total):
+        for t in range(pace.clock.total):
             new = pace.at(t, self.ends)
             for k in self.sweep.nodes:
                 node = self.graph.nodes[k]
@@ -398,11 +398,11 @@ class Strip:
         box = [(0, n) for n in self.graph.values[v].shape]
         for a in range(len(self.bounds.axes)):
             d = self.bounds.dim(v, a)
-            size = self.bounds.size(v, a)
             if a == self.p.slide:
                 own = self.pace.share(v, t)
             else:
-                own = share(size, self.tile.get(a, 0), self.p.schedule.tiles[a] if a in self.tile else 1)
+                count = self.p.schedule.tiles[a] if a in self.tile else 1
+                own = share(self.bounds.size(v, a), self.tile.get(a, 0), count)
             if own[1] <= own[0]:
                 return
             if d is not None:
