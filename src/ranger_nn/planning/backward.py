@@ -439,7 +439,7 @@ class BackwardStrip(Strip):
                 total = self.pace.size(out)
                 if u in self.active and i in self.graph.nodes[u].vjp_reads and back[out] < total:
                     keep = min(keep, self.pace.needs(u, i, back[out], total)[0])
-            drop_rows(self.builder, self.graph, v, self.windows[v], FOREVER if keep >= size else keep)
+            drop_rows(self.builder, v, self.windows[v], FOREVER if keep >= size else keep)
 
     # -- pulling back
 
