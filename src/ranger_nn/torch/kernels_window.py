@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box, Reach
-from ranger_nn.torch.kernels import Kernel, Local
+from ranger_nn.torch.kernels import Kernel, Local, table
 from ranger_nn.torch.layout import channels_last, dense
 
 Ints = tuple[int, ...]
@@ -371,7 +372,7 @@ class Pooling(Kernel):
 
     def _average(self, out_box: Box, lead: int, own: list[int], extra: list[int]) -> Local:
         pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(self.kernel) - 1]
-        kernel, stride, rank = self.kernel, self.stride, len(out_box)
+        kernel, stride = self.kernel, self.stride
         if not extra and not any(own):
             options: dict[str, Any] = {} if self.divisor is None else {"divisor_override": self.divisor}
             return lambda x: pool(x, kernel, stride, 0, **options)
@@ -389,17 +390,16 @@ class Pooling(Kernel):
             total *= k
         scales = []
         for i, k in enumerate(kernel):
-            scales.append(self._scales(i, out_box[lead + i], k))
+            shape = [-1 if d == lead + i else 1 for d in range(len(out_box))]
+            scales.append(table(self._scales(i, out_box[lead + i], k), np.float64).view(shape))
         divisor = self.divisor
 
         def local(x: Tensor) -> Tensor:
             y = pool(F.pad(x, pads), kernel, stride)
             if divisor is not None:
                 return y * (total / divisor)
-            for i, scale in enumerate(scales):
-                shape = [1] * rank
-                shape[lead + i] = len(scale)
-                y = y * torch.tensor(scale, dtype=y.dtype, device=y.device).view(shape)
+            for scale in scales:
+                y = y * scale.to(y)
             return y
 
         return local
