@@ -1,6 +1,6 @@
 """Which region rule and kernel each ATen operator gets. To add an operator, add a function under `@rule(...)`.
 
-A rule function receives a `Call` (arguments by schema name, value indices for tensors) and returns the value
+A rule function receives an `Operator` (arguments by schema name, value indices for tensors) and returns the value
 index of the result, or None to say "this form has no rule": the operator then stays whole.
 """
 
@@ -18,7 +18,7 @@ from torch.fx import Node as FxNode
 
 from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import Rule
-from ranger_nn.core.reach import Border, Link
+from ranger_nn.core.reach import Border, Link, Reach
 from ranger_nn.ops import contraction, movement, reduction, resample, window
 from ranger_nn.ops.pointwise import local_except, opaque, pointwise
 from ranger_nn.torch import kernels as K
@@ -504,7 +504,7 @@ def _along_dim(op: Operator) -> Any:
     x = op.arg("self")
     if not isinstance(x, int) or (not isinstance(op.like, Tensor) and op.name not in {"max", "min"}):
         return None
-    rank, dim = len(op.shape(x)), op.arg("dim", op.arg("dims", op.arg("ord") if False else None))
+    rank, dim = len(op.shape(x)), op.arg("dim", op.arg("dims"))
     dims = [dim] if isinstance(dim, int) else dim
     if not dims or len(op.tensors()) != 1:
         return None
@@ -774,13 +774,8 @@ def scatter(lower: Lower, base: int, written: int, view: FxNode) -> int | None:
             return None
         row_base = tuple(Link(d) for d in range(len(shape)))
         if name == "select":
-            from ranger_nn.core.reach import Reach
-
             row = tuple(Link(d + (d >= dim)) for d in range(len(shape) - 1))
-            del Reach
         else:
-            from ranger_nn.core.reach import Reach
-
             row = tuple(Link(d, Reach(1, -start, -start)) if d == dim else Link(d) for d in range(len(shape)))
         like = view.args[0].meta["val"]  # type: ignore[union-attr]
         return lower.emit(
