@@ -9,6 +9,7 @@ Checkpointing stands in `resnet18_training`, diffusers' tiling in `autoencoderkl
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.util
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from benchmarks.common import (
     peak,
     training,
 )
+from ranger_nn.errors import BudgetError
 
 WINDOW = 256
 
@@ -46,11 +48,22 @@ class Peer:
 
 
 def table(title: str, ways: list[Peer], chosen: Options) -> None:
-    """Print error, peak and time of each way, as ratios to the first, the untouched network."""
+    """Print error, peak and time of each way, as ratios to the first, the untouched network.
+
+    A way that no plan fits (at a small --size the share of memory may be too small) gets a row that says so.
+    """
     exact = ways[0].run()
-    errors = {way.name: difference(way.run(), exact) for way in ways}
-    peaks = {way.name: peak(way.run, way.model, chosen.device) for way in ways}
-    seconds = interleaved({way.name: way.run for way in ways}, chosen.repeats, chosen.device)
+    errors, least = {}, {}
+    for way in ways:
+        try:
+            errors[way.name] = difference(way.run(), exact)
+        except BudgetError as error:
+            if error.least is None:  # not a matter of size: the amount of memory is malformed
+                raise
+            least[way.name] = error.least
+    planned = [way for way in ways if way.name in errors]
+    peaks = {way.name: peak(way.run, way.model, chosen.device) for way in planned}
+    seconds = interleaved({way.name: way.run for way in planned}, chosen.repeats, chosen.device)
     print(f"\n{title}\n")
     print(line(("way", "max diff", "peak MB", "peak ratio", "time", "time ratio")))
     print(line(["---"] * 6))
@@ -66,6 +79,8 @@ def table(title: str, ways: list[Peer], chosen: Options) -> None:
             )),
             flush=True,
         )  # fmt: skip
+    for name, needed in least.items():
+        print(line((name, f"no plan: the least is {megabytes(needed)} MB", *["-"] * 4)), flush=True)
 
 
 def windows(model: nn.Module, x: Tensor, overlap: float, mode: str) -> Work:
@@ -107,9 +122,10 @@ def exact_tiled_training(chosen: Options) -> None:
     untouched()
     allowed = peak(untouched, model, chosen.device) // 7
     small, checkpointed = ranger_nn.regionalize(model, memory=allowed), resnet18_training.checkpointed(model)
+    step = functools.cache(lambda: training(small, x))  # planned on the first run: `table` says so where nothing fits
     ways = [
         Peer("untouched", untouched, model),
-        Peer("regionalize", training(small, x), small),
+        Peer("regionalize", lambda: step()(), small),
         Peer("torch.utils.checkpoint per block", training(checkpointed, x), checkpointed),
     ]
     if all(importlib.util.find_spec(name) for name in ("lightstream", "lightning")):

@@ -16,9 +16,8 @@ def test_shares_cover_once(steps: int, lead: int, lag: int, size: int) -> None:
     clock.lead, clock.lag = lead, lag
     at = 0
     for t in range(clock.total):
-        start, stop = clock.share(size, t)
-        assert start == at <= stop
-        assert stop - start <= -(-size // steps)
+        stop = clock.end(size, t)
+        assert 0 <= stop - at <= -(-size // steps)
         at = stop
     assert at == size
-    assert all(clock.share(size, t) == (0, 0) for t in range(lead))
+    assert all(clock.end(size, t) == 0 for t in range(-1, lead))

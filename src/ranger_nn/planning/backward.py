@@ -28,7 +28,6 @@ from ranger_nn.planning.forward import (
     Sweep,
     drop_rows,
     sweep_users,
-    tile_intervals,
 )
 from ranger_nn.planning.pace import BackwardPace
 from ranger_nn.planning.stages import REDUCE, REGIONAL
@@ -333,6 +332,8 @@ class GradWindow:
 class BackwardStrip(Strip):
     """One tile of a backward sweep: recompute forward, pull back, step by step."""
 
+    pace: BackwardPace
+
     def __init__(
         self,
         parent: BackwardLowering,
@@ -343,17 +344,16 @@ class BackwardStrip(Strip):
         tile: dict[int, int],
     ) -> None:
         """`active`: nodes that a gradient reaches."""
-        super().__init__(parent.f, at, Sweep(sweep.nodes, set(), sweep.stored_reads), users, {}, tile)
+        super().__init__(parent.f, at, sweep, users, {}, tile)
+        self.sweep = Sweep(sweep.nodes, set(), sweep.stored_reads)  # results are computed again, not written again
         self.b, self.active, self.sinks = parent, active, sweep.sinks
         self.builder = parent.builder
-        self.intervals = {a: tile_intervals(parent.f, sweep, users, a, i) for a, i in tile.items()}
         self.back: dict[int, int] = {}
         self.grads: dict[int, Located] = {}
-        self.streamed = set()
         self.back_order = [k for k in reversed(sweep.nodes) if k in active]
         self.slide = parent.f.slide
         schedule = parent.f.schedule
-        self.pace = pace = BackwardPace(
+        self.pace = BackwardPace(
             self.bounds,
             self.p.stages,
             sweep.nodes,
@@ -361,27 +361,18 @@ class BackwardStrip(Strip):
             sweep.sinks,
             self.slide,
             schedule.steps,
-            active,
             schedule.grain,
+            active,
         )
-        self.ends_at = pace.at
-        self.clock, self.final = pace.clock, pace.final
-
-    # -- progress
-
-    def _size(self, v: int) -> int:
-        return self.pace.size(v)
-
-    def _needs(self, k: int, i: int, a: int, b: int) -> tuple[int, int]:
-        return self.pace.needs(k, i, a, b)
+        self.final = self.pace.final
 
     # -- steps
 
     def run(self) -> None:
         """All steps."""
         events = self._last_events()
-        for t in range(self.clock.total):
-            back, front = self.ends_at(t, self.back, self.ends)
+        for t in range(self.pace.clock.total):
+            back, front = self.pace.at(t, self.back, self.ends)
             for k in self.sweep.nodes:
                 if self.p.stages.kind[k] == REGIONAL:
                     node = self.graph.nodes[k]
@@ -436,7 +427,7 @@ class BackwardStrip(Strip):
         for v in values:
             if v not in self.windows:
                 continue
-            keep = size = self._size(v)
+            keep = size = self.pace.size(v)
             for u, i in self.users[v]:
                 if self.p.stages.kind[u] == REDUCE:
                     if u in self.active:
@@ -444,11 +435,11 @@ class BackwardStrip(Strip):
                     continue
                 out = self.graph.nodes[u].outputs[0]
                 if front[out] < self.final[out]:
-                    keep = min(keep, self._needs(u, i, front[out], self.final[out])[0])
-                total = self._size(out)
+                    keep = min(keep, self.pace.needs(u, i, front[out], self.final[out])[0])
+                total = self.pace.size(out)
                 if u in self.active and i in self.graph.nodes[u].vjp_reads and back[out] < total:
-                    keep = min(keep, self._needs(u, i, back[out], total)[0])
-            drop_rows(self.builder, self.graph, v, self.windows[v], FOREVER if keep >= size else keep)
+                    keep = min(keep, self.pace.needs(u, i, back[out], total)[0])
+            drop_rows(self.builder, v, self.windows[v], FOREVER if keep >= size else keep)
 
     # -- pulling back
 

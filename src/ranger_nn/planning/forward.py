@@ -13,12 +13,12 @@ from itertools import product
 from math import prod
 
 from ranger_nn.bounds.infer import Bounds, share
-from ranger_nn.core.graph import COMPUTED, Node
+from ranger_nn.core.graph import COMPUTED, Graph, Node
 from ranger_nn.core.program import ALLOC, FINISH, LIFT, MERGE, RUN, TRIM, WRITE, Extent, Program, Read
 from ranger_nn.core.reach import Box, Interval
 from ranger_nn.planning.builder import Builder, Located, Page, box_bytes
-from ranger_nn.planning.pace import Clock, ForwardPace, Pace
-from ranger_nn.planning.stages import PROLOGUE, REDUCE, REGIONAL, Stages
+from ranger_nn.planning.pace import ForwardPace, Pace
+from ranger_nn.planning.stages import REDUCE, REGIONAL, Stages
 
 FOREVER = 1 << 30
 
@@ -198,7 +198,7 @@ class ForwardLowering:
 
     # ---- sweeps -------------------------------------------------------------------------------------------
 
-    def _paged(self, v: int, at: int) -> bool:
+    def _paged(self, v: int) -> bool:
         whole = v in self.stages.whole_reads or v in self.graph.outputs
         return self.slide is not None and not self.tile_axes and not whole and self.bounds.dim(v, 0) is not None
 
@@ -207,7 +207,7 @@ class ForwardLowering:
         stores: dict[int, Located] = {}
         for v in sorted(sweep.sinks):
             value = self.graph.values[v]
-            if not self._paged(v, at):
+            if not self._paged(v):
                 external = v in self.graph.outputs
                 (slot,) = self.builder.emit(
                     ALLOC, -1, [], [(0 if external else value.nbytes, None, False)], value=v, shape=value.shape
@@ -234,17 +234,19 @@ class ForwardLowering:
             self.builder.drop(self.states.pop(k))
 
 
-def sweep_users(graph: object, nodes: list[int]) -> dict[int, list[tuple[int, int]]]:
+def sweep_users(graph: Graph, nodes: list[int]) -> dict[int, list[tuple[int, int]]]:
     """For each value: (node, input position) of its readers in a sweep."""
     users: dict[int, list[tuple[int, int]]] = {}
     for k in nodes:
-        for i, v in enumerate(graph.nodes[k].inputs):  # type: ignore[attr-defined]
+        for i, v in enumerate(graph.nodes[k].inputs):
             users.setdefault(v, []).append((k, i))
     return users
 
 
 class Strip:
     """One tile across the tiled axes, walked along the sliding axis if there is one."""
+
+    pace: Pace
 
     def __init__(
         self,
@@ -263,9 +265,7 @@ class Strip:
         self.intervals = {a: tile_intervals(parent, sweep, users, a, i) for a, i in tile.items()}
         self.order = {k: n for n, k in enumerate(sweep.nodes)}
         self.ends: dict[int, int] = {}
-        self.clock = Clock(1)
-        self.pace: Pace
-        self.streamed = self._streamed_stores()
+        self.streamed: set[int] = set()
 
     def _streamed_stores(self) -> set[int]:
         """Paged values that this sweep reads last: their pages are dropped as it goes."""
@@ -280,19 +280,19 @@ class Strip:
 
     def run(self) -> None:
         """All steps."""
-        schedule, nodes = self.p.schedule, self.sweep.nodes
+        schedule = self.p.schedule
+        self.streamed = self._streamed_stores()
         pace = self.pace = ForwardPace(
             self.bounds,
             self.p.stages,
-            nodes,
+            self.sweep.nodes,
             self.users,
             self.sweep.sinks,
             self.p.slide,
             schedule.steps,
             schedule.grain,
         )
-        self.clock = pace.clock
-        for t in range(self.clock.total):
+        for t in range(pace.clock.total):
             new = pace.at(t, self.ends)
             for k in self.sweep.nodes:
                 node = self.graph.nodes[k]
@@ -330,7 +330,15 @@ class Strip:
 
     def in_box(self, node: Node, position: int, out: Box) -> Box:
         """Region of an input that the output region `out` needs."""
-        return needed_box(self.bounds, node, position, out)
+        v, result = node.inputs[position], node.outputs[0]
+        box = [(0, n) for n in self.graph.values[v].shape]
+        for a in range(len(self.bounds.axes)):
+            d = self.bounds.dim(v, a)
+            if d is None:
+                continue
+            o = self.bounds.dim(result, a)
+            box[d] = self.bounds.needs(node, position, a, *(out[o] if o is not None else (0, 1)))
+        return tuple(box)
 
     # -- instructions
 
@@ -370,7 +378,7 @@ class Strip:
         window.pages.append(Page(lo, hi, slot, lo))
         if v not in self.sweep.sinks:
             return
-        if self.p._paged(v, self.at):
+        if self.p._paged(v):
             self.stores[v] = window
             return
         target = list(out)
@@ -398,11 +406,11 @@ class Strip:
         box = [(0, n) for n in self.graph.values[v].shape]
         for a in range(len(self.bounds.axes)):
             d = self.bounds.dim(v, a)
-            size = self.bounds.size(v, a)
             if a == self.p.slide:
                 own = self.pace.share(v, t)
             else:
-                own = share(size, self.tile.get(a, 0), self.p.schedule.tiles[a] if a in self.tile else 1)
+                count = self.p.schedule.tiles[a] if a in self.tile else 1
+                own = share(self.bounds.size(v, a), self.tile.get(a, 0), count)
             if own[1] <= own[0]:
                 return
             if d is not None:
@@ -414,18 +422,14 @@ class Strip:
         n = node.kernel.count(tuple(box))
         if k not in self.p.states:
             self.p.states[k] = part
-            self.counts()[k] = n
+            self.p.lifted[k] = n
             return
         reads = [Read(((self.p.states[k], ()),)), Read(((part, ()),))]
-        (merged,) = self.builder.emit(MERGE, k, reads, [(small, None, False)], count=(self.counts()[k], n))
+        (merged,) = self.builder.emit(MERGE, k, reads, [(small, None, False)], count=(self.p.lifted[k], n))
         self.builder.drop(self.p.states[k])
         self.builder.drop(part)
         self.p.states[k] = merged
-        self.counts()[k] += n
-
-    def counts(self) -> dict[int, int]:
-        """Elements behind each reduction's state so far."""
-        return self.p.lifted
+        self.p.lifted[k] += n
 
     # -- lifetimes
 
@@ -437,7 +441,7 @@ class Strip:
             if max(self.order[u] for u, _ in self.users[v]) != self.order[k]:
                 continue
             place = self.windows[v] if in_window else self.p.places[v]
-            drop_rows(self.builder, self.graph, v, place, self._keep_from(v, new, t))
+            drop_rows(self.builder, v, place, self._keep_from(v, new, t))
 
     def _keep_from(self, v: int, new: dict[int, int], t: int) -> int:
         if self.p.slide is None:
@@ -455,20 +459,7 @@ class Strip:
         return FOREVER if keep >= size else keep
 
 
-def needed_box(bounds: Bounds, node: Node, position: int, out: Box) -> Box:
-    """Region of input `position` that the region `out` of the node's output needs."""
-    v, result = node.inputs[position], node.outputs[0]
-    box = [(0, n) for n in bounds.graph.values[v].shape]
-    for a in range(len(bounds.axes)):
-        d = bounds.dim(v, a)
-        if d is None:
-            continue
-        o = bounds.dim(result, a)
-        box[d] = bounds.needs(node, position, a, *(out[o] if o is not None else (0, 1)))
-    return tuple(box)
-
-
-def drop_rows(builder: Builder, graph: object, v: int, place: Located, keep: int) -> None:
+def drop_rows(builder: Builder, v: int, place: Located, keep: int) -> None:
     """Free the pages below row `keep`; copy out the rest of a page that is at least half dead."""
     pages = place.pages or []
     while pages and pages[0].hi <= keep:
@@ -518,6 +509,3 @@ def lower_forward(
     """The forward program of a schedule, and the state of its lowering (backward goes on from there)."""
     lowering = ForwardLowering(bounds, stages, schedule, keep, streaming)
     return lowering.lower(), lowering
-
-
-__all__ = ["PROLOGUE", "Demand", "ForwardLowering", "Schedule", "demand", "lower_forward", "needed_box"]

@@ -16,6 +16,7 @@ really produced is clipped, and never less than the rows that readers take.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 
 from ranger_nn.bounds.infer import Bounds
@@ -46,12 +47,8 @@ class Clock:
         """The same, clipped to the dimension."""
         return min(max(self.virtual(size, t), 0), size)
 
-    def share(self, size: int, t: int) -> tuple[int, int]:
-        """Rows that step t adds."""
-        return self.end(size, t - 1), self.end(size, t)
 
-
-class Pace:
+class Pace(ABC):
     """Positions of the values that one sweep produces, along the sliding axis (`axis` None: no slide, one step)."""
 
     def __init__(
@@ -62,15 +59,35 @@ class Pace:
         users: Users,
         sinks: Collection[int],
         axis: int | None,
-        grain: bool,
+        steps: int,
+        grain: bool = False,
+        active: Collection[int] = (),
     ) -> None:
-        """`nodes`: the sweep's nodes in order; `sinks`: its results; `grain`: let rows gather before heavy weights."""
-        self.bounds, self.stages, self.nodes = bounds, stages, nodes
-        self.users, self.sinks, self.axis = users, sinks, axis
+        """`nodes`: the sweep's nodes in order; `sinks`: its results, which come in `steps` steps; `grain`: let rows
+        gather before heavy weights; `active`: nodes that a gradient reaches. Lead and lag are worked out here.
+        """
+        self.bounds, self.stages = bounds, stages
+        self.users, self.sinks, self.axis, self.active = users, sinks, axis, active
         self.graph = bounds.graph
         self.regional = [k for k in nodes if stages.kind[k] != REDUCE]
-        self.clock = Clock(1)
+        self.clock = Clock(steps if axis is not None else 1)
         self.grain = self._grains() if grain else {}
+        self.final = self._finals()
+        if axis is not None and steps > 1:
+            self._set_clock()
+
+    @abstractmethod
+    def _finals(self) -> Ends:
+        """Rows to which each value is produced in all."""
+
+    @abstractmethod
+    def _set_clock(self) -> None:
+        """Lead and lag of the clock, from the positions at its two ends."""
+
+    def _steps(self, rows: Ends) -> int:
+        """Steps of the clock in which every value gets at least its `rows` (those not above 0 take none)."""
+        shares = [(row, self.size(v)) for v, row in rows.items() if row > 0 and self._on_axis(v)]
+        return max((-(-row * self.clock.steps // size) for row, size in shares), default=0)
 
     def _grains(self) -> dict[int, int]:
         """Rows that a value waits for before it advances: a call should move no less data than its weights' share.
@@ -129,25 +146,12 @@ class Pace:
 class ForwardPace(Pace):
     """Rows to which each value is produced."""
 
-    def __init__(
-        self,
-        bounds: Bounds,
-        stages: Stages,
-        nodes: Sequence[int],
-        users: Users,
-        sinks: Collection[int],
-        axis: int | None,
-        steps: int,
-        grain: bool = False,
-    ) -> None:
-        """`steps` for the results; the lead is worked out here."""
-        super().__init__(bounds, stages, nodes, users, sinks, axis, grain)
-        self.clock = Clock(steps if axis is not None else 1)
-        self.cap = self._ends(None, {})
-        if axis is not None and steps > 1:
-            ahead = self._virtual(-1)
-            shares = [(min(row, self.cap[v]), self.size(v)) for v, row in ahead.items() if self._on_axis(v)]
-            self.clock.lead = max((-(-row * steps // size) for row, size in shares if row > 0), default=0)
+    def _finals(self) -> Ends:
+        return self.at(None, {})
+
+    def _set_clock(self) -> None:
+        ahead = self._virtual(-1)
+        self.clock.lead = self._steps({v: min(row, self.final[v]) for v, row in ahead.items()})
 
     def _virtual(self, t: int) -> Ends:
         found: Ends = {}
@@ -165,7 +169,8 @@ class ForwardPace(Pace):
             found[v] = row
         return found
 
-    def _ends(self, t: int | None, before: Ends) -> Ends:
+    def at(self, t: int | None, before: Ends) -> Ends:
+        """Rows produced after step t (None: in all), `before` after the step before."""
         new: Ends = {}
         ahead = self._virtual(t) if t is not None else {}
         for k in reversed(self.regional):
@@ -182,43 +187,23 @@ class ForwardPace(Pace):
                 else:
                     end = max(end, self.needs(u, i, 0, new[self.graph.nodes[u].outputs[0]])[1])
             if t is not None:
-                end = max(end, self.floor(v, min(ahead[v], self.cap[v])), before.get(v, 0))
+                end = max(end, self.floor(v, min(ahead[v], self.final[v])), before.get(v, 0))
             new[v] = end
         return new
-
-    def at(self, t: int, before: Ends) -> Ends:
-        """Rows produced after step t, `before` after the step before."""
-        return self._ends(t, before)
 
 
 class BackwardPace(Pace):
     """Rows to which each gradient is complete, and rows to which each value is computed again for that."""
 
-    def __init__(
-        self,
-        bounds: Bounds,
-        stages: Stages,
-        nodes: Sequence[int],
-        users: Users,
-        sinks: Collection[int],
-        axis: int | None,
-        steps: int,
-        active: Collection[int],
-        grain: bool = False,
-    ) -> None:
-        """`active`: nodes that a gradient reaches."""
-        super().__init__(bounds, stages, nodes, users, sinks, axis, grain)
-        self.active = active
-        self.clock = Clock(steps if axis is not None else 1)
-        complete = {self.graph.nodes[k].outputs[0]: self.size(self.graph.nodes[k].outputs[0]) for k in self.regional}
-        self.final = self._front(complete, None, {})
-        if axis is not None and steps > 1:
-            behind = self._behind(steps - 1)
-            lags = [(self.size(v) - max(row, 0), self.size(v)) for v, row in behind.items() if self._on_axis(v)]
-            self.clock.lag = max((-(-row * steps // size) for row, size in lags if row > 0), default=0)
-            ahead = self._ahead(self._behind(-1), -1)
-            leads = [(min(row, self.final[v]), self.size(v)) for v, row in ahead.items() if self._on_axis(v)]
-            self.clock.lead = max((-(-row * steps // size) for row, size in leads if row > 0), default=0)
+    def _finals(self) -> Ends:
+        values = [self.graph.nodes[k].outputs[0] for k in self.regional]
+        return self._front({v: self.size(v) for v in values}, None, {})
+
+    def _set_clock(self) -> None:
+        behind = self._behind(self.clock.steps - 1)
+        self.clock.lag = self._steps({v: self.size(v) - max(row, 0) for v, row in behind.items()})
+        ahead = self._ahead(self._behind(-1), -1)
+        self.clock.lead = self._steps({v: min(row, self.final[v]) for v, row in ahead.items()})
 
     def _behind(self, t: int) -> Ends:
         found: Ends = {}

@@ -1,8 +1,15 @@
 """Choose a schedule: the fastest whose projected peak is within what is allowed.
 
 Time is counted as multiply-adds (recomputed ones included) and steps; memory is read off the lowered program, the
-same that runs. Moves, in the order in which they are tried: smaller steps, recomputing a stored value in the sweep
-that reads it, a cut that ends a sweep early (training), tiles across the second axis. Enter at `make_plan`.
+same that runs. The first schedule that fits wins; while none does, these are tried in turn (`Search.run`):
+
+    1. the schedules to begin with      `starting`
+    2. steps half as long               and where they cannot be shorter, tiles across the second axis
+    3. inference: more computed again   sets of values not held, from the least extra work on (`_ladder`)
+    4. one more move, again and again   a large value not held, or (training) a cut that ends a sweep early
+    5. steps half as long, four times   from the best so far on
+
+3 and 4 are judged on few steps. Enter at `make_plan`.
 """
 
 from __future__ import annotations
@@ -143,7 +150,7 @@ def base_steps(graph: Graph, axis: Axis) -> int:
 
 
 def starting(graph: Graph, axes: Sequence[Axis], options: Options) -> list[Schedule]:
-    """Schedules to begin with: what the user fixed, or sliding with ever smaller steps."""
+    """Schedules to begin with: what the user fixed (for tiles without a size, ever more of them), or one slide."""
     if not axes:
         return [Schedule(0, ())]
     ones = [1] * len(axes)
@@ -200,8 +207,9 @@ def _structural(graph: Graph, best: Candidate, training: bool) -> Iterator[Sched
 def _ladder(best: Candidate) -> list[dict[int, int]]:
     """Holds that trade multiply-adds for memory, where several sweeps read what earlier ones made.
 
-    From the least extra work on. For each of the largest sizes of stored values: those that can be computed again from others that are in memory
-    anyway; all of that size from what is smaller, which is then held as long as it serves; and both together.
+    From the least extra work on. For each of the largest sizes of stored values: those that can be computed again
+    from others that are in memory anyway; all of that size from what is smaller, which is then held as long as it
+    serves; and both together.
     """
     stages, stored, graph = best.lowering.stages, best.lowering.demand.stored, best.bounds.graph
     free = {v: last for v, last in stored.items() if v not in stages.whole_reads}
@@ -339,20 +347,21 @@ class Search:
         start = self.best
         if self.training or len(start.lowering.demand.stored) < 2:
             return False
-        fine, lowest = start.schedule, self.lower(_coarse(start.schedule)).peak
+        lowest = self.lower(_coarse(start.schedule)).peak
+        finest = self._finer(start.schedule) or start.schedule
         least: Candidate | None = None
         for holds in _ladder(start):
             if self.work >= SEARCH_WORK:
                 break
-            schedule = replace(start.schedule, holds=tuple(sorted(holds.items())))
-            fine = self._finer(schedule) or schedule
-            rough = self.lower(_coarse(schedule))
+            held = tuple(sorted(holds.items()))
+            rough = self.lower(_coarse(replace(start.schedule, holds=held)))
             if rough.peak >= lowest:
                 continue
             lowest, least = rough.peak, rough
-            if self._near(rough) and self._between(rough) <= (self.options.allowed or 0) and self.attempt(fine):
+            hopeful = self._near(rough) and self._between(rough) <= (self.options.allowed or 0)
+            if hopeful and self.attempt(replace(finest, holds=held)):
                 return True
-        return least is not None and self.attempt(replace(least.schedule, steps=fine.steps))
+        return least is not None and self.attempt(replace(least.schedule, steps=finest.steps))
 
     def _between(self, found: Candidate) -> int:
         """Bytes that wait in memory between two sweeps, at the worst: no step size changes them."""

@@ -9,9 +9,9 @@ loop over regions calls. What a kernel is given is exactly `in_boxes` of its inp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +32,11 @@ SMALL_TENSORS = 4096
 def lengths(box: Box) -> list[int]:
     """Sizes of a box."""
     return [hi - lo for lo, hi in box]
+
+
+def table(numbers: Sequence[float], dtype: type) -> Tensor:
+    """Constants of a bound kernel (indices, weights), made once. NumPy holds them: they are the plan's, no workspace."""
+    return torch.from_numpy(np.asarray(numbers, dtype=dtype))
 
 
 def fresh(grads: Sequence[Tensor | None], given: Sequence[Tensor], likes: Sequence[Tensor | None]) -> list[Any]:
@@ -360,8 +365,3 @@ class Dropout(Kernel):
             return x * mask(int(seed), x)
 
         return local
-
-
-def nbytes(box: Box, itemsize: int) -> int:
-    """Bytes of a region."""
-    return prod(hi - lo for lo, hi in box) * itemsize

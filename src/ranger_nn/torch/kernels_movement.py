@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Border, Box
 from ranger_nn.ops.movement import inner, leading, view_groups
-from ranger_nn.torch.kernels import Light, Local, lengths
+from ranger_nn.torch.kernels import Light, Local, lengths, table
 from ranger_nn.torch.layout import FORMATS
 
 
@@ -190,11 +191,11 @@ class Pad(Movement):
         for d, interval in enumerate(out_box):
             index = self._index(d, interval, box[d][0])
             if index != list(range(box[d][1] - box[d][0])):
-                gathers.append((d, index))
+                gathers.append((d, table(index, np.int64)))
 
         def local(x: Tensor) -> Tensor:
             for dim, index in gathers:
-                x = x.index_select(dim, torch.tensor(index, device=x.device))
+                x = x.index_select(dim, index.to(x.device))
             return x
 
         return local

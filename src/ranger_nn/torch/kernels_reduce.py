@@ -26,7 +26,8 @@ class Reduce(Kernel):
     """A reduction over `axis` of `shape`; `whole` is the untouched call.
 
     `groups` > 0: moments of groups of channels (dimension 1 is split in `groups`), as group, instance and batch
-    normalisation need them; the result is then stacked (mean, variance) in the computing precision.
+    normalisation need them; the result is then stacked (mean, variance) in the computing precision, of shape
+    (2, samples or 1, groups).
     """
 
     def __init__(
@@ -88,9 +89,7 @@ class Reduce(Kernel):
         result = self.monoid.finish(xp, state, self.total)
         if self.groups:
             mean, var = result
-            keep = [d for d in range(mean.dim()) if d not in self.axis]
-            shape = [mean.shape[d] for d in keep]
-            return torch.stack([mean.reshape(shape), var.reshape(shape)])
+            return torch.stack([mean.reshape(mean.shape[:2]), var.reshape(var.shape[:2])])
         if isinstance(self.monoid, Moments):
             result = result[1]
         if not self.keepdim:

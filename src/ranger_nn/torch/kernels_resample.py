@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ranger_nn.core.program import Extent
-from ranger_nn.core.reach import Box
-from ranger_nn.torch.kernels import Kernel, Local
+from ranger_nn.core.reach import Box, Interval
+from ranger_nn.torch.kernels import Kernel, Local, table
 
 PERIOD = 8
 MODES = {
@@ -88,6 +89,24 @@ def taps(
     return tuple(result)
 
 
+@lru_cache(maxsize=256)
+def gathers(
+    axis: Axis, mode: str, align: bool, dtype: torch.dtype, rank: int, interval: Interval, base: int
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """For each tap: indices into an input that starts at `base`, and weights, for an interval of output indices.
+
+    Regions of one sweep share their columns, so that these are held once.
+    """
+    rows = taps(axis, mode, align, dtype, rank)[slice(*interval)]
+    real = np.float64 if dtype == torch.float64 else np.float32
+    found = []
+    for k in range(max(len(js) for js, _ in rows)):
+        index = [(js[k] if k < len(js) else js[0]) - base for js, _ in rows]
+        weight = [ws[k] if k < len(ws) else 0.0 for _, ws in rows]
+        found.append((table(index, np.int64), table(weight, real)))
+    return tuple(found)
+
+
 class Resample(Kernel):
     """Nearest, linear or cubic resampling of the last `len(axes)` dimensions."""
 
@@ -98,7 +117,6 @@ class Resample(Kernel):
         self.mode, self.axes, self.align, self.dtype = mode, tuple(axes), align, dtype
         exact = not align or mode.startswith("nearest")
         self.native = exact and all(a.exact_factor for a in self.axes)
-        self.margin = {"linear": 1, "cubic": 2}.get(mode, 0)
 
     def _uncropped(self, at: Extent) -> int:
         """Bytes of the native result before it is cropped; 0 where it is not."""
@@ -152,28 +170,24 @@ class Resample(Kernel):
         return local
 
     def _gather(self, out_box: Box, in_box: Box, lead: int, whole: list[bool]) -> Local:
-        tables: list[tuple[int, list[list[int]], list[list[float]]]] = []
+        tables: list[tuple[int, list[tuple[Tensor, Tensor]]]] = []
+        rank, nearest = len(out_box), self.mode.startswith("nearest")
         for i, axis in enumerate(self.axes):
             if whole[i] and axis.size == axis.out and axis.factor in (None, 1.0):
                 continue
-            (a, b), base = out_box[lead + i], in_box[lead + i][0]
-            rows = taps(axis, self.mode, self.align, self.dtype, len(self.axes))[a:b]
-            depth = max(len(js) for js, _ in rows)
-            index = [[(js[k] if k < len(js) else js[0]) - base for js, _ in rows] for k in range(depth)]
-            weight = [[ws[k] if k < len(ws) else 0.0 for _, ws in rows] for k in range(depth)]
-            tables.append((lead + i, index, weight))
-        rank, nearest = len(out_box), self.mode.startswith("nearest")
+            d = lead + i
+            pairs = gathers(axis, self.mode, self.align, self.dtype, len(self.axes), out_box[d], in_box[d][0])
+            shape = [-1 if other == d else 1 for other in range(rank)]
+            tables.append((d, [(index, weight.view(shape)) for index, weight in pairs]))
 
         def local(x: Tensor) -> Tensor:
             wide = x if x.dtype in (torch.float32, torch.float64) or nearest else x.float()
-            for dim, index, weight in tables:
+            for dim, pairs in tables:
                 total = None
-                for js, ws in zip(index, weight, strict=True):
-                    piece = wide.index_select(dim, torch.tensor(js, device=x.device))
+                for index, weight in pairs:
+                    piece = wide.index_select(dim, index.to(x.device))
                     if not nearest:
-                        shape = [1] * rank
-                        shape[dim] = len(ws)
-                        piece = piece * torch.tensor(ws, dtype=wide.dtype, device=x.device).view(shape)
+                        piece = piece * weight.to(wide)
                     total = piece if total is None else total + piece
                 wide = wide if total is None else total
             return wide.to(x.dtype)

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box, Reach
-from ranger_nn.torch.kernels import Kernel, Local
+from ranger_nn.torch.kernels import Kernel, Local, table
 from ranger_nn.torch.layout import channels_last, dense
 
 Ints = tuple[int, ...]
@@ -77,10 +78,27 @@ WINOGRAD = 640 << 10
 """The same where it may choose Winograd's algorithm (windows of 3, stride 1), for each matrix that it transforms."""
 
 
-class Convolution(Kernel):
-    """Convolution in 1, 2 or 3 dimensions; backward by `convolution_backward`, without running forward again."""
+class Convolving(Kernel):
+    """What both convolutions share: the copies that oneDNN makes, and a bias's gradient."""
 
     layout = "makes"
+
+    def _copied(self, at: Extent) -> int:
+        """Bytes of the input made channels-last, or made contiguous where its region is not."""
+        return 0 if self.channels_last and self.reads_channels_last and dense(at.reads[0]) else at.in_bytes[0]
+
+    def _copied_gradient(self, at: Extent) -> int:
+        """The same of the output's gradient, which comes last among what backward reads."""
+        return 0 if self.channels_last and dense(at.reads[-1]) and not self.given else at.out_bytes
+
+    @staticmethod
+    def _bias_gradient(grad: Tensor) -> Tensor:
+        """PyTorch sums in a cascade; oneDNN's running sum loses three digits over a million pixels."""
+        return grad.sum([0, *range(2, grad.dim())])
+
+
+class Convolution(Convolving):
+    """Convolution in 1, 2 or 3 dimensions; backward by `convolution_backward`, without running forward again."""
 
     def __init__(
         self, stride: Ints, padding: Ints, dilation: Ints, groups: int, reaches: Sequence[Reach], bias: bool
@@ -106,12 +124,6 @@ class Convolution(Kernel):
         _, extra = self._geometry(at.out_box, at.reads[0].box)
         return padded_bytes(at, extra)
 
-    def _copied(self, at: Extent) -> int:
-        """Bytes of the input made channels-last, or made contiguous where its region is not."""
-        if self.reads_channels_last and dense(at.reads[0]):
-            return 0
-        return at.in_bytes[0]
-
     def _weights(self, at: Extent, copies: int) -> int:
         """Weights reordered (those of a convolution of size 1 once less), and small buffers."""
         small = min(6 * (at.in_bytes[0] + at.out_bytes), SMALL if not self.winograd else copies * WINOGRAD)
@@ -131,12 +143,10 @@ class Convolution(Kernel):
         weights = self._weights(at, 3)
         border = 2 * self._padded(at)
         if self.channels_last:
-            grad = 0 if dense(at.reads[-1]) and not self.given else at.out_bytes
-            if (
-                at.wanted[0] and self.channels[0] % 8 and self.channels[1] % 8 == 0
-            ):  # oneDNN has no plain gradient for these
-                border += sum(self._blocked(at))
-            return border + (self._copied(at) if at.reads[0].parts else 0) + grad + weights
+            if at.wanted[0] and self.channels[0] % 8 and self.channels[1] % 8 == 0:
+                border += sum(self._blocked(at))  # oneDNN has no plain gradient for these
+            copy = self._copied(at) if at.reads[0].parts else 0
+            return border + copy + self._copied_gradient(at) + weights
         blocked_in, blocked_out = self._blocked(at)
         return border + at.in_bytes[0] + 2 * blocked_in + blocked_out + at.out_bytes + weights
 
@@ -163,7 +173,7 @@ class Convolution(Kernel):
         own, extra = self._geometry(out_box, in_boxes[0])
         cuts = [-n for n in extra]
         stride, dilation, groups, bias = list(self.stride), list(self.dilation), self.groups, self.bias
-        mask, over = [wanted[0], wanted[1], False], [0, *range(2, 2 + len(stride))]
+        mask = [wanted[0], wanted[1], False]
         zeros = [0] * len(stride)
         generic = super().bind_vjp(out_box, in_boxes, wanted)
         order = channels_last if self.channels_last else _as_it_is
@@ -179,22 +189,11 @@ class Convolution(Kernel):
             if reads_input:
                 x = order(x)
             gx, gw, _ = torch.ops.aten.convolution_backward(
-                order(grad),
-                x,
-                weight,
-                [weight.shape[0]] if bias else None,
-                stride,
-                own,
-                dilation,
-                False,
-                zeros,
-                groups,
-                mask,
+                order(grad), x, weight, None, stride, own, dilation, False, zeros, groups, mask
             )
             if wanted[0] and extra:
                 gx = F.pad(gx, cuts)
-            # PyTorch sums in a cascade; oneDNN's running sum loses three digits over a million pixels.
-            return [gx, gw, grad.sum(over) if wanted[2] else None] if bias else [gx, gw]
+            return [gx, gw, self._bias_gradient(grad) if wanted[2] else None] if bias else [gx, gw]
 
         return vjp
 
@@ -203,10 +202,8 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
-class TransposedConvolution(Kernel):
+class TransposedConvolution(Convolving):
     """Transposed convolution: run on the local input without padding, keep the part of the output asked for."""
-
-    layout = "makes"
 
     def __init__(
         self,
@@ -225,22 +222,22 @@ class TransposedConvolution(Kernel):
 
     def scratch(self, at: Extent) -> int:
         """oneDNN's reordered input, its result where windows overlap or it is cropped, copies of input and weights."""
-        copy = 0 if self.channels_last and self.reads_channels_last and dense(at.reads[0]) else at.in_bytes[0]
-        crops = self._geometry(at.out_box, at.reads[0].box)[3]
-        spread = at.out_bytes if self.kernel != self.stride else 0
-        for _, _, length, total in crops:
-            spread = max(spread, at.out_bytes) * total // max(1, length)
-        small = min(4 * (at.in_bytes[0] + at.out_bytes), SMALL)
-        return spread + copy + 2 * at.in_bytes[0] + 2 * sum(at.in_bytes[1:]) + small
+        spread = self._spread(at, at.out_bytes if self.kernel != self.stride else 0)
+        return spread + self._copied(at) + 2 * at.in_bytes[0] + 2 * sum(at.in_bytes[1:]) + self._small(at)
 
     def vjp_scratch(self, at: Extent) -> int:
         """The gradient padded to what was cropped, and copies of input and weights."""
-        copy = 0 if self.channels_last and self.reads_channels_last and dense(at.reads[0]) else at.in_bytes[0]
-        spread = 0 if self.channels_last and dense(at.reads[-1]) and not self.given else at.out_bytes
+        spread = self._spread(at, self._copied_gradient(at))
+        return spread + self._copied(at) + 3 * sum(at.in_bytes[1:]) + self._small(at)
+
+    def _spread(self, at: Extent, least: int) -> int:
+        """Bytes of the output before it is cropped; `least` where it is not."""
         for _, _, length, total in self._geometry(at.out_box, at.reads[0].box)[3]:
-            spread = max(spread, at.out_bytes) * total // max(1, length)
-        small = min(4 * (at.in_bytes[0] + at.out_bytes), SMALL)
-        return spread + copy + 3 * sum(at.in_bytes[1:]) + small
+            least = max(least, at.out_bytes) * total // max(1, length)
+        return least
+
+    def _small(self, at: Extent) -> int:
+        return min(4 * (at.in_bytes[0] + at.out_bytes), SMALL)
 
     def _geometry(
         self, out_box: Box, in_box: Box
@@ -291,7 +288,7 @@ class TransposedConvolution(Kernel):
         """Gradients of input, weight and bias; the gradient is zero where the output was cropped."""
         padding, extra, fills, crops = self._geometry(out_box, in_boxes[0])
         stride, dilation, groups, bias = list(self.stride), list(self.dilation), self.groups, self.bias
-        mask = [wanted[0], wanted[1], bias and wanted[2]]
+        mask = [wanted[0], wanted[1], False]
         pads = [0] * (2 * len(out_box))
         for dim, start, length, total in crops:
             place = 2 * (len(out_box) - 1 - dim)
@@ -303,13 +300,11 @@ class TransposedConvolution(Kernel):
             *xs, grad = args
             if fills or torch.is_autocast_enabled(grad.device.type):
                 return generic(*args)
-            if crops:
-                grad = F.pad(grad, pads)
-            sizes = [grad.shape[1]] if bias else None
-            gx, gw, gb = torch.ops.aten.convolution_backward(
-                order(grad), order(xs[0]), xs[1], sizes, stride, padding, dilation, True, extra, groups, mask
+            padded = F.pad(grad, pads) if crops else grad
+            gx, gw, _ = torch.ops.aten.convolution_backward(
+                order(padded), order(xs[0]), xs[1], None, stride, padding, dilation, True, extra, groups, mask
             )
-            return [gx, gw, gb] if bias else [gx, gw]
+            return [gx, gw, self._bias_gradient(grad) if wanted[2] else None] if bias else [gx, gw]
 
         return vjp
 
@@ -334,7 +329,6 @@ class Pooling(Kernel):
         reaches: Sequence[Reach],
     ) -> None:
         """Integers as in `torch.nn.functional.{max,avg}_pool*d`."""
-        self.copied = 0
         self.whole, self.average, self.kernel, self.stride = whole, average, kernel, stride
         self.padding, self.dilation, self.ceil_mode = padding, dilation, ceil_mode
         self.count_pad, self.divisor, self.sizes, self.reaches = count_pad, divisor, sizes, reaches
@@ -344,7 +338,7 @@ class Pooling(Kernel):
         return self._indices(at) + self._padded(at)
 
     def _indices(self, at: Extent) -> int:
-        return (at.out_bytes if self.average else at.out_bytes * 8 // self.itemsize) + self.copied * at.in_bytes[0]
+        return at.out_bytes if self.average else at.out_bytes * 8 // self.itemsize
 
     def _padded(self, at: Extent) -> int:
         lead = len(at.out_box) - len(self.reaches)
@@ -378,7 +372,7 @@ class Pooling(Kernel):
 
     def _average(self, out_box: Box, lead: int, own: list[int], extra: list[int]) -> Local:
         pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(self.kernel) - 1]
-        kernel, stride, rank = self.kernel, self.stride, len(out_box)
+        kernel, stride = self.kernel, self.stride
         if not extra and not any(own):
             options: dict[str, Any] = {} if self.divisor is None else {"divisor_override": self.divisor}
             return lambda x: pool(x, kernel, stride, 0, **options)
@@ -396,17 +390,16 @@ class Pooling(Kernel):
             total *= k
         scales = []
         for i, k in enumerate(kernel):
-            scales.append(self._scales(i, out_box[lead + i], k))
+            shape = [-1 if d == lead + i else 1 for d in range(len(out_box))]
+            scales.append(table(self._scales(i, out_box[lead + i], k), np.float64).view(shape))
         divisor = self.divisor
 
         def local(x: Tensor) -> Tensor:
             y = pool(F.pad(x, pads), kernel, stride)
             if divisor is not None:
                 return y * (total / divisor)
-            for i, scale in enumerate(scales):
-                shape = [1] * rank
-                shape[lead + i] = len(scale)
-                y = y * torch.tensor(scale, dtype=y.dtype, device=y.device).view(shape)
+            for scale in scales:
+                y = y * scale.to(y)
             return y
 
         return local

@@ -1,6 +1,6 @@
 """Which region rule and kernel each ATen operator gets. To add an operator, add a function under `@rule(...)`.
 
-A rule function receives a `Call` (arguments by schema name, value indices for tensors) and returns the value
+A rule function receives an `Operator` (arguments by schema name, value indices for tensors) and returns the value
 index of the result, or None to say "this form has no rule": the operator then stays whole.
 """
 
@@ -18,7 +18,7 @@ from torch.fx import Node as FxNode
 
 from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import Rule
-from ranger_nn.core.reach import Border, Link
+from ranger_nn.core.reach import Border, Link, Reach
 from ranger_nn.ops import contraction, movement, reduction, resample, window
 from ranger_nn.ops.pointwise import local_except, opaque, pointwise
 from ranger_nn.torch import kernels as K
@@ -400,7 +400,7 @@ def _batch_norm(op: Operator) -> Any:
         return None if not batch else _whole_batch_norm(op)
     weight, bias = op.arg("weight"), op.arg("bias")
     axis = (0, *range(2, len(shape) + 1)) if batch else tuple(range(2, len(shape) + 1))
-    stats = _stats(op, x, shape[1], axis, 1 if batch else shape[0], shape[1])
+    stats = _stats(op, x, shape[1], axis)
     if batch and op.arg("running_mean") is not None:
         n = prod(shape) // shape[1]
         running = [stats, op.arg("running_mean"), op.arg("running_var")]
@@ -425,26 +425,13 @@ def _whole_batch_norm(op: Operator) -> Any:
     )
 
 
-def _stats(op: Operator, x: int, groups: int, axis: tuple[int, ...], rows: int, channels: int) -> int:
+def _stats(op: Operator, x: int, groups: int, axis: tuple[int, ...]) -> int:
     value = op.lower.values[x]
     wide = torch.float64 if value.dtype == "float64" else torch.float32
-    shape = (2, rows, groups) if rows > 1 or 0 not in axis else (2, 1, groups)
-    if 0 in axis:
-        shape = (2, groups)
-    like = torch.empty((2, rows, groups) if 0 not in axis else (2, 1, groups), dtype=wide, device="meta")
-    del shape, channels
-    kern = _Stats(Moments(), op.shape(x), axis, True, None, groups=groups)
+    rows = 1 if 0 in axis else op.shape(x)[0]
+    like = torch.empty((2, rows, groups), dtype=wide, device="meta")
+    kern = R.Reduce(Moments(), op.shape(x), axis, True, None, groups=groups)
     return op.lower.emit("moments", [x], like, reduction.moments(op.shape(x)), kern)
-
-
-class _Stats(R.Reduce):
-    """Moments shaped (2, samples or 1, groups)."""
-
-    def finish(self, state: Any) -> Tensor:
-        """Stack mean and variance."""
-        mean, var = self.monoid.finish(R.xp, state, self.total)
-        rows, groups = mean.shape[0], mean.shape[1]
-        return torch.stack([mean.reshape(rows, groups), var.reshape(rows, groups)])
 
 
 def _apply(op: Operator, x: int, stats: int, groups: int, eps: float, weight: Any, bias: Any) -> Any:
@@ -480,7 +467,7 @@ def _group_norm(op: Operator) -> Any:
     shape = op.shape(x)
     if len(shape) < 3:
         return None
-    stats = _stats(op, x, groups, tuple(range(2, len(shape) + 1)), shape[0], shape[1])
+    stats = _stats(op, x, groups, tuple(range(2, len(shape) + 1)))
     return _apply(op, x, stats, groups, float(op.arg("eps")), op.arg("weight"), op.arg("bias"))
 
 
@@ -517,7 +504,7 @@ def _along_dim(op: Operator) -> Any:
     x = op.arg("self")
     if not isinstance(x, int) or (not isinstance(op.like, Tensor) and op.name not in {"max", "min"}):
         return None
-    rank, dim = len(op.shape(x)), op.arg("dim", op.arg("dims", op.arg("ord") if False else None))
+    rank, dim = len(op.shape(x)), op.arg("dim", op.arg("dims"))
     dims = [dim] if isinstance(dim, int) else dim
     if not dims or len(op.tensors()) != 1:
         return None
@@ -787,13 +774,8 @@ def scatter(lower: Lower, base: int, written: int, view: FxNode) -> int | None:
             return None
         row_base = tuple(Link(d) for d in range(len(shape)))
         if name == "select":
-            from ranger_nn.core.reach import Reach
-
             row = tuple(Link(d + (d >= dim)) for d in range(len(shape) - 1))
-            del Reach
         else:
-            from ranger_nn.core.reach import Reach
-
             row = tuple(Link(d, Reach(1, -start, -start)) if d == dim else Link(d) for d in range(len(shape)))
         like = view.args[0].meta["val"]  # type: ignore[union-attr]
         return lower.emit(
