@@ -84,7 +84,7 @@ def test_equals_the_formula(name: str, memory: str | None) -> None:
         Grid(3, 3, overlap=2, window="linear"),
     ],
 )
-@pytest.mark.parametrize("memory", [None, "60kB"])
+@pytest.mark.parametrize("memory", [None, "150kB"])
 def test_stitch_of_a_pointwise_network_is_the_network(grid: Grid, memory: str | None) -> None:
     local = nn.Conv2d(2, 5, 1)
     layer, x = RegionalAggregator(grid, "stitch", local=local, memory=memory), image()
@@ -113,7 +113,7 @@ def test_one_network_for_each_region(cells: str) -> None:
     assert layer.local.batched == (cells == "linear")
     y = layer(x)
     own = {n: getattr(layer.local, n.replace(".", "/")) for n, _ in local.named_parameters()}
-    assert all(not torch.equal(w[0], w[1]) for n, w in own.items() if n.endswith("weight"))
+    assert all(not torch.equal(w[0], w[1]) for n, w in own.items() if n.startswith(("0.weight", "weight")))
     for i, part in enumerate((x[:, :4], x[:, 4:8], x[:, 8:])):
         local.load_state_dict({n: w[i] for n, w in own.items()}, strict=False)
         expected = local(part)
@@ -221,7 +221,7 @@ def test_memory_is_kept() -> None:
     assert peaks[1] <= 6_000_000 < peaks[0] / 4
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    with pytest.raises(BudgetError, match="allow .*, or cut into smaller regions") as refused:
+    with pytest.raises(BudgetError, match=r"allow .*, or cut into smaller regions") as refused:
         RegionalAggregator(Grid(2, 2), "mean", local=local, memory="1MB")(x)
     assert refused.value.least is not None
     RegionalAggregator(Grid(2, 2), "mean", local=local, memory=refused.value.least)(x)
@@ -258,7 +258,7 @@ def test_random_layers_draw_the_same_twice() -> None:
         (lambda x: RegionalAggregator(Grid(2, 2), "sum", local=lambda x: x.sum(0))(x), "keeps the batch"),
         (lambda x: RegionalAggregator(Grid(2, 2))(x, torch.ones(3, 5, dtype=torch.bool)), r"\(3, 4\); got \(3, 5\)"),
         (lambda x: RegionalAggregator(TimeSlices(2), coordinates=True)(x), "needs a Grid"),
-        (lambda x: RegionalAggregator(Grid(2, 2), "sum", local=nn.PReLU(), per_region=False)(x.flatten())[0], "to cut"),
+        (lambda x: RegionalAggregator(Grid(2, 2, axes=(2, 9)))(x), "to cut"),
     ],
 )
 def test_wrong_use(use: Callable[[Tensor], object], says: str) -> None:

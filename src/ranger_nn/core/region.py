@@ -51,10 +51,6 @@ class AxisPartition(Protocol):
         """All regions of axes of these sizes, in row-major order."""
         ...
 
-    def __hash__(self) -> int:
-        """Equal descriptions give equal regions."""
-        ...
-
 
 def even(size: int, count: int, axis: int) -> list[Interval]:
     """`count` intervals of [0, size) whose lengths differ by at most one."""

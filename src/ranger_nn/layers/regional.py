@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -77,7 +76,8 @@ class Layout:
         sizes = [shape[a] for a in axes]
         if None in sizes:
             raise PartitionError(f"axes {axes} are cut and need static sizes; the shape is {tuple(shape)}")
-        return _layout(partition, axes, tuple(int(s) for s in sizes if s is not None))
+        whole = tuple(int(s) for s in sizes if s is not None)
+        return Layout(partition, axes, whole, partition.regions(whole))
 
     def groups(self) -> list[Group]:
         """Regions of one shape together, in the order in which shapes first appear."""
@@ -144,11 +144,6 @@ class Layout:
             along = dict(zip(cells, self.partition.coordinates(size, d)))
             found.append([along[r.own[d], r.read[d]] for r in group.regions])
         return found
-
-
-@lru_cache(maxsize=256)
-def _layout(partition: AxisPartition, axes: tuple[int, ...], sizes: tuple[int, ...]) -> Layout:
-    return Layout(partition, axes, sizes, partition.regions(sizes))
 
 
 @dataclass(frozen=True)

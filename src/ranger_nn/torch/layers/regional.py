@@ -95,6 +95,7 @@ class RegionalAggregator(nn.Module):
             self.join = aggregator
         self._set_local(local, per_region)
         self._set_weights()
+        self._layouts: dict[tuple[int, ...], Layout] = {}
         self._budgets: dict[Any, Budget] = {}
 
     def _set_local(self, local: Local | Sequence[Local] | None, per_region: bool) -> None:
@@ -163,8 +164,13 @@ class RegionalAggregator(nn.Module):
         return reduce(xp, over, results, self._weights(results, layout), present)
 
     def _layout(self, x: Tensor) -> Layout:
-        rank = self.partition.rank
-        return Layout.of(self.partition, tuple(x.shape), range(x.dim() - rank, x.dim()))
+        """The partition on this shape; made once."""
+        shape, rank = tuple(x.shape), self.partition.rank
+        if torch.compiler.is_compiling():
+            return Layout.of(self.partition, shape, range(len(shape) - rank, len(shape)))
+        if shape not in self._layouts:
+            self._layouts[shape] = Layout.of(self.partition, shape, range(len(shape) - rank, len(shape)))
+        return self._layouts[shape]
 
     # ------------------------------------------------------------------------------------ local
 
