@@ -194,7 +194,8 @@ class RegionalAggregator(keras.layers.Layer):
             mask: (batch, time) bool, as Keras's masking layers give it.
         """
         layout = self._layout(x.shape) if self.described else None
-        results = self._results(x, mask)
+        # the local networks have policies of their own; the result has this layer's
+        results = [Result(r.ids, ops.cast(r.y, self.compute_dtype)) for r in self._results(x, mask)]
         if present is None and mask is not None and layout is not None and layout.axes == (1,):
             parts = [ops.any(mask[:, a:b], axis=1) for r in layout.regions for (a, b) in r.own[:1]]
             present = ops.stack(parts, axis=1)
@@ -404,7 +405,8 @@ def _restored(given: Any) -> Any:
 
 def _weights_of(layer: Any) -> list[Any]:
     own = layer.trainable_variables if isinstance(layer, keras.layers.Layer) else []
-    return [ops.convert_to_tensor(v) for v in own]
+    # copies: given a variable itself, TensorFlow's recomputation would count its gradient twice
+    return [ops.copy(v) for v in own]
 
 
 def _has_state(layer: Any) -> bool:

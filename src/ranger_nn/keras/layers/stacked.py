@@ -67,11 +67,25 @@ class Stacked(keras.layers.Layer):
         return ops.take(weight, np.asarray(ids, "int32"), axis=0)
 
     def apply(self, weights: list[Any], stacked: Any) -> Any:
-        """The layer with these weights, region by region, in one call."""
+        """The layer with these weights, region by region, in one call (or unrolled, see `_unrolled`)."""
         layer = self.template.held
 
         def one(given: Any) -> Any:
             *own, x = given
             return layer.stateless_call(list(own), [], x)[0]
 
-        return ops.vectorized_map(one, (*weights, stacked))
+        if not _unrolled(layer):
+            return ops.vectorized_map(one, (*weights, stacked))
+        return ops.stack([one((*(w[i] for w in weights), stacked[i])) for i in range(stacked.shape[0])], axis=0)
+
+
+def _unrolled(layer: Any) -> bool:
+    """Convolutions and pooling are unrolled, but on JAX.
+
+    TensorFlow's vectorised map turns a convolution into a loop that XLA cannot differentiate, and PyTorch's vmap refuses
+    how Keras calls one.
+    """
+    if keras.backend.backend() == "jax":
+        return False
+    windows = tuple(getattr(keras.layers, n) for n in dir(keras.layers) if "Conv" in n or "Pool" in n)
+    return any(isinstance(sub, windows) for sub in layer._flatten_layers())

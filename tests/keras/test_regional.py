@@ -1,0 +1,287 @@
+"""`RegionalAggregator` and `BlockDense` in Keras: by hand, beside PyTorch's, saved and loaded, fitted, compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+from keras import layers, ops
+
+from ranger_nn import Blocks, BudgetError, Grid, PartitionError, TimeSlices
+from ranger_nn.aggregate import Softmax, WeightedMean
+from ranger_nn.keras import BlockDense, RegionalAggregator
+from ranger_nn.torch import RegionalAggregator as TorchAggregator
+
+BACKEND = keras.backend.backend()
+REDUCTIONS = ["sum", "mean", "weighted_mean", "max", "min", "logsumexp", "softmax", "moments", "concat"]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    keras.utils.set_random_seed(0)
+
+
+def image(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape or (3, 7, 10, 2)).astype("float32")
+
+
+def cnn(features: int = 3) -> keras.Sequential:
+    return keras.Sequential(
+        [layers.Conv2D(features, 3, padding="same", activation="relu"), layers.GlobalAveragePooling2D()]
+    )
+
+
+def model_of(layer: Any, shape: tuple[int | None, ...] = (7, 10, 2)) -> keras.Model:
+    inputs = keras.Input(shape)
+    return keras.Model(inputs, layer(inputs))
+
+
+def regions(x: np.ndarray) -> list[np.ndarray]:
+    """`Grid(2, 2)` of 7 x 10: 4 + 3 by 5 + 5."""
+    return [x[:, a:b, c:d] for a, b in ((0, 4), (4, 7)) for c, d in ((0, 5), (5, 10))]
+
+
+def as_numpy(x: Any) -> np.ndarray:
+    return ops.convert_to_numpy(x)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_equals_pytorch(name: str) -> None:
+    """The same numbers from both skins, on the regions' own features."""
+    x = image()
+    layer = RegionalAggregator(Grid(2, 2), name, local=lambda r: ops.mean(r, axis=(1, 2)))
+    other = TorchAggregator(Grid(2, 2, axes=(1, 2)), name, local=lambda r: r.mean((1, 2)))
+    y = layer(x)
+    theirs = other(torch.tensor(x))
+    if name == "softmax":
+        with torch.no_grad():
+            next(iter(other.score.parameters())).copy_(torch.tensor(as_numpy(layer.score.kernel)).T)
+        theirs = other(torch.tensor(x))
+    np.testing.assert_allclose(as_numpy(y), theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert tuple(layer.compute_output_shape((None, 7, 10, 2))) == (None, *y.shape[1:])
+
+
+@pytest.mark.parametrize("memory", [None, "40kB"])
+@pytest.mark.parametrize(
+    "grid", [Grid(2, 2), Grid(2, 3, overlap=1), Grid(3, 2, overlap=2, window="cosine"), Grid(size=(3, 4))]
+)
+def test_stitch_of_a_pointwise_network_is_the_network(grid: Grid, memory: str | None) -> None:
+    local, x = layers.Dense(4), image()
+    y = RegionalAggregator(grid, "stitch", local=local, memory=memory)(x)
+    np.testing.assert_allclose(as_numpy(y), as_numpy(local(x)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"memory": "80kB"}, {"per_region": True}, {"per_region": True, "memory": "80kB"}, {"coordinates": True}],
+    ids=str,
+)
+def test_fit_save_load(options: dict[str, Any], tmp_path: Path) -> None:
+    """Functional model, `fit`, `.keras` file: the same predictions."""
+    x = image(8, 8, 10, 2)
+    model = model_of(
+        RegionalAggregator(Grid(2, 2, overlap=1, window="linear"), "stitch", local=layers.Dense(2), **options),
+        (8, 10, 2),
+    )
+    model.compile("adam", "mse")
+    before = model.evaluate(x, x, verbose=0)
+    model.fit(x, x, epochs=30, verbose=0)
+    assert model.evaluate(x, x, verbose=0) < before
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+def gradients(layer: Any, x: np.ndarray) -> list[np.ndarray]:
+    """Of the sum of squares, with respect to the layer's variables."""
+    layer(x)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = ops.sum(ops.square(layer(ops.convert_to_tensor(x))))
+        return [as_numpy(g) for g in tape.gradient(loss, [v.value for v in layer.trainable_variables])]
+    if BACKEND == "jax":
+        import jax
+
+        def loss_of(own: list[Any]) -> Any:
+            return ops.sum(
+                ops.square(layer.stateless_call(own, [v.value for v in layer.non_trainable_variables], x)[0])
+            )
+
+        return [as_numpy(g) for g in jax.grad(loss_of)([v.value for v in layer.trainable_variables])]
+    loss = ops.sum(ops.square(layer(ops.convert_to_tensor(x))))
+    return [as_numpy(g) for g in torch.autograd.grad(loss, [v.value for v in layer.trainable_variables])]
+
+
+@pytest.mark.parametrize("per_region", [False, True])
+def test_memory_does_not_change_gradients(per_region: bool) -> None:
+    x = image(2, 8, 8, 2)
+    made = [
+        RegionalAggregator(Grid(2, 4), "softmax", local=cnn(), per_region=per_region, memory=memory)
+        for memory in (None, "10kB")
+    ]
+    for layer in made:
+        layer(x)
+    made[1].set_weights(made[0].get_weights())
+    for a, b in zip(*(gradients(layer, x) for layer in made)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_each_region_has_its_own_weights() -> None:
+    layer, x = RegionalAggregator(Grid(2, 2), "concat", local=cnn(), per_region=True), image()
+    y = as_numpy(layer(x))
+    kernels, biases = layer.get_weights()
+    assert kernels.shape == (4, 3, 3, 2, 3)
+    assert not np.allclose(kernels[0], kernels[1])
+    for i, region in enumerate(regions(x)):
+        one = cnn()
+        one.build(region.shape)
+        one.set_weights([kernels[i], biases[i]])
+        np.testing.assert_allclose(y[:, 3 * i : 3 * i + 3], as_numpy(one(region)), rtol=1e-4, atol=1e-5)
+
+
+def test_networks_with_state_are_copied() -> None:
+    local = keras.Sequential([layers.Dense(3), layers.BatchNormalization()])
+    layer = RegionalAggregator(TimeSlices(3), "stitch", local=local, per_region=True)
+    model = model_of(layer, (9, 2))
+    model.compile("sgd", "mse")
+    model.fit(image(4, 9, 2), image(4, 9, 3), verbose=0)
+    means = [f.layers[1].moving_mean for f in layer.locals]
+    assert not np.allclose(as_numpy(means[0]), as_numpy(means[1]))
+
+
+def test_a_list_and_the_article_s_form() -> None:
+    x = image(5, 4)
+    layer = RegionalAggregator(lambda x: [x[:, :2], x[:, 2:]], ops.square)
+    np.testing.assert_allclose(as_numpy(layer(x)), x[:, :2] ** 2 + x[:, 2:] ** 2, rtol=1e-6)
+    two = [layers.Dense(3), layers.Dense(3)]
+    y = RegionalAggregator(Blocks(2), "sum", local=two)(x)
+    np.testing.assert_allclose(as_numpy(y), as_numpy(two[0](x[:, :2]) + two[1](x[:, 2:])), rtol=1e-5, atol=1e-6)
+
+
+def test_masks_of_time() -> None:
+    """Steps that are masked do not reach a recurrent local network; slices masked throughout are absent."""
+    x = image(2, 8, 3)
+    x[0, 5:] = 0
+    x[1, 3:] = 0
+    gru = layers.GRU(4)
+    inputs = keras.Input((8, 3))
+    model = keras.Model(inputs, RegionalAggregator(TimeSlices(4), "mean", local=gru)(layers.Masking()(inputs)))
+    y = model.predict(x, verbose=0)
+    first = [as_numpy(gru(x[:1, a : min(a + 2, 5)])) for a in (0, 2, 4)]
+    np.testing.assert_allclose(y[:1], np.mean(first, 0), rtol=1e-4, atol=1e-5)
+    second = [as_numpy(gru(x[1:, a : min(a + 2, 3)])) for a in (0, 2)]
+    np.testing.assert_allclose(y[1:], np.mean(second, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_absent_regions() -> None:
+    layer, x = RegionalAggregator(Grid(2, 2), "max", local=cnn()), image()
+    present = np.array([[True] * 4, [True, False, True, False], [False] * 4])
+    y, whole = as_numpy(layer(x, present=present)), as_numpy(layer(x))
+    np.testing.assert_allclose(y[0], whole[0])
+    assert (y[2] == 0).all()
+    own = [as_numpy(layer.local(r))[1] for r in regions(x)]
+    np.testing.assert_allclose(y[1], np.maximum(own[0], own[2]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision(policy: str) -> None:
+    layer = RegionalAggregator(Grid(2, 2), Softmax(hidden=4, gated=True), local=cnn(), dtype=policy)
+    y = layer(image())
+    assert keras.backend.standardize_dtype(y.dtype) == policy.removeprefix("mixed_")
+    assert all(v.dtype == "float32" for v in layer.trainable_variables)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras compiles on torch through inductor, which needs a C++ compiler")
+@pytest.mark.parametrize("options", [{}, {"per_region": True}], ids=str)
+def test_jit(options: dict[str, Any]) -> None:
+    x = image()
+    model = model_of(RegionalAggregator(Grid(2, 2), "weighted_mean", local=cnn(2), **options))
+    model.compile("sgd", "mse", jit_compile=True)
+    eager = as_numpy(model(x))
+    np.testing.assert_allclose(model.predict(x, verbose=0), eager, rtol=1e-4, atol=1e-5)
+    model.fit(x, np.zeros((3, 2)), verbose=0)
+
+
+def test_functional_and_weights_from_config() -> None:
+    layer = RegionalAggregator(
+        TimeSlices(length=4, overlap=1), WeightedMean("size"), local=layers.GlobalAveragePooling1D()
+    )
+    again = RegionalAggregator.from_config(layer.get_config())
+    assert again.partition == layer.partition
+    assert again.aggregator == layer.aggregator
+    x = image(2, 6, 3)
+    np.testing.assert_allclose(as_numpy(layer(x)), as_numpy(again(x)))
+
+
+@pytest.mark.parametrize(
+    ("use", "says"),
+    [
+        (lambda x: RegionalAggregator(Grid(8, 2))(x), "8 regions .* 7 elements"),
+        (lambda x: RegionalAggregator(Grid(2, 2), "mean", local=layers.Conv2D(2, 3))(x), "for region 0 and"),
+        (lambda x: RegionalAggregator(Grid(2, 2), "stitch", local=layers.Conv2D(2, 3))(x), "keep the region's extent"),
+        (lambda x: RegionalAggregator(Grid(2, 2), "stich"), "did you mean 'stitch'"),
+        (lambda x: RegionalAggregator(Grid(2, 2), "sum", local=[layers.Dense(1)] * 3), "4 regions, local has 3"),
+        (lambda x: RegionalAggregator(Grid(size=3), per_region=True, local=layers.Dense(2)), "known number of regions"),
+        (lambda x: RegionalAggregator(Grid(size=3), "weighted_mean"), 'WeightedMean\\("size"\\)'),
+        (lambda x: RegionalAggregator(Grid(2, 2), WeightedMean((1, 2))), "2 weights were given for 4 regions"),
+        (lambda x: RegionalAggregator(7), "a partition is a Grid"),
+        (lambda x: model_of(RegionalAggregator(TimeSlices(2)), (None, 3)), "static sizes"),
+        (lambda x: BlockDense(4, Blocks(9, 1))(x), "9 regions"),
+    ],
+)
+def test_wrong_use(use: Callable[[np.ndarray], object], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as refused:
+        use(image())
+    assert (
+        isinstance(refused.value, PartitionError)
+        or "PartitionError" in repr(refused.value)
+        or says in str(refused.value)
+        or refused.match(says)
+    )
+
+
+def test_too_little_memory() -> None:
+    with pytest.raises((BudgetError, ValueError), match="one region must fit"):
+        RegionalAggregator(Grid(2, 2), "mean", local=cnn(), memory="1kB")(image())
+
+
+# --------------------------------------------------------------------------------------- BlockDense
+
+
+@pytest.mark.parametrize("blocks", [Blocks(2, 2), Blocks(1, 3), Blocks(5, 5)])
+def test_blocks_are_the_uncut_layer(blocks: Blocks, tmp_path: Path) -> None:
+    whole, cut, x = layers.Dense(5, "relu"), BlockDense(5, blocks, "relu"), image(3, 4, 5)
+    model = model_of(cut, (4, 5))
+    whole.build(x.shape)
+    cut.set_dense(*whole.get_weights())
+    np.testing.assert_allclose(as_numpy(model(x)), as_numpy(whole(x)), rtol=1e-5, atol=1e-6)
+    dense, parts = gradients(whole, x), gradients(cut, x)
+    for v, g in zip(cut.trainable_variables, parts):
+        if v.name.startswith("kernel"):
+            i, j = (int(k) for k in v.name.split("_")[1:])
+            (a, b), (c, d) = cut.rows[i], cut.columns[j]
+            np.testing.assert_allclose(g, dense[0][a:b, c:d], rtol=1e-4, atol=1e-5)
+    model.save(tmp_path / "m.keras")
+    np.testing.assert_array_equal(as_numpy(keras.saving.load_model(tmp_path / "m.keras")(x)), as_numpy(model(x)))
+
+
+def test_the_article_s_examples() -> None:
+    """Section 4's blocks, and SimpleNet compiled with sgd and mse, ten epochs."""
+    path = Path(__file__).parents[2] / "examples" / "article_keras.py"
+    spec = importlib.util.spec_from_file_location("article_keras", path)
+    assert spec is not None
+    assert spec.loader is not None
+    article = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(article)
+    losses = article.train()
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+    assert article.blocks_of_five() < 1e-6
