@@ -6,7 +6,6 @@ Their state is a tuple of (index of the region, result), so that merging is join
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,31 +109,64 @@ def _join(
     xp: Any,
     pieces: Sequence[Any],
     cells: Sequence[tuple[Interval, Interval]],
-    weights: list[list[float]] | None,
+    weights: Any,
     axis: int,
 ) -> Any:
     """Pieces side by side along one axis: cropped to their own share, or blended where they overlap."""
     if weights is None:
         own = [_take(p, axis, a - lo, b - lo) for p, ((a, b), (lo, _)) in zip(pieces, cells)]
         return own[0] if len(own) == 1 else xp.concat(own, axis=axis)
-    pieces = [p * _along(xp, p, axis, w) for p, w in zip(pieces, weights)]
-    ends = sorted({end for _, read in cells for end in read})
-    segments = []
-    for a, b in itertools.pairwise(ends):
-        parts = [_take(p, axis, a - lo, b - lo) for p, (_, (lo, hi)) in zip(pieces, cells) if lo <= a and b <= hi]
-        segments.append(sum(parts[1:], parts[0]))
-    return segments[0] if len(segments) == 1 else xp.concat(segments, axis=axis)
+    layers = [_layer(xp, pieces, cells, weights, axis, picks) for picks in _disjoint(cells)]
+    return sum(layers[1:], layers[0])
+
+
+def _disjoint(cells: Sequence[tuple[Interval, Interval]]) -> list[list[int]]:
+    """Regions in as few classes as may be, so that those of one class do not overlap (greedy, from left to right)."""
+    classes: list[list[int]] = []
+    for i, (_, (lo, _)) in enumerate(cells):
+        free = next((c for c in classes if cells[c[-1]][1][1] <= lo), None)
+        if free is None:
+            classes.append([i])
+        else:
+            free.append(i)
+    return classes
+
+
+def _layer(
+    xp: Any,
+    pieces: Sequence[Any],
+    cells: Sequence[tuple[Interval, Interval]],
+    weights: Any,
+    axis: int,
+    picks: list[int],
+) -> Any:
+    """Pieces that do not overlap, in place, times their windows; zero between them."""
+    size = max(hi for _, (_, hi) in cells)
+    parts, window, end = [], [0.0] * size, 0
+    for i in picks:
+        lo, hi = cells[i][1]
+        parts += [_zeros(xp, pieces[i], axis, lo - end), pieces[i]]
+        window[lo:hi] = weights[i]
+        end = hi
+    parts.append(_zeros(xp, pieces[picks[-1]], axis, size - end))
+    whole = xp.concat([p for p in parts if p is not None], axis=axis)
+    shape = [size if d == axis else 1 for d in range(len(whole.shape))]
+    return whole * xp.reshape(xp.asarray(window, dtype=whole.dtype, **_device(whole)), shape)
+
+
+def _zeros(xp: Any, like: Any, axis: int, length: int) -> Any:
+    """Zeros with the shape of `like` but `length` along the axis; None of no length."""
+    if length == 0:
+        return None
+    zeros = xp.zeros_like(like)
+    times = -(-length // like.shape[axis])
+    return _take(zeros if times == 1 else xp.concat([zeros] * times, axis=axis), axis, 0, length)
 
 
 def _take(piece: Any, axis: int, start: int, stop: int) -> Any:
     if start == 0 and stop == piece.shape[axis]:
         return piece
     return piece[tuple(slice(start, stop) if d == axis else slice(None) for d in range(len(piece.shape)))]
-
-
-def _along(xp: Any, piece: Any, axis: int, weights: list[float]) -> Any:
-    shape = [len(weights) if d == axis else 1 for d in range(len(piece.shape))]
-    return xp.reshape(xp.asarray(weights, dtype=piece.dtype, **_device(piece)), shape)
 
 
 def _device(piece: Any) -> dict[str, Any]:

@@ -57,3 +57,8 @@ def permute_dims(x: Any, axes: Sequence[int]) -> Any:
 def stack(arrays: Sequence[Any], axis: int = 0) -> Any:
     """On top of each other."""
     return ops.stack(arrays, axis=axis)
+
+
+def unstack(x: Any, axis: int = 0) -> Sequence[Any]:
+    """The slices along an axis."""
+    return ops.unstack(x, axis=axis)

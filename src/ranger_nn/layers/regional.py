@@ -50,12 +50,16 @@ class Layout:
         axes: axes of the array that are cut, counted from the front.
         sizes: their sizes.
         regions: all regions, in row-major order.
+        groups: those of one shape together, in the order in which shapes first appear.
+        windows: weights of the partition's blend window along each axis, or None.
     """
 
     partition: AxisPartition
     axes: tuple[int, ...]
     sizes: tuple[int, ...]
     regions: tuple[Region, ...]
+    groups: tuple[Group, ...]
+    windows: tuple[list[list[float]] | None, ...]
 
     @staticmethod
     def of(partition: AxisPartition, shape: Sequence[int | None], spatial: Sequence[int]) -> Layout:
@@ -77,14 +81,8 @@ class Layout:
         if None in sizes:
             raise PartitionError(f"axes {axes} are cut and need static sizes; the shape is {tuple(shape)}")
         whole = tuple(int(s) for s in sizes if s is not None)
-        return Layout(partition, axes, whole, partition.regions(whole))
-
-    def groups(self) -> list[Group]:
-        """Regions of one shape together, in the order in which shapes first appear."""
-        found: dict[tuple[int, ...], list[Region]] = {}
-        for region in self.regions:
-            found.setdefault(region.shape, []).append(region)
-        return [Group(tuple(regions)) for regions in found.values()]
+        regions = partition.regions(whole)
+        return Layout(partition, axes, whole, regions, _grouped(regions), _windows(partition, whole))
 
     def index(self, region: Region, rank: int) -> tuple[slice, ...]:
         """What picks the region from an array of `rank` axes."""
@@ -124,13 +122,7 @@ class Layout:
         owned = [prod(b - a for a, b in r.own) for r in self.regions]
         return [n / sum(owned) for n in owned]
 
-    def blend(self) -> list[list[list[float]] | None]:
-        """Weights of the partition's window along each axis."""
-        if not isinstance(self.partition, Grid):
-            return [None] * len(self.axes)
-        return [self.partition.blend(size, d) for d, size in enumerate(self.sizes)]
-
-    def coordinates(self, group: Group) -> list[Any]:
+    def coordinates(self, group: Group) -> list[list[list[float]]]:
         """For each axis and each region of the group: positions from -1 to 1 (see `Grid.coordinates`).
 
         Raises:
@@ -144,6 +136,19 @@ class Layout:
             along = dict(zip(cells, self.partition.coordinates(size, d)))
             found.append([along[r.own[d], r.read[d]] for r in group.regions])
         return found
+
+
+def _grouped(regions: Sequence[Region]) -> tuple[Group, ...]:
+    found: dict[tuple[int, ...], list[Region]] = {}
+    for region in regions:
+        found.setdefault(region.shape, []).append(region)
+    return tuple(Group(tuple(alike)) for alike in found.values())
+
+
+def _windows(partition: AxisPartition, sizes: Sequence[int]) -> tuple[list[list[float]] | None, ...]:
+    if not isinstance(partition, Grid):
+        return (None,) * len(sizes)
+    return tuple(partition.blend(size, d) for d, size in enumerate(sizes))
 
 
 @dataclass(frozen=True)
@@ -220,8 +225,7 @@ def piecewise(
     """
     state = over.empty()
     for result in results:
-        for k, i in enumerate(result.ids):
-            piece = result.y[k]
+        for i, piece in zip(result.ids, xp.unstack(result.y, axis=0)):
             if present is not None:
                 mask = xp.reshape(present[:, i], (-1, *[1] * (len(piece.shape) - 1)))
                 piece = xp.where(mask, piece, xp.zeros_like(piece))
@@ -230,4 +234,4 @@ def piecewise(
         return over.finish(state) if isinstance(over, Call) else over.finish(xp, state)
     if layout is None:
         raise PartitionError("stitch needs a partition that knows places: Grid, TimeSlices, Blocks; use concat or sum")
-    return over.finish(xp, state, layout.regions, layout.axes, layout.blend())
+    return over.finish(xp, state, layout.regions, layout.axes, layout.windows)

@@ -216,8 +216,8 @@ class RegionalAggregator(keras.layers.Layer):
             return self._part_results(x)
         layout = self._layout(x.shape)
         if self.allowed is None or self._shapes_only:
-            return [self._group(x, layout, g, mask) for g in layout.groups()]
-        return [self._looped(x, layout, g) for g in layout.groups()]
+            return [self._group(x, layout, g, mask) for g in layout.groups]
+        return [self._looped(x, layout, g) for g in layout.groups]
 
     def _part_results(self, x: Any) -> list[Result]:
         parts = list(self.partition(x))

@@ -97,6 +97,7 @@ class RegionalAggregator(nn.Module):
         self._set_weights()
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._budgets: dict[Any, Budget] = {}
+        self._maps: dict[Any, list[Tensor]] = {}
 
     def _set_local(self, local: Local | Sequence[Local] | None, per_region: bool) -> None:
         self.stacked = per_region
@@ -175,7 +176,7 @@ class RegionalAggregator(nn.Module):
     # ------------------------------------------------------------------------------------ local
 
     def _cut_results(self, x: Tensor, layout: Layout) -> list[Result]:
-        groups = layout.groups()
+        groups = layout.groups
         if self.allowed is None:
             works = [_Cut(self, layout, g) for g in groups]
             return [Result(w.group.ids, w.run(w.take(x))) for w in works]
@@ -204,15 +205,23 @@ class RegionalAggregator(nn.Module):
         if not self.coordinates:
             return stacked
         axis = -1 if 1 in layout.axes else 2
-        along = layout.coordinates(group)
         maps = []
-        for d, rows in enumerate(along):
-            shape = [len(rows), *[1] * (stacked.dim() - 1)]
-            shape[layout.axes[d] + 1] = len(rows[0])
+        for along in self._positions(layout, group, stacked):
             wanted = list(stacked.shape)
             wanted[axis] = 1
-            maps.append(torch.tensor(rows, dtype=stacked.dtype, device=stacked.device).reshape(shape).expand(wanted))
+            maps.append(along.expand(wanted))
         return torch.cat([stacked, *maps], axis)
+
+    def _positions(self, layout: Layout, group: Group, like: Tensor) -> list[Tensor]:
+        """Positions along each cut axis, to be broadcast to the stacked regions; made once for each group."""
+        key = (layout.sizes, group.regions[0].index, len(group.regions), like.dim(), like.dtype, like.device)
+        if key not in self._maps:
+            self._maps[key] = []
+            for d, rows in enumerate(layout.coordinates(group)):
+                shape = [len(rows), *[1] * (like.dim() - 1)]
+                shape[layout.axes[d] + 1] = len(rows[0])
+                self._maps[key].append(torch.tensor(rows, dtype=like.dtype, device=like.device).reshape(shape))
+        return self._maps[key]
 
     def _run(self, ids: list[int], stacked: Tensor) -> Tensor:
         """Local network on stacked regions (regions, batch, ...)."""
