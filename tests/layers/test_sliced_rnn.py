@@ -106,7 +106,7 @@ def test_denormals_are_flushed_in_backward_only() -> None:
     denormal = [((g != 0) & (g.abs() < tiny)).sum().item() for g in grads]
     assert denormal[0] > 0
     assert denormal[1] == 0
-    assert (grads[0] - grads[1]).abs().max() <= tiny
+    assert (grads[0] - grads[1]).abs().max() <= 100 * tiny
 
 
 def test_levels() -> None:

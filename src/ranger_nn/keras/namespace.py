@@ -23,6 +23,7 @@ exp = ops.exp
 expand_dims = ops.expand_dims
 isfinite = ops.isfinite
 log = ops.log
+logical_not = ops.logical_not
 matmul = ops.matmul
 max = ops.max
 maximum = ops.maximum
@@ -34,6 +35,7 @@ reshape = ops.reshape
 sqrt = ops.sqrt
 sum = ops.sum
 take = ops.take
+take_along_axis = ops.take_along_axis
 where = ops.where
 zeros = ops.zeros
 zeros_like = ops.zeros_like
@@ -47,6 +49,11 @@ def asarray(x: Any, dtype: Any = None, **_: Any) -> Any:
 def concat(arrays: Sequence[Any], axis: int = 0) -> Any:
     """One after the other."""
     return ops.concatenate(arrays, axis=axis)
+
+
+def cumulative_sum(x: Any, axis: int = 0) -> Any:
+    """Running sum."""
+    return ops.cumsum(x, axis=axis)
 
 
 def permute_dims(x: Any, axes: Sequence[int]) -> Any:
