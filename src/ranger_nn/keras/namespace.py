@@ -23,6 +23,7 @@ exp = ops.exp
 expand_dims = ops.expand_dims
 isfinite = ops.isfinite
 log = ops.log
+logical_and = ops.logical_and
 logical_not = ops.logical_not
 matmul = ops.matmul
 max = ops.max

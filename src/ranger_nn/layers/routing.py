@@ -46,19 +46,20 @@ def balanced_slots(xp: Any, scores: Any, capacity: int, present: Any = None, rou
     """
     choice, best = xp.argmax(scores, axis=2), xp.max(scores, axis=2)
     own = xp.reshape(xp.cumulative_sum(xp.ones_like(choice[0, : scores.shape[2]]), axis=0) - 1, (1, 1, -1))
+    there = choice >= 0 if present is None else present
     first, last = xp.max(best), xp.min(scores)
-    settled = xp.zeros_like(choice) > 0
+    settled = choice < 0
     for _ in range(rounds):
         late = 0.001 + 0.998 * (first - best) / xp.maximum(first - last, xp.zeros_like(first) + 1e-30)
-        late = late if present is None else xp.where(present, late, xp.zeros_like(late) + 0.9995)
         late = xp.where(settled, xp.zeros_like(late), late)
-        place, asked = _places(xp, choice, late, own)
-        settled = place < capacity
+        place, asked = _places(xp, choice, late, own, there)
+        settled = xp.logical_and(place < capacity, there)
         # those who are in stay, whoever comes
-        still_open = xp.where(asked < capacity, scores, xp.zeros_like(scores) + (last - (first - last) - 1))
+        still_open = xp.where(asked[:, None] < capacity, scores, xp.zeros_like(scores) + (last - (first - last) - 1))
         choice = xp.where(settled, choice, xp.argmax(still_open, axis=2))
         best = xp.max(still_open, axis=2)
-    return _filled(xp, choice, place, settled, xp.minimum(asked[:, 0], xp.zeros_like(asked[:, 0]) + capacity), capacity)
+    taken = xp.minimum(asked, xp.zeros_like(asked) + capacity)
+    return _filled(xp, choice, place, settled, there, taken, capacity)
 
 
 def balanced_slots_now(
@@ -98,20 +99,25 @@ def _greedy(scores: np.ndarray, capacity: int, present: np.ndarray | None, round
     return slot
 
 
-def _places(xp: Any, choice: Any, late: Any, own: Any) -> tuple[Any, Any]:
-    """(place of each sample in the queue of its cluster, length of each queue (groups, 1, clusters))."""
-    key = xp.astype(choice, late.dtype) + late
+def _places(xp: Any, choice: Any, late: Any, own: Any, there: Any) -> tuple[Any, Any]:
+    """(place of each sample in the queue of its cluster, length of each queue (groups, clusters)); fillings do not ask."""
+    clusters = own.shape[2]
+    key = xp.where(there, xp.astype(choice, late.dtype) + late, xp.zeros_like(late) + clusters)
     rank = xp.argsort(xp.argsort(key, axis=1), axis=1)
-    asked = xp.sum(xp.astype(choice[:, :, None] == own, rank.dtype), axis=1)
+    asks = xp.logical_and(choice[:, :, None] == own, there[:, :, None])
+    asked = xp.sum(xp.astype(asks, rank.dtype), axis=1)
     starts = xp.cumulative_sum(asked, axis=1) - asked
-    return rank - xp.take_along_axis(starts, choice, axis=1), asked[:, None]
+    return rank - xp.take_along_axis(starts, choice, axis=1), asked
 
 
-def _filled(xp: Any, choice: Any, place: Any, settled: Any, taken: Any, capacity: int) -> Any:
-    """Slots: those who are in at their place, the others on the free slots in order."""
+def _filled(xp: Any, choice: Any, place: Any, settled: Any, there: Any, taken: Any, capacity: int) -> Any:
+    """Slots: those who are in at their place, then the others on the free slots in order, fillings last."""
     free = capacity - taken
     ends = xp.cumulative_sum(free, axis=1)
-    waiting = xp.cumulative_sum(xp.astype(xp.logical_not(settled), place.dtype), axis=1) - 1
+    left = xp.astype(xp.logical_and(there, xp.logical_not(settled)), place.dtype)
+    fills = xp.astype(xp.logical_not(there), place.dtype)
+    after = xp.sum(left, axis=1, keepdims=True) + xp.cumulative_sum(fills, axis=1) - 1
+    waiting = xp.where(there, xp.cumulative_sum(left, axis=1) - 1, after)
     other = xp.sum(xp.astype(ends[:, None] <= waiting[:, :, None], choice.dtype), axis=2)
     other = xp.minimum(other, xp.zeros_like(other) + (taken.shape[1] - 1))
     before = xp.take_along_axis(taken - (ends - free), other, axis=1)

@@ -142,7 +142,8 @@ class ClusteredAttention(keras.layers.Layer):
         if there is not None:
             scores = scores + ops.where(there, 0.0, FAR)[:, :, None]
         if not self.summaries:
-            return ops.matmul(ops.cast(ops.softmax(scores), v.dtype), v)
+            y = ops.matmul(ops.cast(ops.softmax(scores), v.dtype), v)
+            return y if there is None else ops.where(ops.any(there, axis=-1)[:, :, None, None], y, ops.zeros_like(y))
         weight = ops.ones_like(k[..., 0]) if there is None else ops.cast(there, k.dtype)
         count = ops.sum(weight, axis=-1)
         means = [
@@ -166,6 +167,7 @@ class ClusteredAttention(keras.layers.Layer):
         counts = ops.sum(ops.reshape(weight, (-1, self.heads, regions, capacity, 1)), axis=(0, 3))
         centres = ops.cast(self.centres, "float32")
         apart = ops.sum(along * ops.normalize(centres, axis=-1)[None, :, :, None], axis=-1)
+        apart = ops.where(ops.sum(ops.square(along), axis=-1) > 0, apart, 2 * ops.ones_like(apart))
         apart = ops.reshape(ops.transpose(apart, (1, 0, 2, 3)), (self.heads, -1))
         far = ops.top_k(-apart, regions)[1]
         tokens = ops.reshape(ops.transpose(along, (1, 0, 2, 3, 4)), (self.heads, -1, width))

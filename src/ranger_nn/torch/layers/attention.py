@@ -79,7 +79,7 @@ def _attend(
         for t in (q, k):
             along = F.normalize(t.float(), dim=-1)
             scores = torch.matmul(along.reshape(batch, heads, -1, width), centres.float().mT).flatten(0, 1)
-            slots.append(_slots(scores, capacity, there))
+            slots.append(_slots(scores.float(), capacity, there))
             sources.append(_inverse(slots[-1]))
     shape = (batch * heads, regions, capacity, width)
     a, b, c = (_Permute.apply(t, sources[i], slots[i]).reshape(shape) for t, i in ((q, 0), (k, 1), (v, 1)))
@@ -94,8 +94,10 @@ def _attend(
 def _inside(q: Tensor, k: Tensor, v: Tensor, there: Tensor | None, summaries: bool) -> Tensor:
     """Attention of each region: q, k, v (groups, regions, capacity, d), there (groups, regions, 1, capacity)."""
     if not summaries:
-        mask = None if there is None else there | ~there.any(-1, keepdim=True)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if there is None:
+            return F.scaled_dot_product_attention(q, k, v)
+        some = there.any(-1, keepdim=True)
+        return torch.where(some, F.scaled_dot_product_attention(q, k, v, attn_mask=there | ~some), 0)
     groups, regions, capacity, width = k.shape
     weight = k.new_ones(groups, regions, 1, capacity) if there is None else there.to(k.dtype)
     count = weight.sum(-1)
@@ -230,9 +232,11 @@ class ClusteredAttention(nn.Module):
         sums = kept.reshape(*shape, width).sum((0, 3))
         counts = there.gather(1, sources).reshape(shape).sum((0, 3))[..., None]
         apart = (kept.reshape(*shape, width) * self.centres[:, :, None].to(kept.dtype)).sum(-1)
+        apart = torch.where(there.gather(1, sources).reshape(shape) > 0, apart, 2.0)
         far = apart.movedim(0, 1).reshape(self.heads, -1).topk(regions, largest=False).indices
         candidates = kept.reshape(*shape, width).movedim(0, 1).reshape(self.heads, -1, width)
         far_tokens = candidates.gather(1, far[..., None].expand(-1, -1, width))
+        far_tokens = torch.where(far_tokens.square().sum(-1, keepdim=True) > 0, far_tokens, self.centres.to(kept.dtype))
         moved = moved_centres(xp, self.centres.to(kept.dtype), sums, counts, self.partition.decay, far_tokens)
         self.centres.copy_(F.normalize(moved, dim=-1))
 
