@@ -42,8 +42,9 @@ class Routes:
         used: (slots,) bool, slots with a row of their own; None: all.
         back: (rows,) the slot of each row.
         owner: (blocks,) region of each block; None: block k is region k.
-        region: (rows,) region of each row; `clusters` where the row is absent.
-        shape: (blocks, size) or, balanced with tokens, (regions, groups, capacity).
+        region: (rows,) region of each row; any where the row is absent.
+        there: (rows,) bool, rows that are not absent; None: all.
+        shape: (blocks, size) or, of sets, (regions, groups, capacity).
     """
 
     take: Any
@@ -51,6 +52,7 @@ class Routes:
     back: Any
     owner: Any
     region: Any
+    there: Any
     shape: tuple[Any, ...]
 
 
@@ -75,30 +77,32 @@ def block_count(rows: Any, clusters: int, size: Any) -> Any:
     return (rows + clusters * (size - 1)) // size
 
 
-def arrangement(loads: Sequence[int]) -> tuple[int, int | None]:
+def arrangement(loads: Sequence[int], separate: bool = False) -> tuple[int, int | None]:
     """(size, blocks) when the loads are known; blocks None: one for each region, as large as the largest load.
 
-    The latter needs no copy of parameters; with uneven loads it computes much that is not used.
+    The latter needs no copy of parameters; with uneven loads it computes much that is not used. `separate`: always so.
     """
     largest, size = max(*loads, 1), block_size(sum(loads), len(loads))
     blocks = max(1, sum(-(-n // size) for n in loads))
-    return (largest, None) if len(loads) * largest <= blocks * (size + COPY) else (size, blocks)
+    return (largest, None) if separate or len(loads) * largest <= blocks * (size + COPY) else (size, blocks)
 
 
-def grouped(xp: Any, region: Any, rows: Any, clusters: int, size: Any, blocks: Any = None) -> Routes:
+def grouped(xp: Any, region: Any, there: Any, rows: Any, clusters: int, size: Any, blocks: Any = None) -> Routes:
     """Rows brought together by region in blocks.
 
     Args:
         xp: array namespace.
-        region: (rows,) integers; `clusters` for a row that is absent.
+        region: (rows,) integers.
+        there: (rows,) bool, False for absent rows, which no block holds; None: all are there.
         rows: how many.
         clusters: regions.
         size: rows of a block.
         blocks: how many; None: one for each region, whose load is at most `size`.
     """
-    order = xp.argsort(region)
+    wanted = region if there is None else xp.where(there, region, xp.zeros_like(region) + clusters)
+    order = xp.argsort(wanted)
     ids = _iota(xp, clusters, order)
-    inside = xp.astype(xp.take(region, order, axis=0), order.dtype)
+    inside = xp.astype(xp.take(wanted, order, axis=0), order.dtype)
     starts = xp.astype(xp.searchsorted(inside, ids), order.dtype)
     loads = xp.astype(xp.searchsorted(inside, ids, side="right"), order.dtype) - starts
     held = xp.ones_like(loads) if blocks is None else (loads + (size - 1)) // size
@@ -113,14 +117,14 @@ def grouped(xp: Any, region: Any, rows: Any, clusters: int, size: Any, blocks: A
     place = ((block - xp.take(first, owner, axis=0)) * size)[:, None] + _iota(xp, size, order)[None, :]
     within = xp.take(starts, owner, axis=0)[:, None] + xp.minimum(place, xp.maximum(load - 1, xp.zeros_like(load)))
     within = xp.reshape(xp.minimum(within, xp.zeros_like(within) + (rows - 1)), (-1,))
-    own = xp.minimum(xp.astype(region, order.dtype), xp.zeros_like(order) + (clusters - 1))
-    slot = xp.take(first * size - starts, own, axis=0) + xp.argsort(order)
+    slot = xp.take(first * size - starts, xp.astype(region, order.dtype), axis=0) + xp.argsort(order)
     return Routes(
         take=xp.take(order, within, axis=0),
         used=xp.reshape(place < load, (-1,)),
-        back=xp.where(region < clusters, slot, xp.zeros_like(slot)),
+        back=slot if there is None else xp.where(there, slot, xp.zeros_like(slot)),
         owner=None if blocks is None else owner,
         region=region,
+        there=there,
         shape=(clusters if blocks is None else blocks, size),
     )
 
@@ -143,7 +147,7 @@ def filled(xp: Any, near: Any, there: Any, rows: Any, capacity: Any) -> tuple[An
 
 
 def balanced(
-    xp: Any, slots: Any, there: Any, groups: Any, rows: Any, capacity: Any, clusters: int, tokens: bool
+    xp: Any, slots: Any, there: Any, groups: Any, rows: Any, capacity: Any, clusters: int, sets: bool
 ) -> Routes:
     """Rows brought together by the slots of balanced routing.
 
@@ -155,7 +159,7 @@ def balanced(
         rows: of each group.
         capacity: slots of a region.
         clusters: regions.
-        tokens: whether groups are a dimension of their own.
+        sets: whether each group's part of a region stays apart.
     """
     source = xp.argsort(slots, axis=1)
     slots = xp.astype(slots, source.dtype)
@@ -167,15 +171,14 @@ def balanced(
 
     region = slots // capacity
     back = (region * groups + group) * capacity + slots % capacity
-    if there is not None:
-        region = xp.where(there, region, xp.zeros_like(region) + clusters)
     return Routes(
         take=by_region(group * rows + xp.minimum(source, xp.zeros_like(source) + (rows - 1))),
         used=None if there is None else by_region(xp.take_along_axis(there, source, axis=1)),
         back=xp.reshape(back[:, :rows], (-1,)),
         owner=None,
         region=xp.reshape(region[:, :rows], (-1,)),
-        shape=(clusters, groups, capacity) if tokens else (clusters, capacity),
+        there=None if there is None else xp.reshape(there[:, :rows], (-1,)),
+        shape=(clusters, groups, capacity) if sets else (clusters, groups * capacity),
     )
 
 
@@ -216,6 +219,21 @@ def moved(xp: Any, taken: Any, used: Any, owner: Any, centres: Any, unseen: Any,
 
 
 # ---------------------------------------------------------------------------------------- refusals
+
+
+def check_experts(partition: Any, local: Any, is_network: bool, wanted: str) -> None:
+    """Refuse what cannot be experts of regions.
+
+    Raises:
+        PartitionError: a partition that is not `KMeans`, a local network of another kind.
+    """
+    if not isinstance(partition, KMeans):
+        raise PartitionError(f"RegionExperts routes samples by KMeans(regions); got {partition!r}")
+    if not is_network:
+        raise PartitionError(
+            f"RegionExperts copies one network for each region, a {wanted}; got {type(local).__name__}. For networks of "
+            'your own for each region: RegionalAggregator(KMeans(...), "stitch", local=[...])'
+        )
 
 
 def check_samples(partition: KMeans, shape: Sequence[Any], features: int | None) -> None:
