@@ -48,14 +48,14 @@ def balanced_slots(xp: Any, scores: Any, capacity: int, present: Any = None, rou
     own = xp.reshape(xp.cumulative_sum(xp.ones_like(choice[0, : scores.shape[2]]), axis=0) - 1, (1, 1, -1))
     there = choice >= 0 if present is None else present
     first, last = xp.max(best), xp.min(scores)
+    beyond = first - last + 1
     settled = choice < 0
     for _ in range(rounds):
-        late = 0.001 + 0.998 * (first - best) / xp.maximum(first - last, xp.zeros_like(first) + 1e-30)
-        late = xp.where(settled, xp.zeros_like(late), late)
-        place, asked = _places(xp, choice, late, own, there)
-        settled = xp.logical_and(place < capacity, there)
         # those who are in stay, whoever comes
-        still_open = xp.where(asked[:, None] < capacity, scores, xp.zeros_like(scores) + (last - (first - last) - 1))
+        eager = xp.where(settled, xp.zeros_like(best) + (first + beyond), best)
+        place, asked = _places(xp, choice, eager, own, there)
+        settled = xp.logical_and(place < capacity, there)
+        still_open = xp.where(asked[:, None] < capacity, scores, xp.zeros_like(scores) + (last - beyond))
         choice = xp.where(settled, choice, xp.argmax(still_open, axis=2))
         best = xp.max(still_open, axis=2)
     taken = xp.minimum(asked, xp.zeros_like(asked) + capacity)
@@ -99,11 +99,15 @@ def _greedy(scores: np.ndarray, capacity: int, present: np.ndarray | None, round
     return slot
 
 
-def _places(xp: Any, choice: Any, late: Any, own: Any, there: Any) -> tuple[Any, Any]:
-    """(place of each sample in the queue of its cluster, length of each queue (groups, clusters)); fillings do not ask."""
-    clusters = own.shape[2]
-    key = xp.where(there, xp.astype(choice, late.dtype) + late, xp.zeros_like(late) + clusters)
-    rank = xp.argsort(xp.argsort(key, axis=1), axis=1)
+def _places(xp: Any, choice: Any, eager: Any, own: Any, there: Any) -> tuple[Any, Any]:
+    """(place of each sample in the queue of its cluster, length of each queue (groups, clusters)); fillings do not ask.
+
+    Queues are in the order of `eager`, then of samples: a stable sort by `eager`, another by cluster, and the inverse.
+    """
+    by_eager = xp.argsort(-eager, axis=1)
+    queue = xp.where(there, choice, xp.zeros_like(choice) + own.shape[2])
+    by_cluster = xp.argsort(xp.take_along_axis(queue, by_eager, axis=1), axis=1)
+    rank = xp.argsort(xp.take_along_axis(by_eager, by_cluster, axis=1), axis=1)
     asks = xp.logical_and(choice[:, :, None] == own, there[:, :, None])
     asked = xp.sum(xp.astype(asks, rank.dtype), axis=1)
     starts = xp.cumulative_sum(asked, axis=1) - asked
