@@ -146,6 +146,7 @@ class _Run:
             )
             return forward(*args, **kwargs)
 
+        call.__signature__ = signature  # type: ignore[attr-defined]
         return call
 
 
