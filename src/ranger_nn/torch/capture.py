@@ -112,6 +112,7 @@ class Lower:
         vjp_reads: Sequence[int] | None = None,
         random: bool = False,
         differentiable: bool = True,
+        vjp_outputs: Sequence[int] = (),
     ) -> Any:
         """Add a node; its output value, or a list of them where `like` is a sequence."""
         flows = differentiable and self.grad and not self.no_grad and any(self.values[i].differentiable for i in inputs)
@@ -119,7 +120,10 @@ class Lower:
         self.names[op] = count + 1
         name = f"{op}_{count}"
         many = isinstance(like, (list, tuple))
-        outs = [self.value(name, t, COMPUTED, flows) for t in (like if many else [like])]
+        outs = [
+            self.value(name, t, COMPUTED, flows and i not in vjp_outputs)
+            for i, t in enumerate(like if many else [like])
+        ]
         kept = "keeps" if rule.pointwise else kernel.layout
         before = [(len(self.values[i].shape), self.values[i].layout) for i in inputs]
         if not many and (layout := result_layout(kept, before, like)):
@@ -146,6 +150,7 @@ class Lower:
                 reads,
                 random=random,
                 where=self.where,
+                vjp_outputs=tuple(vjp_outputs),
             )
         )
         return outs if many else outs[0]

@@ -245,7 +245,7 @@ class Regional(nn.Module):
         args, kwargs = pytree.tree_unflatten(fake, spec)
         captured = capture(self.module, args, kwargs, grad=grad)
         planned = make_plan(captured.graph, self._options, grad)
-        engine = TorchEngine(captured.graph, device)
+        engine = TorchEngine(planned.graph, device)
         backward = bind(planned.backward, engine) if planned.backward is not None else None
         ready = Ready(captured, planned, engine, bind(planned.forward, engine), backward, autocast)
         if self._verify:

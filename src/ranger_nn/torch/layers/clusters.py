@@ -6,8 +6,10 @@ compiled, or on a device whose numbers are not read, their number follows from t
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
+import array_api_compat.numpy as numpy
 import array_api_compat.torch as xp
 import numpy as np
 import torch
@@ -91,23 +93,21 @@ class Clusters(LazyModuleMixin, nn.Module):
         check_mask(mask, x.shape)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             exact = torch.promote_types(x.dtype, torch.float32)
-            near = nearness(xp, x.reshape(-1, x.shape[-1]).to(exact), self.centres.to(exact))
-            best = near.max(1)
+            rows = x.reshape(-1, x.shape[-1]).to(exact)
+            near = nearness(xp, rows, self.centres.to(exact), self.partition.balanced)
             if _readable(x):
-                _check_finite(x, best.values, mask)
+                _check_finite(near, x, mask)
             if self.partition.balanced:
                 return self._balanced(near, x, mask, sets)
-            return self._nearest(best.indices, None if mask is None else mask.reshape(-1), _readable(x), separate)
+            return self._nearest(near, None if mask is None else mask.reshape(-1), separate)
 
-    def _nearest(self, region: Tensor, there: Tensor | None, readable: bool, separate: bool) -> Routes:
-        rows, clusters = region.shape[0], self.partition.clusters
-        if readable:
-            loads = torch.bincount(region if there is None else region[there], minlength=clusters).tolist()
-            size, blocks = arrangement(loads, separate)
-        else:
-            size = rows if separate else block_size(rows, clusters)
-            blocks = None if separate else block_count(rows, clusters, size)
-        return grouped(xp, region, there, rows, clusters, size, blocks)
+    def _nearest(self, near: Tensor, there: Tensor | None, separate: bool) -> Routes:
+        rows, clusters = near.shape
+        if _readable(near):
+            return _nearest_now(near.numpy(), None if there is None else there.numpy(), separate)
+        size = rows if separate else block_size(rows, clusters)
+        blocks = None if separate else block_count(rows, clusters, size)
+        return grouped(xp, near.argmax(1), there, rows, clusters, size, blocks)
 
     def _balanced(self, near: Tensor, x: Tensor, mask: Tensor | None, sets: bool) -> Routes:
         clusters = self.partition.clusters
@@ -253,8 +253,21 @@ def _readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_finite(x: Tensor, best: Tensor, mask: Tensor | None) -> None:
+def _nearest_now(near: np.ndarray, there: np.ndarray | None, separate: bool) -> Routes:
+    """In NumPy, whose small operations cost a tenth; blocks fit the loads."""
+    rows, clusters = near.shape
+    region = near.argmax(1)
+    loads = np.bincount(region if there is None else region[there], minlength=clusters)
+    size, blocks = arrangement(loads.tolist(), separate)
+    short = region.astype(np.int16) if clusters < 2**15 - 1 else region  # sorted by digits
+    found = grouped(numpy, short, there, rows, clusters, size, blocks)
+    given = {f.name: getattr(found, f.name) for f in fields(found)} | {"region": region}
+    return Routes(**{n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in given.items()})
+
+
+def _check_finite(near: Tensor, x: Tensor, mask: Tensor | None) -> None:
     """Refuse NaN: a sample with one has no distance."""
+    best = near.amax(1)
     if mask is not None:
         best = torch.where(mask.reshape(-1), best, 0)
     if not bool(best.sum().isfinite()):
