@@ -81,6 +81,19 @@ def chunked(
     return xp.concat([after, inside] if reverse else [inside, after], axis=1)
 
 
+def gradients(
+    xp: Any, local: Local, grad: Any, a: Any, h: Any, initial: Any, lengths: Sequence[int]
+) -> tuple[Any, Any, Any]:
+    """(da, db, dinitial) from the gradient of all states, in new arrays: see this module's docstring.
+
+    a, h and initial come conjugated where the framework's gradients of complex numbers are (PyTorch and TensorFlow, not JAX).
+    """
+    later = xp.concat([a[:, 1:], xp.zeros_like(a[:, :1])], axis=1)
+    g = chunked(xp, local, later, grad, xp.zeros_like(initial), lengths, reverse=True)
+    before = xp.concat([initial[:, None], h[:, :-1]], axis=1)
+    return g * before, g, a[:, 0] * g[:, 0]
+
+
 def slice_lengths(steps: int, chunk: int | None = None) -> tuple[int, ...]:
     """Steps of a slice, of a slice of slices, and so on until few are left."""
     found, length = [], chunk or LENGTH
