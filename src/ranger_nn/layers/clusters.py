@@ -56,15 +56,16 @@ class Routes:
     shape: tuple[Any, ...]
 
 
-def nearness(xp: Any, x: Any, centres: Any) -> Any:
+def nearness(xp: Any, x: Any, centres: Any, absolute: bool = False) -> Any:
     """Minus half the squared distance of each row (rows, d) to each centre (clusters, d): (rows, clusters).
 
-    Both are taken relative to the mean of the centres first, or far from the origin the products would cancel.
+    Up to a number for each row, unless `absolute`. Both are taken relative to the mean of the centres first, or far from
+    the origin the products would cancel.
     """
     middle = xp.mean(centres, axis=0, keepdims=True)
     x, centres = x - middle, centres - middle
-    squares = xp.sum(centres * centres, axis=1)[None, :] + xp.sum(x * x, axis=1)[:, None]
-    return xp.matmul(x, xp.permute_dims(centres, (1, 0))) - squares / 2
+    near = xp.matmul(x, xp.permute_dims(centres, (1, 0))) - xp.sum(centres * centres, axis=1)[None, :] / 2
+    return near - xp.sum(x * x, axis=1)[:, None] / 2 if absolute else near
 
 
 def block_size(rows: Any, clusters: int) -> Any:
@@ -100,7 +101,7 @@ def grouped(xp: Any, region: Any, there: Any, rows: Any, clusters: int, size: An
         blocks: how many; None: one for each region, whose load is at most `size`.
     """
     wanted = region if there is None else xp.where(there, region, xp.zeros_like(region) + clusters)
-    order = xp.argsort(wanted)
+    order = xp.argsort(wanted)  # stable where the namespace is
     ids = _iota(xp, clusters, order)
     inside = xp.astype(xp.take(wanted, order, axis=0), order.dtype)
     starts = xp.astype(xp.searchsorted(inside, ids), order.dtype)

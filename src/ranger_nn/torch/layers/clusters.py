@@ -171,13 +171,13 @@ class Clusters(LazyModuleMixin, nn.Module):
 def taken(x: Tensor, routes: Routes, zeros: bool) -> Tensor:
     """Rows (rows, ...) by region: (*routes.shape, ...); slots without a row of their own hold zeros, or some row."""
     y = _Taken.apply(x, *_ways(routes)) if _grad(x) else x.index_select(0, routes.take)
-    return (_masked(y, routes.used) if zeros else y).reshape(*routes.shape, *x.shape[1:])
+    return (masked(y, routes.used) if zeros else y).reshape(*routes.shape, *x.shape[1:])
 
 
 def put(y: Tensor, routes: Routes) -> Tensor:
     """Slots (*routes.shape, ...) back to their rows: (rows, ...); zero for rows that are absent."""
     y = y.flatten(0, len(routes.shape) - 1)
-    return _Put.apply(y, *_ways(routes)) if _grad(y) else _masked(y.index_select(0, routes.back), routes.there)
+    return _Put.apply(y, *_ways(routes)) if _grad(y) else masked(y.index_select(0, routes.back), routes.there)
 
 
 def _ways(routes: Routes) -> tuple[Tensor | None, ...]:
@@ -210,15 +210,15 @@ class _Put(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, take: Tensor, used: Tensor, back: Tensor, there: Tensor) -> Tensor:
         """y[back]."""
         ctx.save_for_backward(take, used, back, there)
-        return _masked(y.index_select(0, back), there)
+        return masked(y.index_select(0, back), there)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The way there."""
-        return _masked(_Taken.apply(grads[0], *ctx.saved_tensors), ctx.saved_tensors[1]), None, None, None, None
+        return masked(_Taken.apply(grads[0], *ctx.saved_tensors), ctx.saved_tensors[1]), None, None, None, None
 
 
-def _masked(y: Tensor, there: Tensor | None) -> Tensor:
+def masked(y: Tensor, there: Tensor | None) -> Tensor:
     """`y` (n, ...), zero where `there` (n,) is False."""
     return y if there is None else torch.where(there.reshape(-1, *[1] * (y.dim() - 1)), y, 0)
 
