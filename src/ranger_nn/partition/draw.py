@@ -131,7 +131,7 @@ def parts(ax: Any, owner: np.ndarray, places: np.ndarray) -> None:
         tint[where] = (*rgb(colour(i)), TINT)
         ax.imshow(tint, extent=(0, owner.shape[1], owner.shape[0], 0), interpolation="nearest", gid=f"own {i}")
     several = np.zeros((*owner.shape, 4))
-    several[owner == -2] = (0, 0, 0, 0.5)
+    several[owner == -2] = (0, 0, 0, 0.4)
     ax.imshow(several, extent=(0, owner.shape[1], owner.shape[0], 0), interpolation="nearest", gid="shared")
     for i, (row, column) in enumerate(places[:MANY]):
         number(ax, i, column, row)
