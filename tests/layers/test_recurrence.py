@@ -245,7 +245,7 @@ def test_citizen(name: str) -> None:
 def test_lru_begins_on_its_ring() -> None:
     net = LRU(500, features=2, r_min=0.8, r_max=0.9, max_phase=1.0)
     size, angle = torch.exp(-net.nu.exp()), net.theta.exp()
-    assert 0.8 <= size.min() and size.max() <= 0.9 and angle.max() <= 1
+    assert size.min() >= 0.8 and size.max() <= 0.9 and angle.max() <= 1
     torch.testing.assert_close(net.gamma.exp(), (1 - size**2).sqrt())
 
 

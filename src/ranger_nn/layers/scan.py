@@ -212,7 +212,7 @@ def gradients_in_place(torch: Any, grad: Any, a: Any, h: Any, initial: Any, chun
     """(da, db, dinitial) from the gradient of all states: see this module's docstring."""
     g, da = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
     if not g.numel():
-        return da, g, torch.zeros_like(initial)
+        return da, g, torch.zeros(initial.shape, dtype=h.dtype, device=h.device)
     if h.is_complex():
         a, h, initial = (x.conj().resolve_conj() for x in (a, h, initial))
     g[:, -1] = grad[:, -1]
@@ -221,7 +221,8 @@ def gradients_in_place(torch: Any, grad: Any, a: Any, h: Any, initial: Any, chun
         chunked(_Concat(torch), InPlace(torch), a[:, 1:], grad[:, :-1], g[:, -1], lengths, True, g[:, :-1])
         torch.mul(g[:, 1:], h[:, :-1], out=da[:, 1:])
     torch.mul(g[:, 0], initial, out=da[:, 0])
-    return da, g, a[:, 0] * g[:, 0]
+    first = torch.empty(initial.shape, dtype=h.dtype, device=h.device)
+    return da, g, torch.mul(a[:, 0], g[:, 0], out=first)
 
 
 class _Concat:

@@ -31,8 +31,9 @@ class _Recurrence(keras.layers.Layer):
     def __init__(
         self, units: int, features: int | None, return_state: bool, chunk: int | None, kwargs: dict[str, Any]
     ) -> None:
-        # the state keeps its precision: what is cast is cast where it is used
-        super().__init__(**{**kwargs, "autocast": False})
+        super().__init__(**kwargs)
+        # in mixed precision the state keeps its own: what is cast is cast where it is used
+        self.autocast = self.compute_dtype == self.variable_dtype
         check_units(type(self).__name__, units, features)
         check_chunk(chunk)
         self.units, self.features, self.return_state, self.chunk = units, features, return_state, chunk
@@ -110,10 +111,8 @@ class _Recurrence(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Plain data."""
-        config = super().get_config()
-        config.pop("autocast", None)
         own = {"features": self.features, "return_state": self.return_state, "chunk": self.chunk}
-        return {**config, "units": self.units, **own}
+        return {**super().get_config(), "units": self.units, **own}
 
 
 @keras.saving.register_keras_serializable(package="ranger_nn")

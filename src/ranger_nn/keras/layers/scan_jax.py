@@ -48,17 +48,26 @@ def _at(x: Any, t: Any) -> Any:
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def scan(a: Any, b: Any, initial: Any, chunk: int | None) -> Any:
     """All states."""
+    return _states(a, b, initial, chunk)
+
+
+@partial(jax.jit, static_argnums=(3,))
+def _states(a: Any, b: Any, initial: Any, chunk: int | None) -> Any:
     return chunked(jnp, Loops(), a, b, initial, slice_lengths(b.shape[1], chunk or LENGTH))
 
 
+@partial(jax.jit, static_argnums=(4,))
+def _gradients(grad: Any, a: Any, h: Any, initial: Any, chunk: int | None) -> tuple[Any, Any, Any]:
+    return gradients(jnp, Loops(), grad, a, h, initial, slice_lengths(h.shape[1], chunk or LENGTH))
+
+
 def _forward(a: Any, b: Any, initial: Any, chunk: int | None) -> tuple[Any, Any]:
-    h = scan(a, b, initial, chunk)
+    h = _states(a, b, initial, chunk)
     return h, (a, h, initial)
 
 
 def _backward(chunk: int | None, kept: Any, grad: Any) -> tuple[Any, Any, Any]:
-    a, h, initial = kept
-    return gradients(jnp, Loops(), grad, a, h, initial, slice_lengths(h.shape[1], chunk or LENGTH))
+    return _gradients(grad, *kept, chunk)
 
 
 scan.defvjp(_forward, _backward)
