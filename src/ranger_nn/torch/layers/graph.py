@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ranger_nn.errors import InputError, PartitionError
-from ranger_nn.layers.graph import Ordered, check_batch
+from ranger_nn.layers.graph import Batches, Ordered, check_batch
 from ranger_nn.partition.graph import Partitioning, as_split
 from ranger_nn.torch.layers.graph_inference import infer_by_parts
 
@@ -83,6 +83,7 @@ class GraphLoader:
         check_batch(parts_per_batch, len(self.parts))
         self.parts_per_batch, self.shuffle, self.generator = parts_per_batch, shuffle, generator
         self._graph = Ordered.of(self.split)
+        self._batches = Batches(self._graph)
         self._device = edges.device
         self._make = getattr(type(graph), "from_dict", lambda found: GraphBatch(**found))
         rows, columns = (torch.from_numpy(a) for a in (self._graph.order, self._graph.columns))
@@ -111,18 +112,18 @@ class GraphLoader:
             yield self.batch(order[i : i + self.parts_per_batch])
 
     def batch(self, parts: Sequence[int]) -> Any:
-        """The batch of these parts, each at most once, in this order."""
+        """The batch of these parts, each at most once; its nodes are in the order of parts, ascending."""
         graph = self._graph
-        part = graph.batch(parts)
-        slices = [slice(int(graph.starts[p]), int(graph.starts[p + 1])) for p in parts]
+        part = self._batches.batch(parts, positions=bool(self._edges))
+        slices = [slice(int(graph.starts[p]), int(graph.starts[p + 1])) for p in sorted(parts)]
         found = dict(self._others)
         for name, value in self._nodes.items():
             found[name] = value[slices[0]] if len(slices) == 1 else torch.cat([value[s] for s in slices])
-        for name, value in self._edges.items():
-            found[name] = value[torch.from_numpy(part.positions).to(value.device)]
+        at = torch.from_numpy(part.positions)
+        found |= {name: value[at.to(value.device)] for name, value in self._edges.items()}
         arrays = {"edge_index": part.edges, "offsets": part.offsets, "n_id": graph.order[part.rows]}
         found |= {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}
-        return self._make(found | {"num_nodes": part.own, "parts": list(parts)})
+        return self._make(found | {"num_nodes": part.own, "parts": sorted(parts)})
 
     def _check_parts(self) -> None:
         """Refuse parts that are not there, or twice."""
