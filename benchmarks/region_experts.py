@@ -82,7 +82,7 @@ def modules_of(layer: RegionExperts) -> nn.ModuleList:
     return experts
 
 
-def works(run: Callable[[Tensor], Tensor], owners: list[nn.Module], x: Tensor) -> tuple[Work, Work]:
+def works(run: Callable[[Tensor], Tensor], owner: nn.Module, x: Tensor) -> tuple[Work, Work]:
     """(inference, training)."""
     pull = torch.ones_like(x)
 
@@ -91,8 +91,7 @@ def works(run: Callable[[Tensor], Tensor], owners: list[nn.Module], x: Tensor) -
             return (run(x),)
 
     def train() -> tuple[Tensor, ...]:
-        for owner in owners:
-            owner.zero_grad(set_to_none=True)
+        owner.zero_grad(set_to_none=True)
         leaf = x.detach().requires_grad_()
         run(leaf).backward(pull)
         return (leaf.grad,)  # type: ignore[return-value]
@@ -117,7 +116,7 @@ def speed(regions: int, hidden: int, samples: int, features: int, repeats: int) 
         del sides["all"]
     print(f"{regions} regions, {samples} samples of {features} features, hidden {hidden}")
     for k, kind in enumerate(("inference", "training")):
-        chosen = {name: works(run, [layer, experts], x)[k] for name, run in sides.items()}
+        chosen = {n: works(run, experts if "loop" in n else layer, x)[k] for n, run in sides.items()}
         found = {name: work() for name, work in chosen.items()}
         apart = max(difference(y, found["ours"]) for y in found.values())
         taken = interleaved(chosen, repeats)

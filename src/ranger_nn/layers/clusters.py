@@ -60,12 +60,15 @@ def nearness(xp: Any, x: Any, centres: Any, absolute: bool = False) -> Any:
     """Minus half the squared distance of each row (rows, d) to each centre (clusters, d): (rows, clusters).
 
     Up to a number for each row, unless `absolute`. Both are taken relative to the mean of the centres first, or far from
-    the origin the products would cancel.
+    the origin the products would cancel. One product of (x, 1) and (c, -|c|^2 / 2): no second pass over the result.
     """
     middle = xp.mean(centres, axis=0, keepdims=True)
     x, centres = x - middle, centres - middle
-    near = xp.matmul(x, xp.permute_dims(centres, (1, 0))) - xp.sum(centres * centres, axis=1)[None, :] / 2
-    return near - xp.sum(x * x, axis=1)[:, None] / 2 if absolute else near
+    left, right = [x, xp.ones_like(x[:, :1])], [centres, xp.sum(centres * centres, axis=1, keepdims=True) / -2]
+    if absolute:
+        left.append(xp.sum(x * x, axis=1, keepdims=True) / -2)
+        right.append(xp.ones_like(centres[:, :1]))
+    return xp.matmul(xp.concat(left, axis=1), xp.permute_dims(xp.concat(right, axis=1), (1, 0)))
 
 
 def block_size(rows: Any, clusters: int) -> Any:

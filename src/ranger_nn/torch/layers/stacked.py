@@ -17,7 +17,7 @@ class Stacked(nn.Module):
 
     Parameters and buffers have the names of the module's own (dots become "/") and a leading axis of regions. Copies
     are initialised one by one with `reset_parameters`. Modules with buffers or recurrent layers run in a loop: vmap
-    does not update buffers and does not take fused recurrent operators.
+    does not update buffers and does not take fused recurrent operators. Under autocast a copy runs in its type throughout.
     """
 
     def __init__(self, module: nn.Module, regions: int) -> None:
@@ -56,6 +56,8 @@ class Stacked(nn.Module):
 
     def _state(self, pick: Any) -> dict[str, Tensor]:
         every = {n: getattr(self, n.replace(".", "/")) for n in (*self._names, *self._buffers_of)}
+        if pick is None:
+            return every
         if isinstance(pick, Tensor):
             return {n: t.index_select(0, pick) for n, t in every.items()}
         return {n: t[pick] for n, t in every.items()}
@@ -70,12 +72,22 @@ class Stacked(nn.Module):
                 [_first(functional_call(self.module, self._state(int(i)), (x,))) for i, x in zip(each, stacked)]
             )
         every = ids is None or (not isinstance(ids, Tensor) and len(ids) == self.regions)
-        state = self._state(slice(None) if every else ids)
+        state = self._state(None if every else ids)
+        if torch.is_autocast_enabled(stacked.device.type):
+            # vmap does not see autocast
+            state, stacked = _lowered(state, stacked)
 
         def one(state: dict[str, Tensor], x: Tensor) -> Tensor:
             return functional_call(self.module, state, (x,))
 
         return vmap(one, in_dims=(0, 0), randomness="different")(state, stacked)
+
+
+def _lowered(state: dict[str, Tensor], x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Both in autocast's type, where they are float32."""
+    low = torch.get_autocast_dtype(x.device.type)
+    state = {n: t.to(low) if t.dtype == torch.float32 else t for n, t in state.items()}
+    return state, x.to(low) if x.dtype == torch.float32 else x
 
 
 def _first(y: Any) -> Tensor:
