@@ -23,24 +23,31 @@ from ranger_nn.core.reach import Box
 from ranger_nn.ops.recurrence import borders, chunk_length, least_chunk
 from ranger_nn.torch.kernels import SMALL_TENSORS, Kernel, Local, fresh
 
+GATES = {"lstm": 4, "gru": 3}
 FUNCTIONS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
+
+FUSED_BYTES = 48 << 10
+"""What oneDNN takes besides, whatever the sizes."""
 
 
 class Sizes:
     """Elements that one step of one sample takes: what the operator computes, and what autograd keeps of it.
 
-    Measured with `ranger_nn.measure` on PyTorch 2.9 to 2.13: the step loop keeps its gates, the parts of each, and the
-    states; oneDNN's LSTM keeps a workspace of some twenty hidden vectors.
+    Counted with `ranger_nn.measure` on PyTorch 2.13. The step loop keeps its gates, their parts and the states, once
+    more the input's gradient. oneDNN's LSTM pads widths to 16, and for one sample it has no room to reuse.
     """
 
-    def __init__(self, mode: str, features: int, hidden: int, out: int, fused: bool) -> None:
-        """`out`: width of an output (`proj_size`, or the hidden size); `fused`: oneDNN runs it."""
-        gates = {"lstm": 4, "gru": 3}.get(mode, 1)
+    def __init__(self, mode: str, features: int, hidden: int, out: int, samples: int, fused: int) -> None:
+        """`out`: width of an output (`proj_size`, or the hidden size); `fused`: bytes of oneDNN's elements, 0: loop."""
+        gates = GATES.get(mode, 1)
         self.forward = gates * hidden + 2 * out
-        self.saved = {"lstm": 12, "gru": 11}.get(mode, 4) * hidden + (0 if out == hidden else 2 * out)
+        loop = {"lstm": 12, "gru": 11}.get(mode, 3) * hidden + (0 if out == hidden else 2 * out)
+        self.saved = max(loop, features + (gates + 1) * hidden)
         if fused:
-            self.forward = 5 * hidden + features
-            self.saved = 20 * hidden + hidden // 2 + features
+            wide = -(-max(features, hidden) // 16) * 16
+            alone = 4 * hidden + 16 if samples == 1 else 0
+            self.forward = 3 * hidden + 2 * wide + alone * (4 // fused)
+            self.saved = (14 * hidden + 6 * wide + 32 + features) * (2 if fused == 4 else 3) // 2
 
 
 class Recurrence(Kernel):
@@ -58,14 +65,14 @@ class Recurrence(Kernel):
         self.states = 2 if mode == "lstm" else 1
         self.steps, self.samples = shape[time], shape[1 - time]
         self.features, self.out = shape[2], out
-        self.hidden = weights[1][0] // {"lstm": 4, "gru": 3}.get(mode, 1)
+        self.hidden = weights[1][0] // GATES.get(mode, 1)
         self.count, self.weights = len(weights), sum(torch.Size(w).numel() for w in weights)
         self.reverse, self.saves, self.gives, self.fused = False, False, True, False
 
     def planned(self, itemsize: int, *, reverse: bool, saves: bool, gives: bool, fused: bool) -> Recurrence:
         """`reverse`: from the last step to the first; `saves`: for backward; `fused`: oneDNN runs it."""
         self.reverse, self.saves, self.gives, self.fused, self.itemsize = reverse, saves, gives, fused, itemsize
-        self.sizes = Sizes(self.mode, self.features, self.hidden, self.out, fused)
+        self.sizes = Sizes(self.mode, self.features, self.hidden, self.out, self.samples, itemsize if fused else 0)
         self.members = max(1, self.sizes.saved // self.out)
         one = self.samples * itemsize
         step = one * (self.sizes.saved if saves else self.sizes.forward)
@@ -201,16 +208,21 @@ class Recurrence(Kernel):
     # ---- workspace ----------------------------------------------------------------------------------------
 
     def scratch(self, at: Extent) -> int:
-        """What one chunk computes, a contiguous copy of its input and its result, and reordered weights."""
+        """What one chunk computes, copies of what is not in order, and reordered weights."""
         steps = at.out_box[self.time][1] - at.out_box[self.time][0] if self.gives else self.steps
-        copies = self.features * (self.time == 1 or self.reverse) + self.out * (1 + self.reverse)
-        one = self.samples * (self.sizes.forward + copies) * self.itemsize
+        one = self.samples * (self.sizes.forward + self._copied()) * self.itemsize
         return min(self.chunk, steps) * one + self._reordered(1)
 
+    def _copied(self) -> int:
+        """Elements of a step that are copied into the order in which the operator takes them."""
+        return (self.features + self.out) * (int(self.time == 1) + 2 * int(self.reverse))
+
     def vjp_scratch(self, at: Extent) -> int:
-        """What autograd saves of a chunk, the gradients of its input and output, and weights' gradients twice."""
-        one = self.samples * (self.sizes.saved + self.features + self.out) * self.itemsize
+        """What autograd saves of a chunk, copies of what is not in order, and the weights' gradients of a chunk."""
+        one = self.samples * (self.sizes.saved + self._copied()) * self.itemsize
         return min(self.chunk, self.steps) * one + self._reordered(2)
 
     def _reordered(self, times: int) -> int:
-        return times * (2 if self.fused else 1) * self.weights * self.itemsize + SMALL_TENSORS
+        """Weights: as oneDNN wants them, and gradients; with the few vectors that do not grow with time."""
+        own = times * (self.weights * self.itemsize + 8 * self.samples * self.hidden * self.itemsize) + SMALL_TENSORS
+        return own + (self.weights * self.itemsize + times * FUSED_BYTES if self.fused else 0)
