@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import array_api_compat.torch as xp
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ranger_nn import InputError, PartitionError
-from ranger_nn.layers.scan import Functional, chunked, slice_lengths
 from ranger_nn.torch import LRU, GatedLinearAttention, MinGRU, linear_scan
 
 
@@ -70,10 +68,6 @@ def test_equals_the_step_loop(dtype: torch.dtype, decay: str, steps: int, chunk:
     wanted = (a, b, start)
     close([ours], [theirs])
     close(torch.autograd.grad(ours, wanted, grad), torch.autograd.grad(theirs, wanted, grad))
-    lengths = slice_lengths(steps, chunk)
-    close([chunked(xp, Functional(xp), a, b, start, lengths)], [theirs])
-    backwards = loop(a.flip(1), b.flip(1), start).flip(1)
-    close([chunked(xp, Functional(xp), a, b, start, lengths, reverse=True)], [backwards])
 
 
 def test_float32_is_within_1e_5_of_the_float64_loop() -> None:

@@ -6,9 +6,10 @@
     local        states inside           0 1 2 3 | 4 5 6 7                all slices at once, from the end before them
                                                            | 8 9          the left over steps, from the last end
 
-The summary is the affine map of `aggregate.affine`. Nothing is divided and no long product is undone, so that the
-numbers are those of the step loop up to rounding, whatever the decays. a and b are read twice, h is written once; beyond
-these only the summaries are held, 1/length of a and b. T = 32768 takes 3 * (16 + 16 + 16) calls. In backward
+The summary is the affine map of `aggregate.affine`. Nothing is divided and no long product is undone, so that the numbers
+are those of the step loop up to rounding for decays that are zero, tiny, negative, complex, or above 1 as long as their
+product over a slice can be represented. a and b are read twice, h is written once; beyond these only the summaries are
+held, 1/length of a and b. T = 32768 takes 3 * (16 + 16 + 16) calls. In backward
 
     g_t = dh_t + conj(a_{t+1}) * g_{t+1},     db_t = g_t,     da_t = g_t * conj(h_{t-1}),     dinitial = conj(a_0) * g_0
 
@@ -144,33 +145,6 @@ def folded(xp: Any, x: Any, slices: int, length: int) -> Any:
 def in_order(length: int, reverse: bool) -> range:
     """Steps of a slice in the order of the recurrence."""
     return range(length - 1, -1, -1) if reverse else range(length)
-
-
-class Functional:
-    """Local computation by array functions alone: new arrays at each step, which automatic differentiation can follow."""
-
-    def __init__(self, xp: Any) -> None:
-        self.xp = xp
-
-    def summary(self, a: Any, b: Any, reverse: bool) -> State:
-        """Merge the steps in order."""
-        xp = self.xp
-        decays, values = xp.unstack(a, axis=2), xp.unstack(b, axis=2)
-        order = in_order(len(values), reverse)
-        state = AFFINE.lift(xp, decays[order[0]], values[order[0]])
-        for t in order[1:]:
-            state = AFFINE.merge(xp, state, AFFINE.lift(xp, decays[t], values[t]))
-        return state
-
-    def run(self, a: Any, b: Any, start: Any, reverse: bool, out: Any) -> Any:
-        """The step loop, in all slices at once."""
-        xp = self.xp
-        decays, values = xp.unstack(a, axis=2), xp.unstack(b, axis=2)
-        states, state = [], start
-        for t in in_order(len(values), reverse):
-            state = AFFINE.finish(xp, (decays[t], values[t]), state)
-            states.append(state)
-        return xp.stack(states[::-1] if reverse else states, axis=2)
 
 
 class InPlace:

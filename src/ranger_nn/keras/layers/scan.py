@@ -38,6 +38,8 @@ def linear_scan(a: Any, b: Any, initial: Any = None, chunk: int | None = None) -
 
     Returns:
         (batch, time, ...) in the dtype of b. NaN and infinity spread as in the step loop: to later steps.
+        Products of decays are taken over slices: decays so far above 1 that a product overflows give NaN there, even
+        where the states themselves are zero.
 
     Raises:
         InputError (a ValueError): shapes that differ, no step.

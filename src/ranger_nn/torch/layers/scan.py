@@ -25,6 +25,8 @@ def linear_scan(a: Tensor, b: Tensor, initial: Tensor | None = None, chunk: int 
 
     Returns:
         (batch, time, ...) in the wider dtype of a and b. NaN and infinity spread as in the step loop: to later steps.
+        Products of decays are taken over slices: decays so far above 1 that a product overflows give NaN there, even
+        where the states themselves are zero.
 
     Raises:
         InputError: shapes that differ, no step.
