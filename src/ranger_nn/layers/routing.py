@@ -131,7 +131,7 @@ def _filled(xp: Any, slot: Any, waits: Any, there: Any, taken: Any, capacity: in
     """Slots in the order of the line: those who still wait, then fillings, on the free slots in order."""
     free = capacity - taken
     ends = xp.cumulative_sum(free, axis=1)
-    rest = xp.logical_or(waits, xp.logical_not(there))
+    rest = xp.logical_not(xp.logical_and(there, xp.logical_not(waits)))
     turn = xp.cumulative_sum(xp.astype(rest, slot.dtype), axis=1) - 1
     turn = xp.maximum(turn, xp.zeros_like(turn))
     other = xp.sum(xp.astype(ends[:, None] <= turn[:, :, None], slot.dtype), axis=2)

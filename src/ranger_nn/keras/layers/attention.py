@@ -123,6 +123,7 @@ class ClusteredAttention(keras.layers.Layer):
             there = ops.pad(there, ((0, 0), (0, filling)))
             q, k, v = (ops.pad(t, ((0, 0), (0, filling), (0, 0))) for t in (q, k, v))
         slots = [ops.stop_gradient(_slots(self._scores(t), capacity, there)) for t in (q, k)]
+        slots = [ops.reshape(s, (-1, regions * capacity)) for s in slots]
         sources = [_inverse(s) for s in slots]
         a, b, c = (
             ops.reshape(_taken(t, sources[i]), (-1, regions, capacity, width)) for t, i in ((q, 0), (k, 1), (v, 1))

@@ -89,7 +89,9 @@ def _attend(
     if filling or mask is not None:
         there = q.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
         there = F.pad(there, (0, filling))[:, None].expand(batch, heads, -1).reshape(batch * heads, -1)
-    q, k, v = (F.pad(t, (0, 0, 0, filling)).reshape(batch * heads, -1, width) for t in (q, k, v))
+    if filling:
+        q, k, v = (F.pad(t, (0, 0, 0, filling)) for t in (q, k, v))
+    q, k, v = (t.reshape(batch * heads, -1, width) for t in (q, k, v))
     with torch.no_grad():
         sides = [_routed(t, centres, capacity, there) for t in (q, k)]
     shape = (batch * heads, regions, capacity, width)
