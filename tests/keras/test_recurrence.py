@@ -162,23 +162,25 @@ LAYERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_equal_their_papers_stream_and_mask(name: str) -> None:
     make, paper = LAYERS[name]
+    # LayerNormalization of Keras is float32 on JAX
+    tolerance = 1e-6 if (BACKEND, name) == ("jax", "gated attention") else 1e-10
     net, x = make(dtype="float64", return_state=True), RNG.standard_normal((2, 83, 6))
     net(x)
     state = RNG.random((2, *net.state_shape))
     whole, last = map(numbers, net(x, state))
-    close(whole, paper(net, x, state), 1e-10)
+    close(whole, paper(net, x, state), tolerance)
     parts = []
     for part in np.split(x, [41], axis=1):
         y, state = net(part, state)
         parts.append(numbers(y))
-    close(np.concatenate(parts, 1), whole, 1e-11)
-    close(numbers(state), last, 1e-11)
+    close(np.concatenate(parts, 1), whole, tolerance)
+    close(numbers(state), last, tolerance)
     mask = RNG.random((2, 83)) > 0.4
     mask[:, 0] = True
     masked, kept = map(numbers, net(x, mask=mask))
     there, end = map(numbers, net(x[:1, mask[0]]))
-    close(masked[:1, mask[0]], there, 1e-11)
-    close(kept[:1], end, 1e-11)
+    close(masked[:1, mask[0]], there, tolerance)
+    close(kept[:1], end, tolerance)
 
 
 @pytest.mark.parametrize("jit", [False, True])

@@ -97,7 +97,8 @@ def gradients(
 
 def slice_lengths(steps: int, chunk: int | None = None) -> tuple[int, ...]:
     """Steps of a slice, of a slice of slices, and so on until few are left."""
-    found, length = [], chunk or LENGTH
+    found: list[int] = []
+    length = chunk or LENGTH
     while steps > (SHORT if not chunk or found else length) and length > 1:
         found.append(length)
         steps, length = steps // length, LENGTH

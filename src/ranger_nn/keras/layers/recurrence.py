@@ -234,13 +234,12 @@ class LRU(_Recurrence):
         nu, theta, gamma = (ops.cast(v, self.inner) for v in (self.nu, self.theta, self.gamma))
         into = ops.cast(self._times(x, self.kernel), self.inner)
         re, im = into[..., : self.units] * ops.exp(gamma), into[..., self.units :] * ops.exp(gamma)
-        size, angle = ops.exp(-ops.exp(nu)), ops.exp(theta)
-        decay_re, decay_im = (ops.zeros_like(re) + size * f(angle) for f in (ops.cos, ops.sin))
+        pair, parts, polar = backend().pair, backend().parts, backend().polar
+        decay_re, decay_im = (ops.zeros_like(re) + v for v in parts(polar(ops.exp(-ops.exp(nu)), ops.exp(theta))))
         if mask is not None:
             there = mask[..., None]
             decay_re = ops.where(there, decay_re, ops.ones_like(re))
             decay_im, re, im = (ops.where(there, v, ops.zeros_like(re)) for v in (decay_im, re, im))
-        pair, parts = backend().pair, backend().parts
         first = pair(state[..., 0], state[..., 1])
         h_re, h_im = parts(linear_scan(pair(decay_re, decay_im), pair(re, im), first, self.chunk))
         y = self._times(ops.concatenate([h_re, -h_im], axis=-1), self.output_kernel)

@@ -4,7 +4,8 @@
     scan_jax           jax.custom_vjp, loops of `lax.fori_loop`
     scan_torch         torch.autograd.Function, loops in place
 
-Each gives `scan(a, b, initial, chunk)` on its own arrays, `pair(re, im)` and `parts(z)` for complex numbers.
+Each gives `scan(a, b, initial, chunk)` on its own arrays, `pair(re, im)`, `parts(z)`, `polar(size,
+angle)` for complex numbers (Keras's own cos and sin give float32 for float64 on JAX).
 """
 
 from __future__ import annotations

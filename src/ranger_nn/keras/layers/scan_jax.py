@@ -81,3 +81,8 @@ def pair(re: Any, im: Any) -> Any:
 def parts(z: Any) -> tuple[Any, Any]:
     """Real and imaginary."""
     return jnp.real(z), jnp.imag(z)
+
+
+def polar(size: Any, angle: Any) -> Any:
+    """size * exp(i angle), in the precision of both."""
+    return lax.complex(size * jnp.cos(angle), size * jnp.sin(angle))

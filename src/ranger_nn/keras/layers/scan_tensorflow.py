@@ -78,3 +78,8 @@ def pair(re: Any, im: Any) -> Any:
 def parts(z: Any) -> tuple[Any, Any]:
     """Real and imaginary."""
     return tf.math.real(z), tf.math.imag(z)
+
+
+def polar(size: Any, angle: Any) -> Any:
+    """size * exp(i angle), in the precision of both."""
+    return tf.complex(size * tf.cos(angle), size * tf.sin(angle))

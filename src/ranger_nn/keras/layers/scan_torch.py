@@ -42,3 +42,8 @@ def pair(re: Tensor, im: Tensor) -> Tensor:
 def parts(z: Tensor) -> tuple[Tensor, Tensor]:
     """Real and imaginary."""
     return z.real, z.imag
+
+
+def polar(size: Tensor, angle: Tensor) -> Tensor:
+    """size * exp(i angle), in the precision of both."""
+    return torch.polar(size, angle)

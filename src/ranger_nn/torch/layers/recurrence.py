@@ -241,7 +241,12 @@ class GatedLinearAttention(_Recurrence):
             q = q * q.shape[-1] ** -0.5
             decay = self._split(F.logsigmoid(self.decay(x).to(state.dtype)) / TEMPERATURE)
         else:
-            q, k, v, decay = F.elu(q) + 1, F.elu(k) + 1, F.pad(v, (0, 1), value=1.0), torch.zeros_like(k)
+            q, k, v, decay = (
+                F.elu(q) + 1,
+                F.elu(k) + 1,
+                torch.cat([v, torch.ones_like(v[..., :1])], -1),
+                torch.zeros_like(k),
+            )
         if mask is not None:
             k, decay = (torch.where(mask[:, None, :, None], t, 0) for t in (k, decay))
         with torch.autocast(x.device.type, enabled=False):
