@@ -305,10 +305,10 @@ def main() -> None:
     parser.add_argument("--edges", type=int, default=1_000_000, help="undirected ones")
     parser.add_argument("--communities", type=int, default=1000)
     parser.add_argument("--inside", type=float, default=0.8, help="share of edges within a community")
-    parser.add_argument("--parts", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=5, help="parts of a batch")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parts", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=10, help="parts of a batch")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -319,7 +319,9 @@ def main() -> None:
     between = time.perf_counter()
     loader = GraphLoader(graph, split, parts_per_batch=given.batch, generator=torch.Generator().manual_seed(0))
     done = time.perf_counter()
-    held = sum(t.nbytes for t in loader._nodes.values()) + sum(a.nbytes for a in vars(loader._graph).values())
+    held = sum(t.nbytes for t in loader._nodes.values()) + sum(
+        a.nbytes for o in (loader._graph, loader._batches) for a in vars(o).values() if isinstance(a, np.ndarray)
+    )
     print(
         f"{given.nodes} nodes, {given.edges} undirected edges and a self-loop each: {graph.edge_index.shape[1]} columns; "
         f"{given.parts} parts, {given.batch} to a batch, {len(loader)} batches; {split.cut / 2 / given.edges:.1%} of "

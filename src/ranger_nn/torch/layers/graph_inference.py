@@ -36,7 +36,7 @@ from ranger_nn.planning.budget import format_bytes, parse_memory
 
 Layer = Callable[..., Any]
 EDGES = ("edge_index", "edges")  # names of the parameter through which a layer takes the edges
-TRIED, FARTHEST = 16, 4  # nodes on which hops are tried; hops tried before a layer is taken to read everything
+TRIED, FARTHEST = 8, 4  # nodes on which hops are tried; hops tried before a layer is taken to read everything
 # Layers of torch_geometric whose result at a node depends on its in-edges and their sources alone.
 ONE_HOP = {
     "CGConv", "EdgeConv", "GATConv", "GATv2Conv", "GINConv", "GINEConv", "GraphConv", "NNConv", "ResGatedGraphConv",
@@ -62,7 +62,7 @@ def infer_by_parts(
 
     Results are those of the whole graph. Edges of a target keep their order, so that sums over them do not differ by a
     bit; a matrix product may round otherwise where its kernel depends on the number of rows. A layer of unknown kind is
-    tried on 16 nodes with 1, 2, ... 4 hops until their results no longer change; where they always do, or where
+    tried on 8 nodes with 1, 2, ... 4 hops until their results no longer change; where they always do, or where
     arguments or result are not tensors over nodes and edges, it runs whole, with a warning.
 
     Args:
@@ -206,17 +206,22 @@ class _Call:
         return y[: part.own]
 
     def trial(self) -> int | None:
-        """The hops from which on the results of some nodes no longer change, rounding aside."""
+        """The hops from which on the results of some nodes, each by itself, no longer change, rounding aside.
+
+        A node tells nothing where one hop more adds no nodes: what the layer reads beyond the edges would not show.
+        """
         fed = np.flatnonzero(np.diff(self.graph.offsets))
-        rows = fed[np.unique(np.linspace(0, len(fed) - 1, TRIED).astype(int))]
-        near = self.on(self.graph.reads(rows, 1))
+        nodes = fed[:: max(1, len(fed) // TRIED)]
         for hops in range(1, FARTHEST + 1):
-            far = self.on(self.graph.reads(rows, hops + 1))
-            if near is None or far is None:
+            pairs = [(self.graph.reads(n[None], hops), self.graph.reads(n[None], hops + 1)) for n in nodes]
+            telling = [(near, far) for near, far in pairs if len(far.rows) > len(near.rows)]
+            results = [(self.on(near), self.on(far)) for near, far in telling]
+            if not telling:
+                self.reason = f"{hops} hops reach all that any do, and it may read more than it reaches; state hops"
+            if self.reason:
                 return None
-            if _same(near, far):
+            if all(_same(a, b) for a, b in results):
                 return hops
-            near = far
         return None
 
     def groups(self, hops: int) -> list[list[int]]:
@@ -279,8 +284,10 @@ def _picked(value: Any, index: Tensor, size: int) -> Any:
     return value
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """Equal but for rounding."""
+    if a is None or b is None:
+        return False
     if not a.is_floating_point():
         return torch.equal(a, b)
     scale = b.abs().max().item() if b.numel() else 0.0
