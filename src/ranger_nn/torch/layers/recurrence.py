@@ -242,8 +242,8 @@ class GatedLinearAttention(_Recurrence):
             decay = self._split(F.logsigmoid(self.decay(x).to(state.dtype)) / TEMPERATURE)
         else:
             q, k, v, decay = (
-                F.elu(q) + 1,
-                F.elu(k) + 1,
+                _positive(q),
+                _positive(k),
                 torch.cat([v, torch.ones_like(v[..., :1])], -1),
                 torch.zeros_like(k),
             )
@@ -260,3 +260,8 @@ class GatedLinearAttention(_Recurrence):
     def _split(self, t: Tensor) -> Tensor:
         """(batch, time, width) -> (batch, heads, time, width of a head)."""
         return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _positive(t: Tensor) -> Tensor:
+    """elu(t) + 1, whose own backward has other strides in compiled graphs than when it runs."""
+    return torch.where(t > 0, t + 1, torch.exp(t.clamp(max=0)))
