@@ -162,8 +162,9 @@ LAYERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_equal_their_papers_stream_and_mask(name: str) -> None:
     make, paper = LAYERS[name]
-    # LayerNormalization of Keras is float32 on JAX
-    tolerance = 1e-6 if (BACKEND, name) == ("jax", "gated attention") else 1e-10
+    # Keras's own operators round float64 to float32: on PyTorch matmul, on JAX layer normalisation
+    coarse = BACKEND == "torch" or (BACKEND, name) == ("jax", "gated attention")
+    tolerance = 3e-6 if coarse else 1e-10
     net, x = make(dtype="float64", return_state=True), RNG.standard_normal((2, 83, 6))
     net(x)
     state = RNG.random((2, *net.state_shape))
