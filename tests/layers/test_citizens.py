@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -204,3 +205,20 @@ def test_aggregators_of_torch_geometric() -> None:
         assert y.shape == (2, 3)
         if direct is not None:
             torch.testing.assert_close(y, direct)
+
+
+def test_the_article_s_example() -> None:
+    """Ten epochs with its two-argument form; the sum is h1 + h2; section 4's blocks, forward and gradient."""
+    path = Path(__file__).parents[2] / "examples" / "article_torch.py"
+    spec = importlib.util.spec_from_file_location("article_torch", path)
+    assert spec is not None
+    assert spec.loader is not None
+    article = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(article)
+    losses = article.train()
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+    net, x = article.SimpleNet(), torch.rand(7, 2)
+    assert torch.equal(net(x), net.out(net.h1(x) + net.h2(x)))
+    assert len(list(net.parameters())) == 6
+    assert max(article.blocks_of_five()) < 1e-14
