@@ -152,10 +152,10 @@ def test_fit_save_load(update: str, tmp_path: Path) -> None:
 def test_balanced_fit() -> None:
     """A last batch that is smaller."""
     x = samples(50, 4).astype("float32")
-    model = keras.Sequential([keras.Input((4,)), RegionExperts(KMeans(4, balanced=True), mlp())])
+    model = keras.Sequential([keras.Input((4,)), RegionExperts(KMeans(4, balanced=True, capacity=6), mlp())])
     model.compile("adam", "mse")
     model.fit(x, x[:, :2], epochs=1, batch_size=20, verbose=0)
-    assert model.predict(x, verbose=0).shape == (50, 2)
+    assert model.predict(x, batch_size=20, verbose=0).shape == (50, 2)
 
 
 def test_masks_of_steps() -> None:

@@ -178,6 +178,7 @@ def test_adapt() -> None:
         (lambda x: RegionExperts(KMeans(3), nn.Flatten(0))(x), PartitionError, "must keep them"),
         (lambda x: RegionExperts(KMeans(3), mlp(), features=5)(x), InputError, "5 features; got shape .9, 4."),
         (lambda x: RegionExperts(KMeans(3), mlp())(x[0]), InputError, r"got shape \(4,\)"),
+        (lambda x: RegionExperts(KMeans(3), mlp())(x[:0]), InputError, r"at least one sample; got shape \(0, 4\)"),
         (
             lambda x: RegionExperts(KMeans(3), mlp())(x, torch.ones(3, dtype=torch.bool)),
             InputError,

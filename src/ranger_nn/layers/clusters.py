@@ -244,13 +244,15 @@ def check_samples(partition: KMeans, shape: Sequence[Any], features: int | None)
     """Refuse what K-means cannot route.
 
     Raises:
-        InputError: not (batch, d) or (batch, N, d), or another d than the centres have.
+        InputError: not (batch, d) or (batch, N, d), no samples, or another d than the centres have.
     """
     if len(shape) not in (2, 3):
         raise InputError(
             f"{partition} routes samples (batch, d) or tokens (batch, N, d); got shape {tuple(shape)}. Reshape it, for "
             "an image to (batch, height * width, channels)"
         )
+    if 0 in shape:
+        raise InputError(f"{partition} routes at least one sample; got shape {tuple(shape)}")
     if features is not None and shape[-1] != features:
         raise InputError(f"the centres of {partition} have {features} features; got shape {tuple(shape)}")
 

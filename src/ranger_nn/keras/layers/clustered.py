@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 def clustered(layer: RegionalAggregator, x: Any, present: Any, mask: Any, training: bool) -> Any:
     """The layer's result on samples (batch, d) or tokens (batch, N, d)."""
-    kind, over = layer.partition, layer.aggregator
+    kind, over, clusters = layer.partition, layer.aggregator, layer.clusters
+    assert clusters is not None
     check_join(kind, over, len(x.shape))
-    routes = layer.clusters.route(x, mask, sets=len(x.shape) == 3, separate=layer.locals is not None)
+    routes = clusters.route(x, mask, sets=len(x.shape) == 3, separate=layer.locals is not None)
     rows = ops.reshape(x, (-1, x.shape[-1]))
     together = taken(rows, routes, zeros=kind.balanced)
     if training:
-        layer.clusters.follow(routes, together)
+        clusters.follow(routes, together)
     there = _there(routes, x, present, mask)
     lead = ops.shape(x)[:-1]
     if layer.stacked is None and layer.locals is None and not kind.balanced:
@@ -74,7 +75,8 @@ def _over_tokens(layer: RegionalAggregator, y: Any, routes: Routes, there: Any) 
     if isinstance(layer.aggregator, WeightedMean) and weights is None:
         own = ops.take(layer._region_weights(y.dtype), routes.region, axis=0)
         weights = [ops.transpose(ops.reshape(own, (-1, n)))]
-    return reduce(xp, layer.aggregator, [result], weights, there)
+    over: Any = layer.aggregator
+    return reduce(xp, over, [result], weights, there)
 
 
 def _over_sets(layer: RegionalAggregator, y: Any, routes: Routes, present: Any) -> Any:

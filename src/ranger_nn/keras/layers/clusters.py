@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from ranger_nn.errors import PartitionError
 from ranger_nn.keras import namespace as xp
 from ranger_nn.layers.clusters import (
     Routes,
@@ -71,7 +72,7 @@ class Clusters(keras.layers.Layer):
 
         Raises:
             InputError: another shape. NaN is not looked for: a graph has nowhere to say so.
-            PartitionError: balanced, and a capacity too small.
+            PartitionError: balanced, and a capacity too small, or none for a batch that is not known.
         """
         check_samples(self.partition, x.shape, self.centres.shape[1])
         if mask is not None and None not in (*mask.shape, *x.shape):
@@ -89,11 +90,14 @@ class Clusters(keras.layers.Layer):
     def _balanced(self, near: Any, x: Any, mask: Any, sets: bool) -> Routes:
         clusters, sizes = self.partition.clusters, ops.shape(x)
         groups, rows = (sizes[0], sizes[1]) if len(x.shape) == 3 else (1, sizes[0])
+        if not isinstance(rows, int) and self.partition.capacity is None:
+            raise PartitionError(
+                f"{self.partition} shares out a known number of samples; the input has shape {tuple(x.shape)} when it is "
+                "traced. Give capacity=..., at least batch / clusters, or keras.Input(..., batch_size=...)"
+            )
         capacity = self.partition.capacity or -(-rows // clusters)
         if isinstance(rows, int):
             check_capacity(rows, clusters, capacity)
-        else:
-            capacity = ops.maximum(capacity, -(-rows // clusters))
         near = ops.reshape(near, (groups, rows, clusters))
         there = None if mask is None else ops.reshape(mask, (groups, rows))
         if there is not None or not isinstance(rows, int) or clusters * capacity != rows:

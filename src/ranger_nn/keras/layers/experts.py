@@ -26,8 +26,8 @@ class RegionExperts(keras.layers.Layer):
     Args:
         partition: `KMeans(regions)`. Unbalanced, no sample is dropped whatever the loads, and shapes are static all the
             same; `balanced=True`: each region takes at most `capacity` samples of a batch, or tokens of a sequence,
-            those that do not fit go to the next region (where TensorFlow does not know the batch when it traces, a
-            capacity that is too small is raised). Its `update` moves the centres in training: "ema", "gradient" (a term
+            those that do not fit go to the next region (samples of a batch that TensorFlow does not know when it traces
+            need `capacity`; one too small fails when it runs). Its `update` moves the centres in training: "ema", "gradient" (a term
             in `losses`) or "none".
         local: the network of a region, samples (n, d) in and (n, ...) out, each sample by itself; one for each region,
             each initialised as a new layer of `local`'s configuration. No state (BatchNormalization, Dropout), no

@@ -89,7 +89,8 @@ def _over_tokens(layer: RegionalAggregator, y: Tensor, routes: Routes, there: Te
     weights = layer._weights([result], None, numbers=False)
     if isinstance(layer.aggregator, WeightedMean) and weights is None:
         weights = [layer._region_weights(y)[routes.region].reshape(batch, n).T]
-    return reduce(xp, layer.aggregator, [result], weights, there)
+    over: Any = layer.aggregator
+    return reduce(xp, over, [result], weights, there)
 
 
 def _over_sets(layer: RegionalAggregator, y: Tensor, routes: Routes, present: Tensor | None) -> Tensor:

@@ -261,7 +261,7 @@ def _nearest_now(near: np.ndarray, there: np.ndarray | None, separate: bool) -> 
     size, blocks = arrangement(loads.tolist(), separate)
     short = region.astype(np.int16) if clusters < 2**15 - 1 else region  # sorted by digits
     found = grouped(numpy, short, there, rows, clusters, size, blocks)
-    given = {f.name: getattr(found, f.name) for f in fields(found)} | {"region": region}
+    given: dict[str, Any] = {f.name: getattr(found, f.name) for f in fields(found)} | {"region": region}
     return Routes(**{n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in given.items()})
 
 
