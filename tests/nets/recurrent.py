@@ -85,6 +85,19 @@ class Parallel(nn.Module):
         return y, y.mean(0)
 
 
+class Words(nn.Module):
+    """Indices into a table, a GRU, a score for each index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4, padding_idx=0)
+        self.layer = nn.GRU(4, 5, batch_first=True)
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layer(self.table((x.abs() * 4).long().clamp(max=8)))[0])
+
+
 class Columns(nn.Module):
     """A picture read as a series of its columns, as in text recognition."""
 
@@ -148,6 +161,7 @@ RECURRENT = (
         REGION),
     net("encoder_decoder", Decoder, TIME_FIRST, REGION),
     net("parallel_recurrences", Parallel, TIME_FIRST, REGION),
+    net("words", Words, ((2, 61),), REGION),
     net("columns", Columns, ((2, 3, 13, 41),), (11, 17)),
     net("recurrent_cells", Cells, ((7, 2, 3),), (3,)),
 )  # fmt: skip

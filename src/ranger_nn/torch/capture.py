@@ -25,6 +25,7 @@ from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
 from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
 from ranger_nn.torch.layout import result_layout
+from ranger_nn.torch.recurrent_ops import whole_recurrences
 
 VIEWS = {
     "slice",
@@ -241,7 +242,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     """`torch.export`, with an error that names the line where it fails."""
     _refuse_cumulative(model)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), whole_recurrences():
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:

@@ -34,7 +34,8 @@ class Sizes:
     """Elements that one step of one sample takes: what the operator computes, and what autograd keeps of it.
 
     Counted with `ranger_nn.measure` on PyTorch 2.13. The step loop keeps its gates, their parts and the states, once
-    more the input's gradient. oneDNN's LSTM pads widths to 16, and for one sample it has no room to reuse.
+    more the input's gradient. oneDNN's LSTM pads widths to 16 (and once more at
+    multiples of 256), and for one sample it has no room to reuse.
     """
 
     def __init__(self, mode: str, features: int, hidden: int, out: int, samples: int, fused: int) -> None:
@@ -45,6 +46,7 @@ class Sizes:
         self.saved = max(loop, features + (gates + 1) * hidden)
         if fused:
             wide = -(-max(features, hidden) // 16) * 16
+            wide += 0 if wide % 256 else 16
             alone = 4 * hidden + 16 if samples == 1 else 0
             self.forward = 3 * hidden + 2 * wide + alone * (4 // fused)
             self.saved = (14 * hidden + 6 * wide + 32 + features) * (2 if fused == 4 else 3) // 2
@@ -210,7 +212,8 @@ class Recurrence(Kernel):
     def scratch(self, at: Extent) -> int:
         """What one chunk computes, copies of what is not in order, and reordered weights."""
         steps = at.out_box[self.time][1] - at.out_box[self.time][0] if self.gives else self.steps
-        one = self.samples * (self.sizes.forward + self._copied()) * self.itemsize
+        result = self.out if steps <= self.chunk and self.gives else 0  # one chunk: its output is the node's
+        one = self.samples * (self.sizes.forward - result + self._copied()) * self.itemsize
         return min(self.chunk, steps) * one + self._reordered(1)
 
     def _copied(self) -> int:

@@ -567,6 +567,16 @@ def _attention(op: Operator) -> Any:
     return op.emit(inputs, contraction.attention(shapes, op.out), K.Attention(function), macs=macs)
 
 
+@rule("embedding")
+def _embedding(op: Operator) -> Any:
+    """Rows of a table, one for each index. In training a region's gradient would be as large as the table: whole."""
+    function, inputs = op.call()
+    if op.lower.grad or inputs != [op.arg("weight"), op.arg("indices")]:
+        return None
+    table, indices = (op.shape(v) for v in inputs)
+    return op.emit(inputs, contraction.embedding(table, indices), K.Call(function))
+
+
 @rule(*RECURRENT)
 def _recurrent(op: Operator) -> Any:
     return lower_recurrent(op)

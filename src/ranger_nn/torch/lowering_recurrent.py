@@ -31,9 +31,7 @@ MASK_STEPS = 64
 
 def lower_recurrent(op: Operator) -> Any:
     """Values of (output, last states ...), None for those that nothing reads; None for packed sequences."""
-    if getattr(op.target, "_overloadname", "") != "input":
-        return None
-    return _Layers(op).lower()
+    return _Layers(op).lower() if "batch_first" in op.arguments else None
 
 
 class _Layers:
@@ -41,7 +39,7 @@ class _Layers:
 
     def __init__(self, op: Operator) -> None:
         """The arguments, by the names of the schema."""
-        self.op, self.lower_ = op, op.lower
+        self.op, self.made = op, op.lower
         hx = op.arguments["hx"]
         self.hx = [h.index for h in (hx if isinstance(hx, (list, tuple)) else [hx])]
         self.params = [p.index for p in op.arguments["params"]]
@@ -76,7 +74,7 @@ class _Layers:
 
     def _node(self, layer: int, way: int, x: int, gives: bool) -> list[Any]:
         """y (None where it is not given) and the states behind the last step, of one layer in one direction."""
-        lower, index = self.lower_, layer * self.ways + way
+        lower, index = self.made, layer * self.ways + way
         before = [self._state(h, index) for h in self.hx]
         weights = self.params[index * self.per_layer : (index + 1) * self.per_layer]
         inputs, shape = [x, *before, *weights], lower.shape(x)
@@ -117,25 +115,25 @@ class _Layers:
 
     def _state(self, h: int, index: int) -> int:
         """Layer and direction `index` of the states before the first step."""
-        shape = self.lower_.shape(h)
+        shape = self.made.shape(h)
         if shape[0] == 1:
             return h
-        like = torch.empty((1, *shape[1:]), dtype=getattr(torch, self.lower_.values[h].dtype), device="meta")
+        like = torch.empty((1, *shape[1:]), dtype=getattr(torch, self.made.values[h].dtype), device="meta")
         rule = movement.crop(shape, 0, index, 1)
-        return self.lower_.emit("slice", [h], like, rule, M.Crop(0, index, 1), alias=0)
+        return self.made.emit("slice", [h], like, rule, M.Crop(0, index, 1), alias=0)
 
     def _join(self, values: Sequence[int], dim: int) -> int:
         if len(values) == 1:
             return values[0]
-        shapes = [self.lower_.shape(v) for v in values]
+        shapes = [self.made.shape(v) for v in values]
         shape = list(shapes[0])
         shape[dim] = sum(s[dim] for s in shapes)
-        like = torch.empty(shape, dtype=getattr(torch, self.lower_.values[values[0]].dtype), device="meta")
+        like = torch.empty(shape, dtype=getattr(torch, self.made.values[values[0]].dtype), device="meta")
         rule = movement.concatenate(shapes, dim)
-        return self.lower_.emit("cat", values, like, rule, M.Concatenate(dim), vjp_reads=())
+        return self.made.emit("cat", values, like, rule, M.Concatenate(dim), vjp_reads=())
 
     def _drop(self, x: int) -> int:
         from ranger_nn.torch.lowering import emit_dropout
 
-        like = torch.empty(self.lower_.shape(x), dtype=getattr(torch, self.lower_.values[x].dtype), device="meta")
-        return emit_dropout(self.lower_, x, self.dropout, like, self.time, MASK_STEPS)
+        like = torch.empty(self.made.shape(x), dtype=getattr(torch, self.made.values[x].dtype), device="meta")
+        return emit_dropout(self.made, x, self.dropout, like, self.time, MASK_STEPS)
