@@ -56,6 +56,8 @@ def test_equals_pytorch(summaries: bool, n: int) -> None:
 def test_fit_save_load(jit: bool, tmp_path: Path) -> None:
     if jit and BACKEND == "torch":
         pytest.skip("Keras compiles on torch through inductor, which needs a C++ compiler")
+    if not jit and BACKEND == "jax":
+        pytest.skip("JAX without jit compiles each operator by itself, which takes long")
     keras.utils.set_random_seed(0)
     inputs = keras.Input((16, 8))
     layer = ClusteredAttention(2, KMeans(4, balanced=True, decay=0.9))
@@ -64,7 +66,7 @@ def test_fit_save_load(jit: bool, tmp_path: Path) -> None:
     x = tokens(8, 16, 8)
     y, centres = 2 + x[..., :1] / 4, as_numpy(layer.centres)
     before = model.evaluate(x, y, verbose=0)
-    model.fit(x, y, epochs=12 if jit or BACKEND != "jax" else 4, verbose=0)
+    model.fit(x, y, epochs=12, verbose=0)
     assert model.evaluate(x, y, verbose=0) < before
     assert not np.allclose(as_numpy(layer.centres), centres)
     model.save(tmp_path / "m.keras")

@@ -85,8 +85,10 @@ def test_configuration_shape_and_file(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(as_numpy(keras.saving.load_model(tmp_path / "m.keras")(x)), y)
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [*((n, "mixed_bfloat16") for n in CASES), ("softmax", "mixed_float16"), ("attention", "mixed_float16")],
+)
 def test_mixed_precision(name: str, policy: str) -> None:
     """Results in half, weights in full, near the numbers in full."""
     make, x = CASES[name][0], batch(name)
