@@ -226,6 +226,14 @@ def test_plan_of_training_says_chunks_and_a_budget_shortens_them() -> None:
     assert fits.projected <= error.value.least
 
 
+def test_plan_of_training_cuts_what_is_around() -> None:
+    """Convolution, norm and linear layer still go region by region; the recurrent layers are whole, in chunks."""
+    plan = ranger_nn.plan(Tagger(), torch.randn(2, 3, STEPS), regions=(13,), training=True)
+    assert plan.axes == ("time",)
+    assert len(plan.sweeps) == 2
+    assert len(plan.whole) == 2
+
+
 def test_cells_are_ordinary_operators() -> None:
     """nn.*Cell in a loop is no recurrence to the plan."""
     entry = next(e for e in NETS if e.name == "recurrent_cells")

@@ -35,7 +35,7 @@ def _contracted(graph: Graph) -> list[tuple[int, int]]:
     return grouped + [
         (node.inputs[0], d)
         for node in graph.nodes
-        if node.macs and node.inputs and any(graph.values[v].kind == PARAMETER for v in node.inputs[1:])
+        if node.macs and not node.rule.reason and any(graph.values[v].kind == PARAMETER for v in node.inputs[1:])
         for d, link in enumerate(node.rule.links[0])
         if link is None
     ]

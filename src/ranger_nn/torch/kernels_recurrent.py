@@ -213,16 +213,14 @@ class Recurrence(Kernel):
         """What one chunk computes, copies of what is not in order, and reordered weights."""
         steps = at.out_box[self.time][1] - at.out_box[self.time][0] if self.gives else self.steps
         result = self.out if steps <= self.chunk and self.gives else 0  # one chunk: its output is the node's
-        one = self.samples * (self.sizes.forward - result + self._copied()) * self.itemsize
+        copies = max(self.features, self.out) * (int(self.time == 1) + int(self.reverse))
+        one = self.samples * (self.sizes.forward - result + copies) * self.itemsize
         return min(self.chunk, steps) * one + self._reordered(1)
-
-    def _copied(self) -> int:
-        """Elements of a step that are copied into the order in which the operator takes them."""
-        return (self.features + self.out) * (int(self.time == 1) + 2 * int(self.reverse))
 
     def vjp_scratch(self, at: Extent) -> int:
         """What autograd saves of a chunk, copies of what is not in order, and the weights' gradients of a chunk."""
-        one = self.samples * (self.sizes.saved + self._copied()) * self.itemsize
+        copies = (self.features + self.out) * (int(self.time == 1) + 2 * int(self.reverse))
+        one = self.samples * (self.sizes.saved + copies) * self.itemsize
         return min(self.chunk, self.steps) * one + self._reordered(2)
 
     def _reordered(self, times: int) -> int:
