@@ -1,10 +1,10 @@
 """Recurrent layers by regions of time beside PyTorch's own: LSTM and GRU in training, a tagger in inference.
 
-python -m benchmarks.lstm_training                 T = 32768, batch 8, hidden 64 (GRU: an eighth of the steps)
+python -m benchmarks.lstm_training                 T = 32768, batch 8, hidden 64 (GRU: a sixteenth of the steps)
 python -m benchmarks.lstm_training --size 4096     fewer steps
 
-The table counts as all benchmarks here do: the input exists before, the final output is left out on both sides. The
-line below it counts everything that forward and backward of the LSTM allocate, the output and the input's gradient too.
+The tables count as all benchmarks here do: the input exists before, the final output is left out on both sides. The
+line below the first counts everything that forward and backward of the LSTM allocate, the output and the input's gradient too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def cases(chosen: Options) -> list[Case]:
     """The LSTM at its target, the GRU and the tagger at the same."""
     torch.manual_seed(0)
     steps = chosen.side(STEPS)
-    few = max(64, steps // 8)
+    few = max(64, steps // 16)
     lstm, gru = (chosen.place(Output(kind(WIDTH, WIDTH))) for kind in (nn.LSTM, nn.GRU))
     x, short = chosen.draw(steps, BATCH, WIDTH), chosen.draw(few, BATCH, WIDTH)
     series = chosen.draw(BATCH, WIDTH, steps)
@@ -89,11 +89,13 @@ def all_counted(case: Case, chosen: Options) -> str:
 
 
 def main() -> None:
-    """The table, and the line below it."""
+    """A table for each case, and the line below the first."""
     chosen = options()
     work = cases(chosen)
-    show([compare(case, chosen) for case in work])
-    print(all_counted(work[0], chosen))
+    for n, case in enumerate(work):
+        show([compare(case, chosen)])
+        if not n:
+            print(all_counted(case, chosen), flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def _shapes(name: str) -> Callable[..., tuple[Tensor, ...]]:
         batch_first: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
-        states = list(hx) if isinstance(hx, (list, tuple)) else [hx]
+        states: list[Tensor] = [hx] if isinstance(hx, Tensor) else list(hx)
         width = states[0].shape[-1] * (2 if bidirectional else 1)
         y = input.new_empty((*input.shape[:2], width), dtype=dtype)
         return (y, *(torch.empty_like(h, dtype=dtype) for h in states))
