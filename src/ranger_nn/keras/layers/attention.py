@@ -262,7 +262,7 @@ def _inverse(order: Any) -> Any:
     return ops.reshape(found, (-1, tokens))
 
 
-def _rows(order: Any, tokens: int) -> Any:
+def _rows(order: Any, tokens: Any) -> Any:
     """order[g] + g * tokens: rows of groups that lie one below the other."""
     groups = ops.cumsum(ops.ones_like(order[:, :1]), axis=0) - 1
     return order + groups * tokens
@@ -270,5 +270,6 @@ def _rows(order: Any, tokens: int) -> Any:
 
 def _taken(x: Any, order: Any) -> Any:
     """x[g, order[g]] of (groups, tokens, d)."""
-    rows = ops.take(ops.reshape(x, (-1, x.shape[2])), ops.reshape(_rows(order, x.shape[1]), (-1,)), axis=0)
+    places = _rows(order, ops.cast(ops.shape(x)[1], order.dtype))
+    rows = ops.take(ops.reshape(x, (-1, x.shape[2])), ops.reshape(places, (-1,)), axis=0)
     return ops.reshape(rows, (-1, order.shape[1], x.shape[2]))
