@@ -83,7 +83,7 @@ def test_state_dict_and_copies(name: str, tmp_path: Path) -> None:
     assert not {id(p) for p in again.parameters()} & {id(p) for p in net.parameters()}
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("memory", "sliced", "weighted_mean")])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("memory", "sliced")])
 def test_compile(name: str) -> None:
     """One graph, forward and gradient."""
     net, x = made(name)

@@ -119,7 +119,7 @@ class Layout:
 
     def shares(self) -> list[float]:
         """Each region's share of all elements."""
-        owned = [prod(b - a for a, b in r.own) for r in self.regions]
+        owned = [prod([b - a for a, b in r.own]) for r in self.regions]
         return [n / sum(owned) for n in owned]
 
     def coordinates(self, group: Group) -> list[list[list[float]]]:
