@@ -15,6 +15,7 @@ from torch.func import functional_call
 from ranger_nn import Grid, InputError, KMeans, PartitionError
 from ranger_nn.layers.clusters import EMPTY_AFTER
 from ranger_nn.torch import RegionExperts
+from ranger_nn.torch.layers.stacked import Stacked
 
 KINDS = [KMeans(5), KMeans(5, balanced=True), KMeans(5, balanced=True, capacity=9), KMeans(1), KMeans(40)]
 
@@ -60,6 +61,36 @@ def test_each_sample_through_its_own_network(kind: KMeans, shape: tuple[int, ...
     pull, leaves = torch.randn_like(y), [x, *net.local.parameters()]
     for a, b in zip(*(torch.autograd.grad((out * pull).sum(), leaves) for out in (y, wanted))):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("lead", [(5,), (2, 3)])
+@pytest.mark.parametrize("owner", [None, torch.tensor([2, 0, 2, 1])])
+def test_linear_layers_in_a_row(lead: tuple[int, ...], owner: Tensor | None) -> None:
+    """One product for each Linear: each copy alone gives the same, forward and gradient."""
+    local = nn.Sequential(
+        nn.Linear(4, 6, bias=False), nn.Sequential(nn.GELU(), nn.Linear(6, 3)), nn.Dropout(), nn.Tanh()
+    )
+    net = Stacked(local, 3).eval()
+    assert net._row is not None
+    x = torch.randn(3 if owner is None else 4, *lead, 4, requires_grad=True)
+    each = range(3) if owner is None else owner.tolist()
+    found = net(owner, x)
+    alone = torch.stack([functional_call(local, net._state(i), (part,)) for i, part in zip(each, x)])
+    torch.testing.assert_close(found, alone, rtol=1e-12, atol=1e-13)
+    pull, leaves = torch.randn_like(found), [x, *net.parameters()]
+    for a, b in zip(*(torch.autograd.grad((y * pull).sum(), leaves) for y in (found, alone))):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_what_is_not_such_a_row() -> None:
+    """Modules of other kinds, hooks, and a layer that comes twice: as vmap runs them."""
+    twice, hooked = nn.Linear(4, 4), nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda module, given, y: y + 1)
+    for local in (nn.Sequential(twice, nn.Tanh(), twice), nn.Sequential(hooked), nn.Sequential(nn.LayerNorm(4))):
+        net, x = Stacked(local, 3), torch.randn(3, 5, 4)
+        assert net._row is None
+        alone = torch.stack([functional_call(local, net._state(i), (part,)) for i, part in enumerate(x)])
+        torch.testing.assert_close(net(None, x), alone, rtol=1e-12, atol=1e-13)
 
 
 def test_uneven_loads() -> None:

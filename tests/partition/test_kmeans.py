@@ -19,6 +19,7 @@ from ranger_nn.layers.clusters import (
     block_size,
     filled,
     grouped,
+    grouped_now,
     moved,
     nearness,
 )
@@ -50,10 +51,15 @@ def test_every_sample_once_with_its_region(rows: int, clusters: int, seed: int, 
     there = rng.random(rows) < 0.6 if masked else None
     loads = np.bincount(region if there is None else region[there], minlength=clusters)
     fixed = block_size(rows, clusters) if size is None else size
-    for length, blocks in ((fixed, block_count(rows, clusters, fixed)), arrangement(loads.tolist()), (rows, None)):
-        routes = grouped(xp, region, there, rows, clusters, length, blocks)
+    made = [
+        grouped(xp, region, there, rows, clusters, length, blocks)
+        for length, blocks in ((fixed, block_count(rows, clusters, fixed)), arrangement(loads), (rows, None))
+    ]
+    for routes in (*made, grouped_now(region, there, clusters, False), grouped_now(region, there, clusters, True)):
+        length = routes.shape[1]
         owner = np.arange(clusters) if routes.owner is None else routes.owner
-        assert routes.shape == (len(owner), length)
+        assert routes.shape[0] == len(owner)
+        assert len(routes.take) == len(owner) * length
         present = np.arange(rows) if there is None else np.flatnonzero(there)
         np.testing.assert_array_equal(np.sort(routes.take[routes.used]), present)
         np.testing.assert_array_equal(routes.take[routes.back[present]], present)

@@ -6,10 +6,9 @@ compiled, or on a device whose numbers are not read, their number follows from t
 
 from __future__ import annotations
 
-from dataclasses import fields
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import array_api_compat.numpy as numpy
 import array_api_compat.torch as xp
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from ranger_nn.errors import InputError
 from ranger_nn.layers.clusters import (
     Routes,
-    arrangement,
     balanced,
     block_count,
     block_size,
@@ -28,8 +26,8 @@ from ranger_nn.layers.clusters import (
     check_samples,
     filled,
     grouped,
+    grouped_now,
     moved,
-    nearness,
 )
 from ranger_nn.layers.routing import balanced_slots, balanced_slots_now, check_capacity
 from ranger_nn.partition.kmeans import KMeans
@@ -91,20 +89,22 @@ class Clusters(LazyModuleMixin, nn.Module):
         """
         check_samples(self.partition, x.shape, self.centres.shape[1])
         check_mask(mask, x.shape)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), _exact(x.device.type):
             exact = torch.promote_types(x.dtype, torch.float32)
             rows = x.reshape(-1, x.shape[-1]).to(exact)
-            near = nearness(xp, rows, self.centres.to(exact), self.partition.balanced)
-            if _readable(x):
-                _check_finite(near, x, mask)
+            near = _nearness(rows, self.centres.to(exact), self.partition.balanced)
             if self.partition.balanced:
                 return self._balanced(near, x, mask, sets)
-            return self._nearest(near, None if mask is None else mask.reshape(-1), separate)
+            return self._nearest(near, x, mask, separate)
 
-    def _nearest(self, near: Tensor, there: Tensor | None, separate: bool) -> Routes:
+    def _nearest(self, near: Tensor, x: Tensor, mask: Tensor | None, separate: bool) -> Routes:
         rows, clusters = near.shape
-        if _readable(near):
-            return _nearest_now(near.numpy(), None if there is None else there.numpy(), separate)
+        there = None if mask is None else mask.reshape(-1)
+        if _readable(x):
+            scores = near.numpy()
+            region = scores.argmax(1)  # of a row with NaN, where the first one is
+            _check_finite(scores[np.arange(rows), region], x, mask)
+            return _from_numpy(grouped_now(region, None if there is None else there.numpy(), clusters, separate))
         size = rows if separate else block_size(rows, clusters)
         blocks = None if separate else block_count(rows, clusters, size)
         return grouped(xp, near.argmax(1), there, rows, clusters, size, blocks)
@@ -114,6 +114,8 @@ class Clusters(LazyModuleMixin, nn.Module):
         groups, rows = (x.shape[0], x.shape[1]) if x.dim() == 3 else (1, x.shape[0])
         capacity = self.partition.capacity or -(-rows // clusters)
         check_capacity(rows, clusters, capacity)
+        if _readable(x):
+            _check_finite(near.numpy().max(1), x, mask)
         near = near.reshape(groups, rows, clusters)
         there = None if mask is None else mask.reshape(groups, rows)
         if there is not None or clusters * capacity != rows:
@@ -135,7 +137,7 @@ class Clusters(LazyModuleMixin, nn.Module):
         update = self.partition.update
         if update == "none" or not self.training:
             return None
-        with torch.no_grad(), torch.autocast(taken.device.type, enabled=False):
+        with torch.no_grad(), _exact(taken.device.type):
             exact = torch.promote_types(taken.dtype, torch.float32)
             blocks = (routes.shape[0], -1)
             used = None if routes.used is None else routes.used.reshape(blocks)
@@ -248,31 +250,37 @@ class _Drawn(torch.autograd.Function):
         return grads[0], ctx.saved_tensors[0], None
 
 
+def _exact(device: str) -> AbstractContextManager[Any]:
+    """Without autocast; where there is none, nothing, which costs less."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _readable(x: Tensor) -> bool:
     """Can numbers be read at no cost."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _nearest_now(near: np.ndarray, there: np.ndarray | None, separate: bool) -> Routes:
-    """In NumPy, whose small operations cost a tenth; blocks fit the loads."""
-    rows, clusters = near.shape
-    region = near.argmax(1)
-    loads = np.bincount(region if there is None else region[there], minlength=clusters)
-    size, blocks = arrangement(loads.tolist(), separate)
-    short = region.astype(np.int16) if clusters < 2**15 - 1 else region  # sorted by digits
-    found = grouped(numpy, short, there, rows, clusters, size, blocks)
-    given: dict[str, Any] = {f.name: getattr(found, f.name) for f in fields(found)} | {"region": region}
-    return Routes(**{n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in given.items()})
+def _nearness(rows: Tensor, centres: Tensor, absolute: bool) -> Tensor:
+    """`nearness`, with one product that also adds: a third of its calls."""
+    middle = centres.mean(0)
+    rows, centres = rows - middle, centres - middle
+    near = torch.addmm((centres * centres).sum(1) / -2, rows, centres.T)
+    return near - (rows * rows).sum(1, keepdim=True) / 2 if absolute else near
 
 
-def _check_finite(near: Tensor, x: Tensor, mask: Tensor | None) -> None:
-    """Refuse NaN: a sample with one has no distance."""
-    best = near.amax(1)
+def _check_finite(best: np.ndarray, x: Tensor, mask: Tensor | None) -> None:
+    """Refuse NaN: a sample with one has no distance, and NaN is what its nearest centre seems to be at."""
+    finite = np.isfinite(best)
     if mask is not None:
-        best = torch.where(mask.reshape(-1), best, 0)
-    if not bool(best.sum().isfinite()):
-        broken = int((~best.isfinite()).sum())
+        finite |= ~mask.reshape(-1).numpy()
+    if not finite.all():
         raise InputError(
-            f"K-means routes samples with a finite distance to the centres; {broken} of {best.numel()} in an input of "
-            f"shape {tuple(x.shape)} hold NaN, infinite or too large numbers. Leave them out, or mask them"
+            f"K-means routes samples with a finite distance to the centres; {np.count_nonzero(~finite)} of {best.size} in "
+            f"an input of shape {tuple(x.shape)} hold NaN, infinite or too large numbers. Leave them out, or mask them"
         )
+
+
+def _from_numpy(routes: Routes) -> Routes:
+    """The same routes as tensors."""
+    given = (routes.take, routes.used, routes.back, routes.owner, routes.region, routes.there)
+    return Routes(*(None if a is None else torch.from_numpy(a) for a in given), routes.shape)

@@ -1,4 +1,11 @@
-"""One module with a set of parameters for each region, held as stacked tensors (regions, ...)."""
+"""One module with a set of parameters for each region, held as stacked tensors (regions, ...).
+
+    linear and pointwise modules in a row      one torch.baddbmm for each linear module
+    recurrent layers, buffers                  a loop over regions
+    any other                                  torch.func.vmap
+
+Enter at `Stacked`.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +18,21 @@ from torch.func import functional_call, vmap
 
 from ranger_nn.errors import PartitionError
 
+# one number in, one number out, no parameters: the same on stacked regions
+POINTWISE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid,
+    nn.Softplus, nn.Hardtanh, nn.Identity, nn.Dropout,
+)  # fmt: skip
+
 
 class Stacked(nn.Module):
     """`regions` independent copies of `module`, applied to stacked regions in one call.
 
     Parameters and buffers have the names of the module's own (dots become "/") and a leading axis of regions. Copies
-    are initialised one by one with `reset_parameters`. Modules with buffers or recurrent layers run in a loop: vmap
-    does not update buffers and does not take fused recurrent operators. Under autocast a copy runs in its type throughout.
+    are initialised one by one with `reset_parameters`. A `Linear`, or a `Sequential` of them and pointwise activations,
+    without hooks when this is made, is one matrix product for each `Linear`. Modules with buffers or recurrent layers
+    run in a loop: vmap does not update buffers and does not take fused recurrent operators. Under autocast a copy runs in
+    its type throughout.
     """
 
     def __init__(self, module: nn.Module, regions: int) -> None:
@@ -34,6 +49,7 @@ class Stacked(nn.Module):
         # not a submodule: its own parameters only give names and shapes
         self._template = (module,)
         self.regions = regions
+        self._row = _row(module, self._names)
         self.batched = not self._buffers_of and not any(isinstance(m, nn.RNNBase) for m in module.modules())
 
     def check_batched(self, layer: str) -> None:
@@ -76,11 +92,50 @@ class Stacked(nn.Module):
         if torch.is_autocast_enabled(stacked.device.type):
             # vmap does not see autocast
             state, stacked = _lowered(state, stacked)
+        if self._row is not None and stacked.dim() > 2:
+            return _products(self._row, state, stacked)
 
         def one(state: dict[str, Tensor], x: Tensor) -> Tensor:
             return functional_call(self.module, state, (x,))
 
         return vmap(one, in_dims=(0, 0), randomness="different")(state, stacked)
+
+
+def _row(module: nn.Module, names: list[str], name: str = "") -> list[tuple[str, nn.Module]] | None:
+    """Linear and pointwise modules in the order in which they are applied, with their names; None if there are others."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return None
+    if type(module) is nn.Linear:
+        own = [f"{name}.{n}".lstrip(".") for n in ("weight", "bias") if getattr(module, n) is not None]
+        return [(name, module)] if all(n in names for n in own) else None  # shared ones have one name only
+    if type(module) in POINTWISE:
+        return [(name, module)]
+    if type(module) is not nn.Sequential:
+        return None
+    found: list[tuple[str, nn.Module]] = []
+    for part, child in module._modules.items():
+        row = None if child is None else _row(child, names, f"{name}.{part}".lstrip("."))
+        if row is None:
+            return None
+        found += row
+    return found
+
+
+def _products(row: list[tuple[str, nn.Module]], state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Modules of `_row` on stacked regions (regions, batch, ..., features), each region with its own parameters."""
+    lead = x.shape[:-1]
+    y = x if x.dim() == 3 else x.flatten(1, -2)
+    for name, module in row:
+        if not isinstance(module, nn.Linear):
+            y = module(y)
+            continue
+        weight = state[f"{name}.weight".lstrip(".")].mT
+        y = torch.bmm(y, weight) if module.bias is None else torch.baddbmm(_bias(name, state), y, weight)
+    return y if x.dim() == 3 else y.reshape(*lead, y.shape[-1])
+
+
+def _bias(name: str, state: dict[str, Tensor]) -> Tensor:
+    return state[f"{name}.bias".lstrip(".")].unsqueeze(1)
 
 
 def _lowered(state: dict[str, Tensor], x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
