@@ -7,8 +7,10 @@ made with what they leave, a few times at most. Enter at `prepare`.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -73,6 +75,17 @@ class Prepared:
         """The plan, and what files add."""
         return f"{self.plan}\nreading and writing {format_bytes(self.in_flight)}, in all {format_bytes(self.projected)}"
 
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the input's pixels."""
+        return prod(self.source.shape) * self.source.dtype.itemsize
+
+    def expected_seconds(self) -> float:
+        """About how long the run takes: its multiply-adds and bytes at the rates of a small convolution and a copy."""
+        macs_rate, bytes_rate = _rates(self.device)
+        moved = 2 * sum(self.graph.values[v].nbytes for n in self.graph.nodes for v in n.outputs)
+        return self.program.macs / macs_rate + moved / bytes_rate
+
     def pictures(self) -> list[int]:
         """Outputs that are written region by region."""
         made = {i.value for i in self.program.instructions if i.op == ALLOC}
@@ -113,6 +126,22 @@ class Prepared:
             "input": self.source.identity() | {"pixels": str(self.pixels)},
             "plan": {"memory": self.allowed, "steps": _hash(steps)},
         }
+
+
+def _rates(device: torch.device) -> tuple[float, float]:
+    """(multiply-adds, bytes) in a second, on small pieces such as regions are."""
+    x = torch.rand(1, 32, 64, 512, device=device).contiguous(memory_format=torch.channels_last)
+    conv = nn.Conv2d(32, 32, 3, padding=1, device=device)
+    taken = []
+    with torch.no_grad():
+        for work in (lambda: conv(x), lambda: x * 2):
+            best = float("inf")
+            for _ in range(5):
+                start = time.perf_counter()
+                work()[0, 0, 0, 0].item()
+                best = min(best, time.perf_counter() - start)
+            taken.append(best)
+    return x.numel() * 32 * 9 / taken[0], 2 * x.nbytes / taken[1]
 
 
 def _hash(text: str) -> str:
