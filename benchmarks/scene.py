@@ -13,6 +13,7 @@ the loop's own work.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -54,7 +55,7 @@ class MobileUNet(nn.Module):
         super().__init__()
         w = [width * 2**k for k in range(5)]
         self.stem = nn.Sequential(nn.Conv2d(3, w[0], 3, 2, 1, bias=False), nn.BatchNorm2d(w[0]), nn.ReLU6())
-        self.down = nn.ModuleList([block(a, b, 2) for a, b in zip(w[:3], w[1:4])])
+        self.down = nn.ModuleList([block(a, b, 2) for a, b in itertools.pairwise(w[:4])])
         self.deep = block(w[3], w[3])
         self.up = nn.ModuleList([block(a + b, b, expand=2) for a, b in zip(w[3:0:-1], w[2::-1])])
         self.head = nn.Conv2d(w[0], 2, 1)
@@ -91,10 +92,12 @@ def write_scene(path: Path, side: int) -> None:
     base = np.kron(coarse, np.ones((8, 8, 1), np.uint8))[:tile, :tile]
 
     def tiles():  # type: ignore[no-untyped-def]
-        for k in range(-(-side // tile) ** 2):
+        for k in range(-((-side // tile) ** 2)):
             yield np.roll(base, (k * 7, k * 13), (0, 1)) ^ np.uint8(k % 64)
 
-    tifffile.imwrite(path, tiles(), shape=(side, side, 3), dtype=np.uint8, tile=(tile, tile), photometric="rgb", bigtiff=True)
+    tifffile.imwrite(
+        path, tiles(), shape=(side, side, 3), dtype=np.uint8, tile=(tile, tile), photometric="rgb", bigtiff=True
+    )
 
 
 class Sampler:
@@ -175,7 +178,9 @@ def in_memory(repeats: int) -> float:
 
 def child(*arguments: str) -> dict[str, float]:
     """`streamed` in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks.scene", *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.scene", *arguments], check=True, capture_output=True, text=True
+    )
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 

@@ -37,7 +37,9 @@ def loaded(path):
 
 
 @pytest.mark.parametrize("ending", [".npy", ".zarr", ".tif"])
-@pytest.mark.parametrize(("shape", "dtype"), [((3, 300, 270), "float32"), ((1, 20, 30), "uint8"), ((2, 3, 33, 40), "uint16")])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 300, 270), "float32"), ((1, 20, 30), "uint8"), ((2, 3, 33, 40), "uint16")]
+)
 def test_formats(tmp_path, ending, shape, dtype):
     whole = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
     path = tmp_path / f"out{ending}"
@@ -63,7 +65,11 @@ def test_zarr_shards_have_one_writer(tmp_path):
 
 def test_geotiff_keeps_its_place(tmp_path):
     rasterio = pytest.importorskip("rasterio")
-    place = {"crs": rasterio.CRS.from_epsg(32632), "transform": rasterio.Affine(10, 0, 5e5, 0, -10, 5e6), "size": (60, 80)}
+    place = {
+        "crs": rasterio.CRS.from_epsg(32632),
+        "transform": rasterio.Affine(10, 0, 5e5, 0, -10, 5e6),
+        "size": (60, 80),
+    }
     folder = working_folder(tmp_path / "out.tif")
     folder.mkdir()
     whole = np.arange(30 * 40, dtype=np.int16).reshape(1, 30, 40)
@@ -118,7 +124,7 @@ def test_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no folder"):
         check_sink(tmp_path / "missing" / "out.npy", False)
     (tmp_path / "out.npy").write_bytes(b"")
-    with pytest.raises(InputError, match="is there already.*--overwrite"):
+    with pytest.raises(InputError, match=r"is there already.*--overwrite"):
         check_sink(tmp_path / "out.npy", False)
     assert check_sink(tmp_path / "out.npy", True) == tmp_path / "out.npy"
     monkeypatch.setattr(sinks.os, "access", lambda *_: False)

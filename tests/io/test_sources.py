@@ -275,7 +275,9 @@ def test_absurd_header(tmp_path):
     """A single strip that would unfold to more than the memory."""
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, shape=(60000, 60000), dtype=np.uint8, rowsperstrip=60000, compression=None)
-    with pytest.raises(InputError, match=r"pieces of 60000x60000.*3600000000 bytes.*allowed for reading is 1000000 bytes"):
+    with pytest.raises(
+        InputError, match=r"pieces of 60000x60000.*3600000000 bytes.*allowed for reading is 1000000 bytes"
+    ):
         Reader(open_source(path), 1_000_000)
 
 

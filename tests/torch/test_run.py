@@ -109,7 +109,7 @@ def test_scores_only(tmp_path, scene):
     report = ranger_nn.run(net, path, tmp_path / "out.npy", "3MB")
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), net(x).detach(), atol=2e-6)
     assert report.files == (str(tmp_path / "out.npy"),)
-    with pytest.raises(InputError, match="gives no picture.*ends in .npy"):
+    with pytest.raises(InputError, match=r"gives no picture.*ends in .npy"):
         ranger_nn.run(net, path, tmp_path / "out.tif", "3MB")
 
 
@@ -175,7 +175,9 @@ def test_killed(tmp_path):
     while kills < 3:
         with subprocess.Popen(command(path, tmp_path / "cut.npy"), stdout=subprocess.DEVNULL) as process:
             before = json.loads(journal.read_text())["done"] if journal.exists() else 0
-            while process.poll() is None and (not journal.exists() or json.loads(journal.read_text())["done"] == before):
+            while process.poll() is None and (
+                not journal.exists() or json.loads(journal.read_text())["done"] == before
+            ):
                 time.sleep(0.005)
             time.sleep(float(rng.uniform(0, 0.1)))
             process.send_signal(signal.SIGKILL)
@@ -256,7 +258,9 @@ def test_unreadable_region(tmp_path):
 
 def test_errors(tmp_path, scene):
     path, _ = scene
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError, match="reading ahead and writing take"):
+        ranger_nn.run(Smooth(), path, tmp_path / "out.npy", "120kB")
+    with pytest.raises(InputError, match=r"pieces of 64x64, which take 12288 bytes.*10000 bytes"):
         ranger_nn.run(Smooth(), path, tmp_path / "out.npy", "20kB")
     with pytest.raises(InputError, match=r"unknown reduce='argmx' \(did you mean 'argmax'\?\)"):
         ranger_nn.run(Smooth(), path, tmp_path / "out.npy", reduce="argmx")

@@ -39,7 +39,9 @@ def add_parser(commands: Any) -> None:
         "is read, and the output written, region by region; after a crash the same command goes on where it stopped.",
         run,
     )
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="a name that ends in .zarr, .tif, .npy or .png")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="a name that ends in .zarr, .tif, .npy or .png"
+    )
     parser.add_argument("--no-measure", action="store_true", help="do not count bytes while running")
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     stream.add_arguments(parser)

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What only files have."""
     group = parser.add_argument_group("input and output in files")
     group.add_argument("--reduce", metavar="HOW", help="before writing: argmax, threshold:0.5 or uint8")
-    group.add_argument("--scale", type=float, help="factor for pixels (default: 1 / largest value of unsigned integers)")
+    group.add_argument(
+        "--scale", type=float, help="factor for pixels (default: 1 / largest value of unsigned integers)"
+    )
     group.add_argument("--mean", type=_numbers, metavar="A,B,..", help="subtracted after scaling")
     group.add_argument("--std", type=_numbers, metavar="A,B,..", help="divided by after that")
     group.add_argument("--bands", type=_indices, metavar="I,J,..", help="bands to take, counted from 0, in this order")
@@ -36,9 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--statistics", type=_names, metavar="A,B,..", help="of histogram, mean, max, min, mean_probability"
     )
-    group.add_argument("--skip-bad", action="store_true", help="fill regions that cannot be read with zeros, and list them")
+    group.add_argument(
+        "--skip-bad", action="store_true", help="fill regions that cannot be read with zeros, and list them"
+    )
     group.add_argument("--overwrite", action="store_true", help="replace a result, or an unfinished one, that is there")
-    group.add_argument("--dry-run", action="store_true", help="the plan, its bytes and the time expected; nothing is run")
+    group.add_argument(
+        "--dry-run", action="store_true", help="the plan, its bytes and the time expected; nothing is run"
+    )
 
 
 def streams(chosen: argparse.Namespace) -> bool:
@@ -55,7 +61,19 @@ def refuse_options(chosen: argparse.Namespace) -> None:
     Raises:
         InputError: one was given.
     """
-    names = ("reduce", "scale", "mean", "std", "bands", "nodata", "axes", "statistics", "skip_bad", "overwrite", "dry_run")
+    names = (
+        "reduce",
+        "scale",
+        "mean",
+        "std",
+        "bands",
+        "nodata",
+        "axes",
+        "statistics",
+        "skip_bad",
+        "overwrite",
+        "dry_run",
+    )
     given = [n for n in names if getattr(chosen, n) not in (None, False)]
     if given:
         option = "--" + given[0].replace("_", "-")
@@ -93,7 +111,9 @@ def run(chosen: argparse.Namespace) -> None:
 
 
 def _pixels(chosen: argparse.Namespace) -> Pixels | None:
-    given = {n: getattr(chosen, n) for n in ("scale", "mean", "std", "bands", "nodata") if getattr(chosen, n) is not None}
+    given = {
+        n: getattr(chosen, n) for n in ("scale", "mean", "std", "bands", "nodata") if getattr(chosen, n) is not None
+    }
     return Pixels(**given) if given else None
 
 

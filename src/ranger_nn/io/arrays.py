@@ -25,7 +25,9 @@ class ArraySource:
 
     def __init__(self, array: Any, axes: str | None = None, name: str = "the array") -> None:
         if not all(hasattr(array, a) for a in ("shape", "dtype", "__getitem__")):
-            raise InputError(f"{name} has no shape, dtype and slicing; got {type(array).__name__}. Give an array or a path.")
+            raise InputError(
+                f"{name} has no shape, dtype and slicing; got {type(array).__name__}. Give an array or a path."
+            )
         shape = tuple(int(n) for n in array.shape)
         self.axes = _checked_axes(axes or _guess(shape, name), shape, name)
         self.array, self.name, self.resident = array, name, 0
@@ -54,7 +56,9 @@ class ArraySource:
         except (MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:
-            raise BadRegionError(f"{self.name}: region {box} cannot be read: {type(error).__name__}: {error}") from error
+            raise BadRegionError(
+                f"{self.name}: region {box} cannot be read: {type(error).__name__}: {error}"
+            ) from error
         left = [a for a in self.axes if a != "N"]
         if "C" not in left:
             found, left = found[np.newaxis], ["C", *left]

@@ -1,8 +1,8 @@
 """What a run has done, so that it goes on after a crash: one JSON file, replaced as a whole.
 
-    made     model, input, plan, options: what must be the same to go on
-    done     regions whose rows are on the disk
-    states   tensors that no region can be computed without (sums over all regions so far), a file for each slot
+made     model, input, plan, options: what must be the same to go on
+done     regions whose rows are on the disk
+states   tensors that no region can be computed without (sums over all regions so far), a file for each slot
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Journal:
             differing = [k for k in self.made if found["made"].get(k) != json.loads(json.dumps(self.made[k]))]
             version = found["version"]
         except (ValueError, KeyError, OSError) as error:
-            raise InputError(f"{str(path)!r} cannot be read ({error}). Start anew: overwrite=True (--overwrite).") from error
+            raise InputError(
+                f"{str(path)!r} cannot be read ({error}). Start anew: overwrite=True (--overwrite)."
+            ) from error
         if version != VERSION or differing:
             what = ", ".join(differing) or "the version of Ranger's journal"
             raise InputError(

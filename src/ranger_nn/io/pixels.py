@@ -1,6 +1,6 @@
 """What a model is fed from pixels: band selection, nodata, scale, mean and deviation, declared and not hand-coded.
 
-    pixels --bands--> --nodata to fill--> * scale --> (x - mean) / std --> the model
+pixels --bands--> --nodata to fill--> * scale --> (x - mean) / std --> the model
 """
 
 from __future__ import annotations

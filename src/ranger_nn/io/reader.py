@@ -3,7 +3,7 @@
     box        rows 70 .. 148 of all columns
     chunks     0 .. 64 | 64 .. 128 | 128 .. 192        the last one is kept: the next box begins in it
 
-`taken` counts the bytes decoded. Pieces that no longer overlap the box that was asked for last are let go. A piece that
+`taken` counts the bytes decoded. Pieces that end inside of the box that was asked for last are let go. A piece that
 cannot be read is an error that names it, or, if asked for, is filled with zeros and listed. Enter at `Reader.read`.
 """
 
@@ -41,10 +41,10 @@ class Reader:
 
     @property
     def held(self) -> int:
-        """Bytes that may wait here: a row of pieces across all columns, and what the source itself holds."""
+        """Bytes that may wait here: two rows of pieces across all columns, and what the source itself holds."""
         if self._in_one_piece():
             return self.source.resident
-        rows = tuple((0, min(c, n)) for c, n in zip(self.source.chunks[:1], self.sizes[:1], strict=True))
+        rows = tuple((0, min(2 * c, n)) for c, n in zip(self.source.chunks[:1], self.sizes[:1], strict=True))
         across = tuple((0, n) for n in self.sizes[1:])
         return self.source.resident + nbytes(rows + across, self.channels, self.source.dtype.itemsize)
 
@@ -72,14 +72,16 @@ class Reader:
             return self._attempt(box)
         chunks = self.source.chunks
         out = np.empty((self.channels, *(hi - lo for lo, hi in box)), self.source.dtype)
-        wanted = list(product(*(range(lo // c, -(-hi // c)) for (lo, hi), c in zip(box, chunks, strict=True))))
-        for index in wanted:
-            if index not in self._kept:
-                place = clipped(index, chunks, self.sizes)
-                self._kept[index] = self._attempt(place)
-                self.taken += self._kept[index].nbytes
-            _paste(out, box, self._kept[index], clipped(index, chunks, self.sizes))
-        self._kept = {index: self._kept[index] for index in wanted}
+        before, self._kept = self._kept, {}
+        for index in product(*(range(lo // c, -(-hi // c)) for (lo, hi), c in zip(box, chunks, strict=True))):
+            place = clipped(index, chunks, self.sizes)
+            piece = before.pop(index, None)
+            if piece is None:
+                piece = self._attempt(place)
+                self.taken += piece.nbytes
+            _paste(out, box, piece, place)
+            if any(stop > hi for (_, stop), (_, hi) in zip(place, box, strict=True)):
+                self._kept[index] = piece
         return out
 
     def _attempt(self, box: Box) -> Array:

@@ -1,6 +1,6 @@
 """A raw array in a file, written at its places without holding it: `.npy`, and the store of what is not finished.
 
-    header | channel 0: row 0, row 1, ... | channel 1: ...        each strip goes to its offset by pwrite
+header | channel 0: row 0, row 1, ... | channel 1: ...        each strip goes to its offset by pwrite
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class RowFile:
         try:
             self._file = os.open(path, flags, 0o666)
         except OSError as error:
-            raise InputError(f"cannot write {str(path)!r}: {error.strerror}. Choose a folder that can be written.") from error
+            raise InputError(
+                f"cannot write {str(path)!r}: {error.strerror}. Choose a folder that can be written."
+            ) from error
         if not again:
             os.pwrite(self._file, header, 0)
             os.ftruncate(self._file, self._start + self.nbytes)

@@ -188,7 +188,7 @@ class FileSink:
         dtype = "uint8" if self.dtype == bool else self.dtype.name
         with rasterio.open(
             made, "w", driver="GTiff", count=self.shape[0], height=self.shape[-2], width=self.shape[-1], dtype=dtype,
-            crs=self.geography["crs"], transform=self.geography["transform"] * rasterio.Affine.scale(columns, rows),
+            crs=self.geography["crs"], transform=self.geography["transform"] @ rasterio.Affine.scale(columns, rows),
             tiled=True, blockxsize=TILE, blockysize=TILE, compress="deflate", BIGTIFF="IF_SAFER", interleave="band",
         ) as file:  # fmt: skip
             for box, pixels in self._bands(TILE):

@@ -1,8 +1,8 @@
 """`open_source`: a path or an array-like as a `Source`.
 
-    .npy                memory map                     .zarr      Zarr (zarr)
-    .tif .tiff          tifffile; GeoTIFF: rasterio    .h5 .hdf5  HDF5 (h5py), file.h5:name of the data set
-    .svs .ndpi ...      openslide                      .png .jpg  Pillow, decoded whole
+.npy                memory map                     .zarr      Zarr (zarr)
+.tif .tiff          tifffile; GeoTIFF: rasterio    .h5 .hdf5  HDF5 (h5py), file.h5:name of the data set
+.svs .ndpi ...      openslide                      .png .jpg  Pillow, decoded whole
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def _hdf5(path: Path, inner: str | None, axes: str | None) -> Source:
         )
     if file[inner].external or file[inner].is_virtual:
         file.close()
-        raise InputError(f"{str(path)!r}: data set {inner!r} lives in other files, which are not followed. Copy it first.")
+        raise InputError(
+            f"{str(path)!r}: data set {inner!r} lives in other files, which are not followed. Copy it first."
+        )
     return FileArraySource(file[inner], path, axes, closer=file)
 
 

@@ -29,7 +29,9 @@ class Tally:
     def __init__(self, names: Sequence[str], state: dict[str, Any] | None = None) -> None:
         for name in names:
             if name not in STATISTICS:
-                raise InputError(f"unknown statistic {name!r}{nearest(name, STATISTICS)}; known are {', '.join(STATISTICS)}")
+                raise InputError(
+                    f"unknown statistic {name!r}{nearest(name, STATISTICS)}; known are {', '.join(STATISTICS)}"
+                )
         self.names = tuple(names)
         self._state: dict[str, Any] = {k: np.asarray(v) for k, v in (state or {}).items()}
 

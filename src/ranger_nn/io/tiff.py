@@ -57,7 +57,9 @@ class TiffSource:
         except Exception as error:
             raise InputError(f"cannot read {self.name}: {error}. The file is damaged or is no TIFF.") from error
         if not 0 <= level < len(series.levels):
-            raise InputError(f"{self.name} has {len(series.levels)} pyramid levels, 0 to {len(series.levels) - 1}; got {level}")
+            raise InputError(
+                f"{self.name} has {len(series.levels)} pyramid levels, 0 to {len(series.levels) - 1}; got {level}"
+            )
         self.level = level
         self._series = series.levels[level]
         self._lock = threading.Lock()
@@ -86,10 +88,14 @@ class TiffSource:
         self.dtype = np.dtype(series.dtype).newbyteorder("=")
         if self.dtype.kind not in "buif":
             raise InputError(f"{self.name} holds {self.dtype}; pixels are bool, integers or floating point.")
-        segment = dict(zip([a for a, _ in self._inner], key.chunks, strict=True))
+        # planes that lie apart have segments of one plane
+        self._segments = (1,) * (inside - len(key.chunks)) + tuple(key.chunks)
+        segment = dict(zip([a for a, _ in self._inner], self._segments, strict=True))
         self.chunks = tuple(int(segment.get(a, 1)) for a in self._spatial)
         if len(series.pages) * prod(key.shape) != prod(series.shape):
-            raise InputError(f"{self.name} has {len(series.pages)} pages of {key.shape} for axes {series.axes} {series.shape}.")
+            raise InputError(
+                f"{self.name} has {len(series.pages)} pages of {key.shape} for axes {series.axes} {series.shape}."
+            )
 
     def _check_compression(self) -> None:
         number = int(self._series.keyframe.compression)
@@ -115,7 +121,9 @@ class TiffSource:
         names = ["C" if a in "CS" else "Z" if a in "ZI" else a for a, _ in self._leading]
         for k, index in enumerate(product(*(range(n) for _, n in self._leading))):
             at = dict(zip(names, index, strict=True))
-            if all(n == 1 or wanted[a][0] <= at[a] < wanted[a][1] for a, (_, n) in zip(names, self._leading, strict=True)):
+            if all(
+                n == 1 or wanted[a][0] <= at[a] < wanted[a][1] for a, (_, n) in zip(names, self._leading, strict=True)
+            ):
                 found.append((self._series.pages[k], at))
         return found
 
@@ -123,11 +131,11 @@ class TiffSource:
         key = self._series.keyframe
         grid = [
             range(wanted[a][0] // c, -(-wanted[a][1] // c)) if a in wanted else range(n)
-            for (a, _), c, n in zip(self._inner, key.chunks, key.chunked, strict=True)
+            for (a, _), c, n in zip(self._inner, self._segments, key.chunked, strict=True)
         ]
         for index in product(*grid):
             number = int(np.ravel_multi_index(index, key.chunked))
-            starts = {a: i * c for (a, _), i, c in zip(self._inner, index, key.chunks, strict=True)}
+            starts = {a: i * c for (a, _), i, c in zip(self._inner, index, self._segments, strict=True)}
             pixels = self._segment(page, number, starts)
             if pixels is None:
                 continue
