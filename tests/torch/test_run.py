@@ -258,7 +258,7 @@ def test_unreadable_region(tmp_path):
 
 def test_errors(tmp_path, scene):
     path, _ = scene
-    with pytest.raises(BudgetError, match="reading ahead and writing take"):
+    with pytest.raises(BudgetError, match=r"Smooth does not fit in 62.4 kB.*bound by conv2d_2 \(b\)"):
         ranger_nn.run(Smooth(), path, tmp_path / "out.npy", "120kB")
     with pytest.raises(InputError, match=r"pieces of 64x64, which take 12288 bytes.*10000 bytes"):
         ranger_nn.run(Smooth(), path, tmp_path / "out.npy", "20kB")

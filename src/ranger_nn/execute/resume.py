@@ -29,12 +29,12 @@ class Boundary:
     states: tuple[int, ...]
 
 
-def boundaries(program: Program, whole: Collection[int]) -> list[Boundary]:
+def boundaries(program: Program, lasting: Collection[int]) -> list[Boundary]:
     """The end of every region, in order.
 
     Args:
         program: a forward program whose stored values are on disk.
-        whole: nodes that run once on whole values: their results are kept like states.
+        lasting: nodes whose results are kept like states: they run once on whole values.
     """
     found: list[Boundary] = []
     states: dict[int, None] = {}
@@ -43,7 +43,7 @@ def boundaries(program: Program, whole: Collection[int]) -> list[Boundary]:
         if region is not None and i.region != region:
             found.append(Boundary(region, n, tuple(states)))
         region = i.region
-        if i.op in STATES or (i.op == RUN and i.node in whole):
+        if i.op in STATES or (i.op == RUN and i.node in lasting):
             states.update(dict.fromkeys(i.outs))
         for slot in i.frees:
             states.pop(slot, None)

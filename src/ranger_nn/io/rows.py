@@ -65,14 +65,14 @@ class RowFile:
     def write(self, box: Box, pixels: Array) -> None:
         """Put (channels, *lengths of box) in place."""
         offsets, length = self._runs(box)
-        view = memoryview(np.ascontiguousarray(pixels, self.dtype)).cast("B") if pixels.size else memoryview(b"")
+        view = _bytes(np.ascontiguousarray(pixels, self.dtype))
         for k, offset in enumerate(offsets):
             _write_all(self._file, view[k * length : (k + 1) * length], offset)
 
     def read(self, box: Box) -> Array:
         """(channels, *lengths of box)."""
         out = np.empty((self.shape[0], *(hi - lo for lo, hi in box)), self.dtype)
-        view = memoryview(out).cast("B") if out.size else memoryview(b"")
+        view = _bytes(out)
         offsets, length = self._runs(box)
         for k, offset in enumerate(offsets):
             _read_all(self._file, view[k * length : (k + 1) * length], offset)
@@ -81,7 +81,7 @@ class RowFile:
     def read_channel(self, channel: int, box: Box) -> Array:
         """(lengths of box) of one channel."""
         out = np.empty([hi - lo for lo, hi in box], self.dtype)
-        view = memoryview(out).cast("B")
+        view = _bytes(out)
         offsets, length = self._runs(box)
         runs = len(offsets) // self.shape[0]
         for k, offset in enumerate(offsets[channel * runs : (channel + 1) * runs]):
@@ -97,6 +97,11 @@ class RowFile:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def _bytes(array: Array) -> memoryview:
+    """The memory of a contiguous array, byte by byte."""
+    return memoryview(array.reshape(-1).view(np.uint8).data) if array.size else memoryview(b"")
 
 
 def _write_all(file: int, view: memoryview, offset: int) -> None:

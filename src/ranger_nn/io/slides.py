@@ -40,7 +40,7 @@ class SlideSource:
             raise InputError(f"{self.name} has levels 0 to {self._slide.level_count - 1}; got level {level}")
         columns, rows = self._slide.level_dimensions[level]
         self._zoom = self._slide.level_downsamples[level]
-        self.shape = (3, rows, columns)
+        self.shape: tuple[int, ...] = (3, int(rows), int(columns))
         names = [f"openslide.level[{level}].tile-{side}" for side in ("height", "width")]
         self.chunks = tuple(int(self._slide.properties.get(n, TILE)) for n in names)
 
@@ -86,7 +86,7 @@ class RasterSource:
         if len(set(self._data.dtypes)) != 1:
             raise InputError(f"{self.name} has bands of types {', '.join(self._data.dtypes)}: a run needs one type")
         self.dtype = np.dtype(self._data.dtypes[0])
-        self.shape = (self._data.count, self._data.height, self._data.width)
+        self.shape: tuple[int, ...] = (int(self._data.count), int(self._data.height), int(self._data.width))
         self.chunks = tuple(int(n) for n in self._data.block_shapes[0])
         self._lock = threading.Lock()
 

@@ -41,7 +41,7 @@ def open_source(given: Any, axes: str | None = None, level: int = 0, limit: int 
         MissingExtraError: the format needs a package that is not installed.
     """
     if hasattr(given, "read") and hasattr(given, "identity"):
-        return given  # type: ignore[no-any-return]
+        return given
     if not isinstance(given, str | os.PathLike):
         return ArraySource(given, axes)
     text = os.fspath(given)

@@ -330,7 +330,9 @@ class Search:
         """Half the step, while that makes sense; then columns."""
         if self.options.regions is not None:
             return None
-        if schedule.slides and schedule.steps * 2 <= min(256, self.options.most_steps, _input_size(self.graph, self.axes[0]) // 2):
+        if schedule.slides and schedule.steps * 2 <= min(
+            256, self.options.most_steps, _input_size(self.graph, self.axes[0]) // 2
+        ):
             return replace(schedule, steps=schedule.steps * 2)
         if len(self.axes) > 1 and schedule.tiles[1] < 8:
             return replace(schedule, tiles=(schedule.tiles[0], schedule.tiles[1] * 2, *schedule.tiles[2:]))

@@ -91,8 +91,8 @@ class Prepared:
         made = {i.value for i in self.program.instructions if i.op == ALLOC}
         return [v for v in dict.fromkeys(self.graph.outputs) if v in made]
 
-    def whole(self) -> set[int]:
-        """Nodes that run once, on whole values."""
+    def lasting(self) -> set[int]:
+        """Nodes whose results cannot be had again from a halo: those that run on whole values."""
         values = self.graph.values
         return {
             i.node
@@ -160,6 +160,12 @@ class _Copied(nn.Module):
         return pytree.tree_map(lambda y: y.clone() if isinstance(y, Tensor) else y, self.model(x.clone()))
 
 
+def _named(captured: Captured, model: nn.Module) -> Captured:
+    """With the names of `model` and its modules, not of the wrapper."""
+    nodes = tuple(replace(n, where=n.where.removeprefix("model").removeprefix(".")) for n in captured.graph.nodes)
+    return replace(captured, graph=replace(captured.graph, name=type(model).__name__, nodes=nodes))
+
+
 def prepare(
     model: nn.Module,
     source: Any,
@@ -187,7 +193,7 @@ def prepare(
         shape = (1, channels, *opened.shape[1:])
         copied = _Copied(model).train(model.training)
         with torch.no_grad():
-            captured = capture(copied, example_inputs(copied, shape), grad=False)
+            captured = _named(capture(copied, example_inputs(copied, shape), grad=False), model)
         chosen = replace(Options.checked(allowed, regions, schedule), disk=True, most_steps=MOST_STEPS)
         planned, in_flight = _planned(captured.graph, reader, chosen)
     except BaseException:

@@ -202,7 +202,7 @@ class _Work:
         self.outlet = Outlet()
         self.pictures: dict[int, _Picture] = {}
         self.stored: list[Stored] = []
-        self.ends = boundaries(made.program, made.whole())
+        self.ends = boundaries(made.program, made.lasting())
 
     def run(self, resume: bool) -> Report:
         """From the start, or from where the journal says."""
