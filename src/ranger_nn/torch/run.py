@@ -219,6 +219,7 @@ class _Work:
             files = self._finish(values)
         except BaseException:
             self.outlet.close(quiet=True)
+            self._leave_no_trace()
             raise
         finally:
             if feed is not None:
@@ -244,6 +245,11 @@ class _Work:
             projected=made.projected,
             bad=tuple(made.reader.bad),
         )
+
+    def _leave_no_trace(self) -> None:
+        """Where no region was done there is nothing to go on with: no working folder is left."""
+        if self.folder is not None and self.journal is not None and self.journal.done == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     # ---- what is there before the loop
 
