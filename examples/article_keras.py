@@ -13,23 +13,23 @@ from ranger_nn import Blocks
 from ranger_nn.keras import BlockDense, RegionalAggregator
 
 
-def partitioning(x: object) -> list[object]:
-    """Each part is the whole input."""
-    return [x, x]
-
-
 class SimpleNet(keras.Model):
-    """The article's class, with the aggregator in it."""
+    """The article's class, with `RegionalAggregator(partitioning, aggregator)` where it adds its two hidden layers."""
 
     def __init__(self) -> None:
         super().__init__()
-        branches = [keras.layers.Dense(5, activation="relu") for _ in range(2)]
-        self.hidden = RegionalAggregator(partitioning, "sum", local=branches)
+        self.h1 = keras.layers.Dense(5, activation="relu")
+        self.h2 = keras.layers.Dense(5, activation="relu")
         self.out = keras.layers.Dense(1)
+        self.regions = RegionalAggregator(self.partitioning, keras.activations.linear)
+
+    def partitioning(self, inputs: object) -> list[object]:
+        """The regions are the two hidden layers."""
+        return [self.h1(inputs), self.h2(inputs)]
 
     def call(self, inputs: object) -> object:
-        """I -> H1, H2 -> O."""
-        return self.out(self.hidden(inputs))
+        """I -> H1, H2 -> O: the aggregator leaves each part as it is, and the parts are summed."""
+        return self.out(self.regions(inputs))
 
 
 def train(epochs: int = 10, seed: int = 0) -> list[float]:

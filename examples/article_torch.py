@@ -7,22 +7,35 @@ are summed. Then section 4: a 5 x 5 layer in 2 x 2 blocks, 3 + 2 by 3 + 2, gives
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ranger_nn import Blocks
 from ranger_nn.torch import BlockDense, RegionalAggregator
 
 
-def simple_net() -> nn.Module:
-    """Each part is the whole input; each branch is a local network; the parts are summed."""
-    branches = [nn.Sequential(nn.Linear(2, 5), nn.ReLU()) for _ in range(2)]
-    return nn.Sequential(RegionalAggregator(lambda x: [x, x], "sum", local=branches), nn.Linear(5, 1))
+class SimpleNet(nn.Module):
+    """The article's class, with `RegionalAggregator(partitioning, aggregator)` where it adds its two hidden layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h1 = nn.Sequential(nn.Linear(2, 5), nn.ReLU())
+        self.h2 = nn.Sequential(nn.Linear(2, 5), nn.ReLU())
+        self.out = nn.Linear(5, 1)
+        self.regions = RegionalAggregator(self.partitioning, nn.Identity())
+
+    def partitioning(self, inputs: Tensor) -> list[Tensor]:
+        """The regions are the two hidden layers."""
+        return [self.h1(inputs), self.h2(inputs)]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """I -> H1, H2 -> O: the aggregator leaves each part as it is, and the parts are summed."""
+        return self.out(self.regions(inputs))
 
 
 def train(epochs: int = 10, seed: int = 0) -> list[float]:
     """Loss of each epoch, on random data as in the article, batches of 32."""
     torch.manual_seed(seed)
-    x, y, model = torch.rand(100, 2), torch.rand(100, 1), simple_net()
+    x, y, model = torch.rand(100, 2), torch.rand(100, 1), SimpleNet()
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)
     losses = []
     for _ in range(epochs):

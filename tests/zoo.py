@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.nets import TCN, WaveNet
+from tests.nets import TCN, Tagger, WaveNet
 from tests.support import Entry
 
 ODD = ((1, 3, 133, 101),)
@@ -336,6 +336,7 @@ DIFFUSERS = (
 SERIES = (
     Entry("tcn", TCN, ((2, 2, 517),), (101,)),
     Entry("wavenet", WaveNet, ((2, 1, 517),), (101,)),
+    Entry("tagger", Tagger, ((2, 3, 517),), (101,)),
 )
 
 

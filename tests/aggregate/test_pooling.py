@@ -146,3 +146,72 @@ def test_pieces_come_in_any_order() -> None:
 def test_refusals(make: Callable[[], object], says: str) -> None:
     with pytest.raises(PartitionError, match=says):
         make()
+
+
+def test_ties_share_one_gradient() -> None:
+    """Of those that attain the extremum, in whatever regions: between them one, the others none."""
+    for sign in (1, -1):
+        x = (sign * torch.tensor([[2.0], [1.0], [2.0], [2.0]], dtype=torch.float64)).requires_grad_()
+        over = Extremum(sign)
+        states = [lifted(over, part, part, torch.ones_like(part, dtype=torch.bool)) for part in x.split([2, 1, 1])]
+        finished(over, *folded(over, states, random.Random(0))).sum().backward()
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad.sum(), torch.ones((), dtype=torch.float64))
+        assert (x.grad[[0, 2, 3]] > 0).all()
+        assert x.grad[1] == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_absent_may_be_nan(name: str) -> None:
+    """Neither the result nor the gradient sees it."""
+    over, direct = CASES[name]
+    x = torch.tensor([[1.0], [torch.nan], [3.0], [torch.inf]], dtype=torch.float64, requires_grad=True)
+    w, there = torch.ones(4, 1, dtype=torch.float64), torch.tensor([[True], [False], [True], [False]])
+    found = finished(over, *lifted(over, x, w, there))
+    torch.testing.assert_close(found, direct(x[[0, 2]], w[[0, 2]]))
+    found.sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert (x.grad[[1, 3]] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "values", [[-torch.inf, -torch.inf], [-torch.inf, 2.0], [torch.inf, 2.0], [1e308, 1e308], [-1e308, 0.0]], ids=str
+)
+def test_extremes_of_logsumexp(values: list[float]) -> None:
+    """As PyTorch's, lifted at once and merged."""
+    x = torch.tensor(values, dtype=torch.float64)[:, None]
+    there = torch.ones_like(x, dtype=torch.bool)
+    at_once = finished(LogSumExp(), *lifted(LogSumExp(), x, x, there))
+    states = [lifted(LogSumExp(), part, part, part == part) for part in x.split(1)]
+    merged = finished(LogSumExp(), *folded(LogSumExp(), states, random.Random(1)))
+    for found in (at_once, merged):
+        assert torch.equal(found, x.logsumexp(0))
+
+
+def test_moments_far_from_zero() -> None:
+    """A small variance around a large mean survives merging (Chan, Golub & LeVeque 1979)."""
+    x = torch.randn(64, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e8
+    states = [lifted(Moments(), part, part, torch.ones_like(part, dtype=torch.bool)) for part in x.split(8)]
+    found = finished(Moments(), *folded(Moments(), states, random.Random(0)))
+    torch.testing.assert_close(found, torch.cat([x.mean(0), x.var(0, correction=0)]), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numpy_gives_the_same(name: str) -> None:
+    """One source for every namespace of the array API standard."""
+    import array_api_compat.numpy as np_xp
+
+    over, direct = CASES[name]
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(5, 3, dtype=torch.float64, generator=g), torch.rand(5, 1, dtype=torch.float64, generator=g)
+    extra = (
+        {"weight": w.numpy()} if name == "weighted_mean" else {"weight": w.log().numpy()} if name == "softmax" else {}
+    )
+    states = [
+        over.lift(np_xp, part.numpy(), (0,), None, **{k: v[rows] for k, v in extra.items()})
+        for part, rows in ((x[:2], slice(2)), (x[2:], slice(2, None)))
+    ]
+    found = over.finish(np_xp, over.merge(np_xp, *states, 2, 3), 5)
+    found = np_xp.concat(found, axis=-1) if isinstance(found, tuple) else found
+    torch.testing.assert_close(torch.from_numpy(found)[0], direct(x, w))

@@ -13,7 +13,7 @@ from tests.support import FLOAT32_FORWARD, FLOAT32_GRADIENT, Entry, Gradients, c
 from tests.zoo import ZOO
 
 SCHEDULES = ("tile", "slide")
-SINGLE = ("basicunet_batch", "segresnet_padded", "mobilenetv2", "convnextv2", "unet_3d", "tcn")
+SINGLE = ("basicunet_batch", "segresnet_padded", "mobilenetv2", "convnextv2", "unet_3d", "tcn", "tagger")
 
 
 def entries(names: tuple[str, ...] = ()) -> list[object]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from keras import layers, ops
 
-from ranger_nn import Blocks, BudgetError, Grid, PartitionError, TimeSlices
+from ranger_nn import Blocks, BudgetError, Grid, KMeans, PartitionError, TimeSlices
 from ranger_nn.aggregate import Softmax, WeightedMean
 from ranger_nn.keras import BlockDense, RegionalAggregator
 from ranger_nn.torch import RegionalAggregator as TorchAggregator
@@ -254,6 +254,115 @@ def test_too_little_memory() -> None:
 
 
 # --------------------------------------------------------------------------------------- BlockDense
+
+
+# ------------------------------------------------------------------------------------------ KMeans
+
+
+def token_set() -> keras.Sequential:
+    return keras.Sequential([layers.Flatten(), layers.Dense(2)])
+
+
+@pytest.mark.parametrize("memory", [None, "10kB"])
+@pytest.mark.parametrize("name", ["stitch", *REDUCTIONS])
+def test_balanced_clusters_equal_pytorch(name: str, memory: str | None) -> None:
+    """Regions of tokens, one network for each."""
+    kind, x = (
+        KMeans(3, balanced=True, capacity=5),
+        np.random.default_rng(0).standard_normal((2, 13, 4)).astype("float32"),
+    )
+    local = layers.Dense(2) if name == "stitch" else token_set()
+    layer = RegionalAggregator(kind, name, local=local, per_region=True, memory=memory)
+    y = layer(x)
+    dense = torch.nn.Linear(4 if name == "stitch" else 20, 2)
+    twin = TorchAggregator(
+        kind,
+        name,
+        local=dense if name == "stitch" else torch.nn.Sequential(torch.nn.Flatten(1), dense),
+        per_region=True,
+    ).eval()
+    twin(torch.tensor(x))
+    kernels, biases = (torch.tensor(as_numpy(w)) for w in layer.stacked.stacked_weights)
+    with torch.no_grad():
+        twin.clusters.centres.copy_(torch.tensor(as_numpy(layer.clusters.centres)))
+        for own in twin.local.parameters():
+            own.copy_(kernels.mT if own.dim() == 3 else biases)
+        if name == "softmax":
+            next(iter(twin.score.parameters())).copy_(torch.tensor(as_numpy(layer.score.kernel)).T)
+    np.testing.assert_allclose(as_numpy(y), twin(torch.tensor(x)).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert tuple(layer.compute_output_shape((None, 13, 4)))[1:] == tuple(y.shape[1:])
+
+
+@pytest.mark.parametrize("name", ["stitch", *REDUCTIONS[:-1]])
+def test_unbalanced_clusters_equal_pytorch(name: str) -> None:
+    """Tokens one by one through their regions' networks, some absent."""
+    x = np.random.default_rng(0).standard_normal((2, 13, 4)).astype("float32")
+    mask = np.random.default_rng(1).random((2, 13)) < 0.7
+    layer = RegionalAggregator(KMeans(3), name, local=layers.Dense(2), per_region=True)
+    twin = TorchAggregator(KMeans(3), name, local=torch.nn.Linear(4, 2), per_region=True).eval()
+    y = layer(x, mask=ops.convert_to_tensor(mask))
+    twin(torch.tensor(x))
+    kernels, biases = (torch.tensor(as_numpy(w)) for w in layer.stacked.stacked_weights)
+    with torch.no_grad():
+        twin.clusters.centres.copy_(torch.tensor(as_numpy(layer.clusters.centres)))
+        for own in twin.local.parameters():
+            own.copy_(kernels.mT if own.dim() == 3 else biases)
+        if name == "softmax":
+            next(iter(twin.score.parameters())).copy_(torch.tensor(as_numpy(layer.score.kernel)).T)
+    theirs = twin(torch.tensor(x), mask=torch.tensor(mask))
+    np.testing.assert_allclose(as_numpy(y), theirs.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_absent_clusters() -> None:
+    x = np.random.default_rng(0).standard_normal((5, 4)).astype("float32")
+    layer = RegionalAggregator(KMeans(3), "stitch", local=layers.Dense(2, bias_initializer="ones"), per_region=True)
+    present = np.array([[True, False, True]] * 5)
+    y = as_numpy(layer(x, present=ops.convert_to_tensor(present)))
+    region = as_numpy(layer.clusters.route(ops.convert_to_tensor(x), None).region)
+    assert ((y == 0).all(1) == (region == 1)).all()
+
+
+@pytest.mark.parametrize("kind", [KMeans(3), KMeans(3, balanced=True)], ids=["nearest", "balanced"])
+@pytest.mark.parametrize("several", [False, True])
+def test_clusters_fit_save_load(kind: KMeans, several: bool, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((20, 9, 4)).astype("float32")
+    local = [layers.Dense(4) for _ in range(3)] if several else layers.Dense(4)
+    layer = RegionalAggregator(kind, "stitch", local=local, per_region=not several)
+    layer.adapt(x)
+    model = model_of(layer, (9, 4))
+    model.compile("adam", "mse")
+    before = model.evaluate(x, x, verbose=0)
+    model.fit(x, x, epochs=5, verbose=0)
+    assert model.evaluate(x, x, verbose=0) < before
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("use", "says"),
+    [
+        (lambda x: RegionalAggregator(KMeans(2), "mean")(x[0]), "lies in one region"),
+        (lambda x: RegionalAggregator(KMeans(2), "concat")(x), "differ in size"),
+        (lambda x: RegionalAggregator(KMeans(2), "stitch", memory="1MB"), "balanced=True"),
+        (lambda x: RegionalAggregator(KMeans(2), coordinates=True), "needs a Grid"),
+        (lambda x: RegionalAggregator(KMeans(2, balanced=True, capacity=3), "stitch")(x), "at least 4"),
+        (
+            lambda x: RegionalAggregator(KMeans(2, balanced=True), "max")(keras.Input((None, 4))),
+            "known number of tokens",
+        ),
+        (
+            lambda x: RegionalAggregator(KMeans(2, balanced=True), "stitch", local=layers.Flatten(), per_region=True)(
+                x
+            ),
+            "must keep them",
+        ),
+        (lambda x: RegionalAggregator(Grid(2, 2)).adapt(x), "fits the centres of KMeans"),
+    ],
+)
+def test_wrong_use_of_clusters(use: Callable[[np.ndarray], object], says: str) -> None:
+    with pytest.raises(PartitionError, match=says):
+        use(image(3, 8, 4))
 
 
 @pytest.mark.parametrize("blocks", [Blocks(2, 2), Blocks(1, 3), Blocks(5, 5)])

@@ -74,6 +74,38 @@ def test_both_forms_agree_on_masks(groups: int, clusters: int, capacity: int, se
     np.testing.assert_array_equal((fixed // capacity)[there.numpy()], (now // capacity)[there.numpy()])
 
 
+def test_both_forms_agree_where_many_ask() -> None:
+    """Scores of one kind of cluster: most are turned away at first; queues in blocks and in one piece are the same."""
+    for clusters, capacity in ((64, 64), (7, 67), (251, 3)):
+        scores = torch.randn(2, clusters * capacity, clusters) + torch.linspace(0, 3, clusters)
+        fixed = balanced_slots(xp, scores, capacity).numpy()
+        np.testing.assert_array_equal(fixed, balanced_slots_now(scores.numpy(), capacity))
+        assert (np.sort(fixed) == np.arange(clusters * capacity)).all()
+
+
+def test_equal_scores() -> None:
+    """Ties are broken by the order of the samples, in both forms."""
+    scores = torch.zeros(1, 12, 3)
+    for slots in (balanced_slots(xp, scores, 4).numpy(), balanced_slots_now(scores.numpy(), 4)):
+        np.testing.assert_array_equal(slots[0], np.arange(12))
+
+
+def test_the_length_of_a_centre_does_not_matter() -> None:
+    q, k, v = tokens(1, 2, 12, 4)
+    centres = torch.randn(2, 3, 4)
+    longer = centres * torch.tensor([1.0, 5.0, 0.1])[:, None]
+    assert torch.equal(clustered_attention(q, k, v, longer), clustered_attention(q, k, v, centres))
+
+
+@pytest.mark.parametrize("summaries", [False, True])
+def test_more_capacity_than_needed_changes_nothing(summaries: bool) -> None:
+    """Places that stay empty count for nothing, whatever the number of tokens."""
+    for n in (5, 6, 12):
+        q, k, v = tokens(1, 2, n, 4)
+        full = clustered_attention(q, k, v, torch.randn(2, 1, 4), capacity=n + 3, summaries=summaries)
+        torch.testing.assert_close(full, F.scaled_dot_product_attention(q, k, v), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("summaries", [False, True])
 def test_one_region_is_full_attention(summaries: bool) -> None:
     """Result and gradient."""
@@ -103,7 +135,7 @@ def direct(q: Tensor, k: Tensor, v: Tensor, centres: Tensor, summaries: bool) ->
     for h in range(q.shape[1]):
         side = []
         for t in (q, k):
-            scores = (F.normalize(t[0, h].float(), dim=-1) @ centres[h].float().T).detach().numpy()
+            scores = (F.normalize(t[0, h].float(), dim=-1) @ F.normalize(centres[h].float(), dim=-1).T).detach().numpy()
             side.append(torch.from_numpy(balanced_slots_now(scores[None], capacity)[0]) // capacity)
         for i in range(q.shape[2]):
             inside = side[1] == side[0][i]
@@ -152,21 +184,27 @@ def test_masked_tokens_do_not_count(summaries: bool) -> None:
 
 
 def test_centres_follow_and_begin_anew() -> None:
-    """The moving average, once, by hand; a region without keys takes one that is far from its centre."""
+    """The moving average, once, by hand; a region without tokens takes one that is far from its centre."""
     net = ClusteredAttention(1, KMeans(2, balanced=True, decay=0.5), features=4)
     x = torch.randn(1, 6, 4)
     before = net.centres.clone()
-    k = F.normalize(net._heads(x)[1][0, 0].float(), dim=-1)
-    slots = balanced_slots_now((k @ before[0].float().T).detach().numpy()[None], 3)[0] // 3
-    means = torch.stack([k[torch.from_numpy(slots) == r].mean(0) for r in range(2)])
+    sides = [F.normalize(t[0, 0].float(), dim=-1) for t in net._heads(x)[:2]]
+    kinds = [balanced_slots_now((t @ before[0].float().T).detach().numpy()[None], 3)[0] // 3 for t in sides]
+    both, kind = torch.cat(sides), torch.from_numpy(np.concatenate(kinds))
+    means = torch.stack([both[kind == r].mean(0) for r in range(2)])
     net(x)
     torch.testing.assert_close(
         net.centres[0], F.normalize(0.5 * before[0] + 0.5 * means.double(), dim=-1), rtol=1e-5, atol=1e-6
     )
     mask = torch.zeros(1, 6, dtype=torch.bool)
     mask[0, 0] = True
+    with torch.no_grad():
+        net.project.bias.zero_()
+        net.project.weight[4:8] = net.project.weight[:4]  # keys are queries: one region has none of either
     net(x, mask)
-    assert net.centres.norm(dim=-1).min() > 0.99
+    there = F.normalize(net._heads(x)[0][0, 0, 0], dim=-1)
+    assert (net.centres[0] @ there).max() > 0.5
+    torch.testing.assert_close(net.centres.norm(dim=-1), torch.ones(1, 2))
     frozen = ClusteredAttention(1, KMeans(2, balanced=True, update="none"), features=4)
     start = frozen.centres.clone()
     frozen(x)
@@ -197,10 +235,24 @@ def test_adapt_finds_clusters() -> None:
             lambda: ClusteredAttention(2, KMeans(2, balanced=True, capacity=3), features=8)(torch.zeros(1, 7, 8)),
             "capacity 3 hold 6, there are 7; give a capacity of at least 4",
         ),
+        (
+            lambda: ClusteredAttention(2, KMeans(8, balanced=True), features=8)(torch.zeros(1, 7, 8)),
+            "8 regions were asked for, there are 7 tokens; ask for at most 7",
+        ),
+        (
+            lambda: ClusteredAttention(2, KMeans(2, balanced=True), features=8)(torch.zeros(1, 7, 8), torch.ones(1, 7)),
+            r"\(1, 7\) bool.*float64",
+        ),
+        (
+            lambda: ClusteredAttention(2, KMeans(2, balanced=True), features=8)(
+                torch.zeros(2, 7, 8), torch.ones(2, 8, dtype=torch.bool)
+            ),
+            r"\(2, 7\) bool.*shape \(2, 8\)",
+        ),
     ],
 )
 def test_wrong_use(use: Callable[[], object], says: str) -> None:
-    with pytest.raises(PartitionError, match=says):
+    with pytest.raises((PartitionError, InputError), match=says):
         use()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ranger_nn import Blocks, BudgetError, Grid, InputError, PartitionError, TimeSlices, measure
+from ranger_nn import Blocks, BudgetError, Grid, InputError, KMeans, PartitionError, TimeSlices, measure
 from ranger_nn.aggregate import Softmax, WeightedMean
 from ranger_nn.torch import BlockDense, RegionalAggregator
 
@@ -321,6 +321,155 @@ def test_distributed(tmp_path: Path) -> None:
         assert all(p.grad is not None for p in net.parameters())
     finally:
         torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------ KMeans
+
+
+def expert() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def own_network(layer: RegionalAggregator, k: int) -> Callable[[Tensor], Tensor]:
+    """Region k's network."""
+    if isinstance(layer.local, nn.ModuleList):
+        return layer.local[k]
+    state = {n: getattr(layer.local, n.replace(".", "/"))[k] for n, _ in layer.local.module.named_parameters()}
+    return lambda x: torch.func.functional_call(layer.local.module, state, (x,))
+
+
+@pytest.mark.parametrize("memory", [None, "200kB"])
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("shape", [(23, 4), (3, 11, 4)])
+def test_clusters_are_stitched(shape: tuple[int, ...], balanced: bool, separate: bool, memory: str | None) -> None:
+    """Every sample through its region's network, result and gradient; absent regions and samples give zero."""
+    local: Any = [expert() for _ in range(5)] if separate else expert()
+    layer = RegionalAggregator(
+        KMeans(5, balanced=balanced), "stitch", local=local, per_region=not separate, memory=memory
+    ).eval()
+    x, mask = torch.randn(shape, requires_grad=True), torch.rand(shape[:-1]) < 0.8
+    present = torch.rand(shape[0], 5) < 0.7
+    y = layer(x, present, mask)
+    region = layer.clusters(x, mask).region.reshape(shape[:-1])
+    there = mask & present.gather(1, region.reshape(shape[0], -1)).reshape(mask.shape)
+    every = torch.stack([own_network(layer, k)(x) for k in range(5)])
+    wanted = sum(torch.where((there & (region == k))[..., None], every[k], 0) for k in range(5))
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-13)
+    leaves = [x, *layer.local.parameters()]
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), leaves) for out in (y, wanted))):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize("memory", [None, "200kB"])
+def test_balanced_regions_of_tokens_are_joined(name: str, memory: str | None) -> None:
+    """Sets (batch, capacity, d), each its own network, then the aggregator's formula."""
+    local = nn.Sequential(expert(), nn.Flatten(1), nn.Linear(6, 2))
+    layer = RegionalAggregator(KMeans(4, balanced=True), name, local=local, per_region=True, memory=memory).eval()
+    x = torch.randn(3, 12, 4, requires_grad=True)
+    y = layer(x)
+    region = layer.clusters(x).region.reshape(3, 12)
+    order = layer.clusters(x, sets=True).take.reshape(4, 3, 3)
+    assert (region.flatten()[order] == torch.arange(4).reshape(4, 1, 1)).all()
+    parts = [own_network(layer, k)(x.reshape(36, 4)[order[k]]) for k in range(4)]
+    wanted = parts_joined(name, layer, parts)
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), [x, *layer.local.parameters()]) for out in (y, wanted))):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def parts_joined(name: str, layer: RegionalAggregator, parts: list[Tensor]) -> Tensor:
+    """`direct`, of regions of equal shares."""
+    return torch.stack(parts).mean(0) if name == "weighted_mean" else direct(name, layer, parts)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS[:-1])
+def test_unbalanced_regions_of_tokens_are_reduced(name: str) -> None:
+    """Over all tokens that are there: merging in any grouping gives the same."""
+    layer = RegionalAggregator(KMeans(4), name, local=expert(), per_region=True).eval()
+    x, mask = torch.randn(1, 12, 4, requires_grad=True), torch.arange(12)[None] < 9
+    y = layer(x, mask=mask)
+    region = layer.clusters(x).region
+    tokens = [own_network(layer, int(region[k]))(x[:, k]) for k in range(9)]
+    wanted = parts_joined(name, layer, tokens)
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), x) for out in (y, wanted))):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_weights_of_clusters(balanced: bool) -> None:
+    """Learned, given; empty places of sets do not count, regions without a token are absent."""
+    x = torch.randn(2, 7, 4)
+    for over in (WeightedMean(), WeightedMean((1.0, 2, 0, 3))):
+        local = (lambda s: s.sum(1)) if balanced else None
+        layer = RegionalAggregator(KMeans(4, balanced=balanced), over, local=local).eval()
+        layer(x)
+        region = layer.clusters(x).region.reshape(2, 7)
+        if over.weights == "learned":
+            layer.log_weight.data.normal_()
+        w = layer.log_weight.exp() if over.weights == "learned" else torch.tensor(over.weights)
+        onto = torch.nn.functional.one_hot(region, 4).double()
+        sums, loads = torch.einsum("bnr,bnd->brd", onto, x), onto.sum(1)
+        share = w * loads if over.weights == "learned" or not balanced else w * (loads > 0)
+        values = sums if balanced else sums / loads.clamp_min(1)[..., None]
+        wanted = (share[..., None] * values).sum(1) / share.sum(1, keepdim=True)
+        torch.testing.assert_close(layer(x), wanted)
+
+
+def test_networks_with_buffers_for_clusters() -> None:
+    """In a loop, region by region."""
+    local = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    layer, x = RegionalAggregator(KMeans(3), "stitch", local=local, per_region=True).eval(), torch.randn(20, 4)
+    y = layer(x)
+    region = layer.clusters(x).region
+    for k in range(3):
+        torch.testing.assert_close(y[region == k], own_network(layer, k)(x[region == k]))
+
+
+def test_centres_of_clusters_follow() -> None:
+    """As those of RegionExperts: `adapt`, the moving average, the same under memory."""
+    x = torch.randn(40, 4)
+    layers = [RegionalAggregator(KMeans(3, decay=0.5), "stitch", local=expert(), memory=m) for m in (None, "1MB")]
+    for layer in layers:
+        layer.adapt(x)
+        start = layer.clusters.centres.clone()
+        layer(x)
+        assert not torch.equal(layer.clusters.centres, start)
+    torch.testing.assert_close(layers[0].clusters.centres, layers[1].clusters.centres)
+
+
+def test_compile_and_export_clusters() -> None:
+    for kind in (KMeans(3), KMeans(3, balanced=True)):
+        layer, x = RegionalAggregator(kind, "stitch", local=expert(), per_region=True).eval(), torch.randn(2, 9, 4)
+        y = layer(x)
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), y)
+        torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), y)
+
+
+@pytest.mark.parametrize(
+    ("use", "says"),
+    [
+        (lambda x: RegionalAggregator(KMeans(2), "mean", local=expert())(x[0]), "lies in one region .* use stitch"),
+        (lambda x: RegionalAggregator(KMeans(2), "concat", local=expert())(x), "differ in size: use KMeans.*balanced"),
+        (lambda x: RegionalAggregator(KMeans(2), torch.cat, local=expert())(x), "Call takes one result of each region"),
+        (
+            lambda x: RegionalAggregator(KMeans(2, balanced=True), "stitch", local=nn.Flatten(1), per_region=True)(x),
+            "keep them: it was given .3, 4. samples of each region and gave shape .3, 16.",
+        ),
+        (lambda x: RegionalAggregator(KMeans(2), coordinates=True), "needs a Grid"),
+        (lambda x: RegionalAggregator(KMeans(2), "stitch", local=[expert()]), "2 regions, local has 1"),
+        (lambda x: RegionalAggregator(KMeans(2), "stitch")(x, torch.ones(3, 5, dtype=torch.bool)), r"\(3, 2\); got"),
+        (lambda x: RegionalAggregator(KMeans(2, balanced=True, capacity=3), "stitch")(x), "at least 4"),
+        (lambda x: RegionalAggregator(Grid(2, 2)).adapt(x), "fits the centres of KMeans"),
+        (lambda x: RegionalAggregator(Grid(2, axes=(1,)))(x, mask=x[..., 0] > 0), "takes present="),
+    ],
+)
+def test_wrong_use_of_clusters(use: Callable[[Tensor], object], says: str) -> None:
+    with pytest.raises(PartitionError, match=says):
+        use(torch.randn(3, 8, 4))
 
 
 # --------------------------------------------------------------------------------------- BlockDense

@@ -10,12 +10,13 @@ from tests.nets.make import between
 from tests.nets.movement import MOVEMENT
 from tests.nets.norms import NORMS
 from tests.nets.operators import ACTIVATIONS, CONVOLUTIONS, POOLS, RESIZES
+from tests.nets.recurrent import RECURRENT, Tagger
 from tests.nets.reductions import REDUCTIONS
 from tests.nets.series import LINES_AND_VOLUMES, TCN, WaveNet
 from tests.nets.structure import STRUCTURE, SmallUNet
 from tests.support import Entry
 
-__all__ = ["NETS", "TCN", "SmallUNet", "WaveNet", "between"]
+__all__ = ["NETS", "RECURRENT", "TCN", "SmallUNet", "Tagger", "WaveNet", "between"]
 
 NETS: tuple[Entry, ...] = (
     *NORMS,
@@ -27,4 +28,5 @@ NETS: tuple[Entry, ...] = (
     *MOVEMENT,
     *STRUCTURE,
     *LINES_AND_VOLUMES,
+    *RECURRENT,
 )

@@ -70,3 +70,17 @@ class Scores(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, 5)."""
         return self.head(torch.relu(self.a(x)).amax((2, 3)))
+
+
+class Tagger(nn.Module):
+    """A recurrence along time between convolutions: (batch, features, steps, 1) in and out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.lstm, self.b = nn.Conv1d(3, 6, 5, padding=2), nn.LSTM(6, 5), nn.Conv1d(5, 2, 3, padding=1)
+        fixed(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One label for each step."""
+        y = self.lstm(torch.relu(self.a(x[..., 0])).permute(2, 0, 1))[0]
+        return self.b(y.permute(1, 2, 0)).unsqueeze(-1)

@@ -18,7 +18,7 @@ import ranger_nn
 from ranger_nn.errors import BudgetError, InputError
 from ranger_nn.io.protocol import BadRegionError
 from ranger_nn.torch.prepare import prepare
-from tests.torch.scenes import Gated, Scores, Smooth, Two
+from tests.torch.scenes import Gated, Scores, Smooth, Tagger, Two
 
 tifffile = pytest.importorskip("tifffile")
 NETS = {"smooth": Smooth, "gated": Gated}
@@ -289,6 +289,22 @@ def test_bfloat16(tmp_path, scene):
     with torch.no_grad():
         expected = net(x.to(torch.bfloat16))[0].float().numpy()
     assert np.abs(np.load(tmp_path / "out.npy") - expected).max() < 0.05
+
+
+def test_recurrence_goes_on(tmp_path):
+    """The state of an LSTM is kept with the journal: stopped again and again, the same bytes."""
+    net, x = Tagger(), np.random.default_rng(0).normal(size=(3, 2000, 1)).astype(np.float32)
+    regions = {"regions": (100,), "memory": "2MB", "axes": "CYX"}
+    ranger_nn.run(net, x, tmp_path / "whole.npy", **regions)
+    np.testing.assert_allclose(np.load(tmp_path / "whole.npy"), untouched(net, torch.from_numpy(x)[None]), atol=2e-6)
+    for _ in range(30):
+        try:
+            report = ranger_nn.run(net, x, tmp_path / "cut.npy", **regions, on_region=stop_after(3))
+        except Stopped:
+            continue
+        break
+    assert report.resumed_at > 0
+    assert (tmp_path / "cut.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
 def test_volume(tmp_path):

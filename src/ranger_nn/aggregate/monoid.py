@@ -106,7 +106,8 @@ class Moments:
             mean = xp.mean(x, axis=axis, keepdims=True)
         else:
             n = xp.sum(xp.astype(where, x.dtype), axis=axis, keepdims=True)
-            mean = xp.sum(present(xp, x, where, 0.0), axis=axis, keepdims=True) / at_least_one(xp, n)
+            x = present(xp, x, where, 0.0)  # also for the gradient: zero times NaN is NaN
+            mean = xp.sum(x, axis=axis, keepdims=True) / at_least_one(xp, n)
         return mean, xp.sum(present(xp, (x - mean) ** 2, where, 0.0), axis=axis, keepdims=True)
 
     def merge(self, xp: Any, a: State, b: State, n_a: Any, n_b: Any) -> State:

@@ -134,8 +134,8 @@ class Softmax:
 
 
 def finite(xp: Any, top: Any) -> Any:
-    """`top`, and zero where it is minus infinity: there is nothing to subtract it from."""
-    return xp.where(top > -float("inf"), top, xp.zeros_like(top))
+    """`top`, and zero where it is infinite: there is nothing to subtract it from, or nothing left when it is."""
+    return xp.where(xp.abs(top) < float("inf"), top, xp.zeros_like(top))
 
 
 def rescale(xp: Any, old: Any, new: Any) -> Any:

@@ -35,7 +35,7 @@ def _contracted(graph: Graph) -> list[tuple[int, int]]:
     return grouped + [
         (node.inputs[0], d)
         for node in graph.nodes
-        if node.macs and node.inputs and any(graph.values[v].kind == PARAMETER for v in node.inputs[1:])
+        if node.macs and not node.rule.reason and any(graph.values[v].kind == PARAMETER for v in node.inputs[1:])
         for d, link in enumerate(node.rule.links[0])
         if link is None
     ]
@@ -46,7 +46,7 @@ def find_axes(graph: Graph) -> list[Axis]:
     parent: dict[tuple[int, int], tuple[int, int]] = {}
     values = graph.values
     for node in graph.nodes:
-        if len(node.outputs) != 1:
+        if len(node.outputs) != 1 and node.rule.ordered is None:
             continue
         out = node.outputs[0]
         for v, row in zip(node.inputs, node.rule.links, strict=True):
@@ -58,25 +58,49 @@ def find_axes(graph: Graph) -> list[Axis]:
     classes: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for key in parent:
         classes.setdefault(_find(parent, key), []).append(key)
-    batch = {(v, 0) for v in graph.inputs if len(values[v].shape) > 2}
+    ordered = {_find(parent, key) for key in _steps(graph) if key in parent}
+    batch = {(v, 0) for v in graph.inputs if len(values[v].shape) > 2} | _samples(graph)
     contracted = {_find(parent, key) for key in _contracted(graph) if key in parent}
     found = []
     for root, members in classes.items():
         dims = dict(members)
         if root in contracted or not set(dims) & set(graph.inputs):
             continue
-        if len(dims) != len(members) or batch & set(members):
+        if len(dims) != len(members) or (root not in ordered and batch & set(members)):
             continue
         weight = sum(values[v].nbytes for v in dims if values[v].kind in (COMPUTED, INPUT))
         first = min((d, v) for v, d in members if v in graph.inputs)
-        found.append((weight, first, dims))
+        found.append((weight, first, root not in ordered, dims))
     if not found:
         return []
-    heaviest = max(w for w, _, _ in found)
-    kept = sorted(((first, -w, dims) for w, first, dims in found if w * 4 >= heaviest), key=lambda f: f[:2])
-    spatial = [k for k in kept if k[0][0] != 1 or len(values[k[0][1]].shape) < 4] or kept
-    names = {1: ["time"], 2: ["rows", "columns"], 3: ["depth", "rows", "columns"]}.get(min(len(spatial), 3), ["time"])
+    heaviest = max(w for w, _, _, _ in found)
+    kept = sorted(((free, first, -w, dims) for w, first, free, dims in found if w * 4 >= heaviest), key=lambda f: f[:3])
+    spatial = [k for k in kept if not k[0] or k[1][0] != 1 or len(values[k[1][1]].shape) < 4] or kept
     return [
-        Axis(names[i], dims, max(values[v].shape[d] for v, d in dims.items()))
-        for i, (_, _, dims) in enumerate(spatial[:3])
+        Axis(name, dims, max(values[v].shape[d] for v, d in dims.items()))
+        for name, (_, _, _, dims) in zip(_names([not free for free, *_ in spatial[:3]]), spatial[:3], strict=True)
     ]
+
+
+def _steps(graph: Graph) -> list[tuple[int, int]]:
+    """Dimensions whose steps follow one another: an axis even where they come first, and the one to slide along."""
+    return [(n.inputs[0], n.rule.ordered) for n in graph.nodes if n.rule.ordered is not None]
+
+
+def _samples(graph: Graph) -> set[tuple[int, int]]:
+    """The batch of an operator whose steps may come before it."""
+    return {
+        (n.inputs[0], d)
+        for n in graph.nodes
+        if n.rule.ordered is not None
+        for d, link in enumerate(n.rule.links[0])
+        if link is not None and d != n.rule.ordered
+    }
+
+
+def _names(ordered: list[bool]) -> list[str]:
+    free = ordered.count(False)
+    spatial = iter({1: ["time"], 2: ["rows", "columns"], 3: ["depth", "rows", "columns"]}.get(free, []))
+    if True in ordered and free == 1:
+        spatial = iter(["rows"])
+    return ["time" if o else next(spatial) for o in ordered]

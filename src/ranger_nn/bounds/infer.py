@@ -61,7 +61,8 @@ class Bounds:
         if d is None:
             return False
         link = node.rule.links[position][d]
-        return link is None or len(node.outputs) != 1 or link.out_dim != self.dim(node.outputs[0], axis)
+        several = len(node.outputs) != 1 and node.rule.ordered is None
+        return link is None or several or link.out_dim != self.dim(node.outputs[0], axis)
 
     def is_cut(self, value: int) -> bool:
         """True where the value has a dimension on one of the axes."""

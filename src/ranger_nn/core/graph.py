@@ -43,6 +43,8 @@ class Rule:
     moments): regions may be lifted one by one and merged.
     `indivisible`: dimensions of input 0 that a reduction must see whole (channels that it gathers in groups).
     `pointwise`: every element depends on the elements at the same place only, so that chains may be fused.
+    `ordered`: dimension of input 0 and of output 0 whose steps follow one another. The operator gives, after its
+    output, the state behind the last step; a slide hands it on from region to region, tiles cannot.
     """
 
     links: tuple[tuple[Link | None, ...], ...]
@@ -50,6 +52,7 @@ class Rule:
     pointwise: bool = False
     reason: str = ""
     indivisible: tuple[int, ...] = ()
+    ordered: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,8 @@ class Node:
 
     `alias`: the input that the output is a view of, if any (`may_copy`: or a
     copy, depending on the region). `vjp_reads`: positions of the inputs whose
-    values backward needs. `random`: draws random numbers (it runs once; its output is kept for backward).
+    values backward needs, `vjp_outputs` those of the outputs (states at the borders of chunks). `random`: draws
+    random numbers (it runs once; its output is kept for backward).
     """
 
     name: str
@@ -73,6 +77,12 @@ class Node:
     vjp_reads: tuple[int, ...] = ()
     random: bool = False
     where: str = ""
+    vjp_outputs: tuple[int, ...] = ()
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        """Outputs of an ordered operator that are finished only behind its last step."""
+        return self.outputs[1:] if self.rule.ordered is not None else ()
 
 
 @dataclass(frozen=True)

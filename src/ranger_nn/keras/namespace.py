@@ -13,7 +13,6 @@ from keras import ops
 abs = ops.abs
 all = ops.all
 any = ops.any
-arange = ops.arange
 argmax = ops.argmax
 argmin = ops.argmin
 argsort = ops.argsort
@@ -33,6 +32,7 @@ min = ops.min
 minimum = ops.minimum
 ones_like = ops.ones_like
 reshape = ops.reshape
+searchsorted = ops.searchsorted
 sqrt = ops.sqrt
 sum = ops.sum
 take = ops.take
@@ -40,6 +40,11 @@ take_along_axis = ops.take_along_axis
 where = ops.where
 zeros = ops.zeros
 zeros_like = ops.zeros_like
+
+
+def arange(stop: Any, dtype: Any = None, **_: Any) -> Any:
+    """0 ... stop - 1; devices are Keras's affair."""
+    return ops.arange(stop, dtype=dtype)
 
 
 def asarray(x: Any, dtype: Any = None, **_: Any) -> Any:

@@ -119,7 +119,7 @@ class Layout:
 
     def shares(self) -> list[float]:
         """Each region's share of all elements."""
-        owned = [prod(b - a for a, b in r.own) for r in self.regions]
+        owned = [prod([b - a for a, b in r.own]) for r in self.regions]
         return [n / sum(owned) for n in owned]
 
     def coordinates(self, group: Group) -> list[list[list[float]]]:
@@ -195,7 +195,8 @@ def _presence(xp: Any, result: Result, present: Any) -> tuple[Any, Any]:
     """(mask like y, how many regions) of a group."""
     if present is None:
         return None, len(result.ids)
-    picked = xp.stack([present[:, i] for i in result.ids], axis=0)
+    every = list(result.ids) == list(range(present.shape[1]))
+    picked = xp.permute_dims(present, (1, 0)) if every else xp.stack([present[:, i] for i in result.ids], axis=0)
     where = _spread(xp, picked, result.y)
     return where, xp.sum(xp.astype(where, result.y.dtype), axis=0, keepdims=True)
 

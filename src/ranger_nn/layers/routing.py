@@ -2,23 +2,26 @@
 
     scores (groups, samples, clusters)  ->  slot (groups, samples): a permutation; slot // capacity is the cluster
 
-Greedy, in rounds: each sample asks for the best cluster that is not full, each cluster keeps the best of those that ask
-(deferred acceptance, Gale & Shapley 1962, cut off after `rounds`); what is left takes the free slots in order.
+Greedy, in rounds. Samples stand in line, those with the highest best score first. In each round each sample that still
+waits asks for its best cluster that is not full, and clusters admit in the order of the line; what is left after
+`rounds` takes the free slots in order. (Clusters that choose among those who ask, as in Gale & Shapley 1962, kept the same
+share of attention in trials, within 0.3 points, and need a sort in each round.)
 
-Twice the same algorithm: `balanced_slots` has fixed shapes, no scatter and no loop over clusters, for graphs that are
+Twice the same algorithm: `balanced_slots` has fixed shapes, one sort and no loop over clusters, for graphs that are
 compiled; `balanced_slots_now` looks only at the samples that still wait, in NumPy, and takes a tenth of the time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ranger_nn.errors import PartitionError
+from ranger_nn.errors import InputError, PartitionError
 from ranger_nn.partition.kmeans import KMeans
 
-ROUNDS = 6
+ROUNDS = 4
 
 
 def check_capacity(samples: int, clusters: int, capacity: int) -> None:
@@ -34,7 +37,14 @@ def check_capacity(samples: int, clusters: int, capacity: int) -> None:
         )
 
 
-def balanced_slots(xp: Any, scores: Any, capacity: int, present: Any = None, rounds: int = ROUNDS) -> Any:
+def balanced_slots(
+    xp: Any,
+    scores: Any,
+    capacity: int,
+    present: Any = None,
+    rounds: int = ROUNDS,
+    inverse: Callable[[Any], Any] | None = None,
+) -> Any:
     """Slot of each sample: (groups, samples) integers, a permutation of clusters * capacity slots.
 
     Args:
@@ -43,23 +53,27 @@ def balanced_slots(xp: Any, scores: Any, capacity: int, present: Any = None, rou
         capacity: slots of a cluster.
         present: (groups, samples) bool: False for samples that only fill up, which come last; None: all are there.
         rounds: how often samples that were turned away ask again.
+        inverse: gives the inverse of permutations along axis 1 faster than a sort does; None: a sort.
     """
-    choice, best = xp.argmax(scores, axis=2), xp.max(scores, axis=2)
-    own = xp.reshape(xp.cumulative_sum(xp.ones_like(choice[0, : scores.shape[2]]), axis=0) - 1, (1, 1, -1))
-    there = choice >= 0 if present is None else present
-    first, last = xp.max(best), xp.min(scores)
-    settled = choice < 0
+    best, low = xp.max(scores, axis=2), xp.min(scores)
+    out = low - (xp.max(best) - low) - 1
+    waits = best >= low if present is None else present
+    line = xp.argsort(-xp.where(waits, best, xp.zeros_like(best) + out), axis=1)
+    own = xp.cumulative_sum(xp.ones_like(line[0, : scores.shape[2]]), axis=0) - 1
+    rows = xp.take_along_axis(scores, line[:, :, None], axis=1)
+    waits = xp.take_along_axis(waits, line, axis=1)
+    there, slot, taken = waits, xp.zeros_like(line), xp.zeros_like(line[:, : scores.shape[2]])
     for _ in range(rounds):
-        late = 0.001 + 0.998 * (first - best) / xp.maximum(first - last, xp.zeros_like(first) + 1e-30)
-        late = xp.where(settled, xp.zeros_like(late), late)
-        place, asked = _places(xp, choice, late, own, there)
-        settled = xp.logical_and(place < capacity, there)
-        # those who are in stay, whoever comes
-        still_open = xp.where(asked[:, None] < capacity, scores, xp.zeros_like(scores) + (last - (first - last) - 1))
-        choice = xp.where(settled, choice, xp.argmax(still_open, axis=2))
-        best = xp.max(still_open, axis=2)
-    taken = xp.minimum(asked, xp.zeros_like(asked) + capacity)
-    return _filled(xp, choice, place, settled, there, taken, capacity)
+        still_open = xp.where(taken[:, None] < capacity, rows, xp.zeros_like(rows) + out)
+        top = xp.max(still_open, axis=2, keepdims=True)
+        choice = xp.min(xp.where(still_open == top, own, xp.zeros_like(own) + (own.shape[0] - 1)), axis=2)
+        place, asked = _places(xp, choice, waits, own, taken)
+        slot = xp.where(waits, choice * capacity + place, slot)
+        waits = xp.logical_and(waits, place >= capacity)
+        taken = xp.minimum(taken + asked, xp.zeros_like(taken) + capacity)
+    slot = _filled(xp, slot, waits, there, taken, capacity)
+    back = xp.argsort(line, axis=1) if inverse is None else inverse(line)
+    return xp.take_along_axis(slot, back, axis=1)
 
 
 def balanced_slots_now(
@@ -73,56 +87,57 @@ def balanced_slots_now(
 def _greedy(scores: np.ndarray, capacity: int, present: np.ndarray | None, rounds: int) -> np.ndarray:
     samples, clusters = scores.shape
     slot, taken = np.full(samples, -1, np.int64), np.zeros(clusters, np.int64)
-    waiting = np.arange(samples) if present is None else np.flatnonzero(present)
-    for k in range(rounds):
-        rows = scores if k == 0 and present is None else scores[waiting]
-        if k:
-            rows[:, taken >= capacity] = -np.inf
+    best = scores.max(1)
+    line = np.argsort(-best if present is None else np.where(present, -best, np.inf), kind="stable")
+    waiting = line if present is None else line[: np.count_nonzero(present)]
+    for _ in range(rounds):
+        rows = scores[waiting]
+        rows[:, taken >= capacity] = -np.inf
         choice = rows.argmax(1)
-        best = rows[np.arange(len(rows)), choice]
-        order = np.argsort(-best)
-        order = order[np.argsort(choice[order].astype(np.int16 if clusters < 2**15 else np.int64), kind="stable")]
+        order = np.argsort(choice.astype(np.int16 if clusters < 2**15 else np.int64), kind="stable")
         asked = choice[order]
         place = np.arange(len(asked)) - np.searchsorted(asked, np.arange(clusters))[asked] + taken[asked]
         settled = place < capacity
         slot[waiting[order[settled]]] = asked[settled] * capacity + place[settled]
         taken += np.bincount(asked[settled], minlength=clusters)
-        waiting = np.sort(waiting[order[~settled]])
+        waiting = waiting[np.sort(order[~settled])]
         if not len(waiting):
             break
     free = np.arange(clusters * capacity).reshape(clusters, capacity)
-    free = free[np.arange(capacity) >= taken[:, None]]
-    late = np.flatnonzero(slot < 0)
-    if present is not None:  # those that are there first
-        late = late[np.argsort(~present[late], kind="stable")]
-    slot[late] = free
+    slot[line[slot[line] < 0]] = free[np.arange(capacity) >= taken[:, None]]
     return slot
 
 
-def _places(xp: Any, choice: Any, late: Any, own: Any, there: Any) -> tuple[Any, Any]:
-    """(place of each sample in the queue of its cluster, length of each queue (groups, clusters)); fillings do not ask."""
-    clusters = own.shape[2]
-    key = xp.where(there, xp.astype(choice, late.dtype) + late, xp.zeros_like(late) + clusters)
-    rank = xp.argsort(xp.argsort(key, axis=1), axis=1)
-    asks = xp.logical_and(choice[:, :, None] == own, there[:, :, None])
-    asked = xp.sum(xp.astype(asks, rank.dtype), axis=1)
-    starts = xp.cumulative_sum(asked, axis=1) - asked
-    return rank - xp.take_along_axis(starts, choice, axis=1), asked
+def _places(xp: Any, choice: Any, waits: Any, own: Any, taken: Any) -> tuple[Any, Any]:
+    """(place of each sample in its cluster after those who are in, how many ask for each cluster (groups, clusters)).
+
+    How many ask before a sample: those of earlier blocks of the line by a running sum, those of its own in pairs.
+    """
+    samples = choice.shape[1]
+    block = max(b for b in range(1, 65) if samples % b == 0)
+    shape = (-1, samples // block, block)
+    choice, waits = xp.reshape(choice, shape), xp.reshape(waits, shape)
+    asks = xp.logical_and(choice[..., None] == own, waits[..., None])
+    counts = xp.sum(xp.astype(asks, own.dtype), axis=2)
+    ends = xp.cumulative_sum(counts, axis=1)
+    before = xp.take_along_axis(ends - counts + taken[:, None], choice, axis=2)
+    steps = xp.cumulative_sum(xp.ones_like(choice[0, 0]), axis=0)
+    same = xp.logical_and(choice[..., None] == choice[:, :, None], steps[None, :] < steps[:, None])
+    inside = xp.sum(xp.astype(xp.logical_and(same, waits[:, :, None]), own.dtype), axis=3)
+    return xp.reshape(before + inside, (-1, samples)), ends[:, -1]
 
 
-def _filled(xp: Any, choice: Any, place: Any, settled: Any, there: Any, taken: Any, capacity: int) -> Any:
-    """Slots: those who are in at their place, then the others on the free slots in order, fillings last."""
+def _filled(xp: Any, slot: Any, waits: Any, there: Any, taken: Any, capacity: int) -> Any:
+    """Slots in the order of the line: those who still wait, then fillings, on the free slots in order."""
     free = capacity - taken
     ends = xp.cumulative_sum(free, axis=1)
-    left = xp.astype(xp.logical_and(there, xp.logical_not(settled)), place.dtype)
-    fills = xp.astype(xp.logical_not(there), place.dtype)
-    after = xp.sum(left, axis=1, keepdims=True) + xp.cumulative_sum(fills, axis=1) - 1
-    waiting = xp.where(there, xp.cumulative_sum(left, axis=1) - 1, after)
-    other = xp.sum(xp.astype(ends[:, None] <= waiting[:, :, None], choice.dtype), axis=2)
+    rest = xp.logical_not(xp.logical_and(there, xp.logical_not(waits)))
+    turn = xp.cumulative_sum(xp.astype(rest, slot.dtype), axis=1) - 1
+    turn = xp.maximum(turn, xp.zeros_like(turn))
+    other = xp.sum(xp.astype(ends[:, None] <= turn[:, :, None], slot.dtype), axis=2)
     other = xp.minimum(other, xp.zeros_like(other) + (taken.shape[1] - 1))
     before = xp.take_along_axis(taken - (ends - free), other, axis=1)
-    found = xp.astype(xp.where(settled, choice, other), place.dtype) * capacity
-    return found + xp.where(settled, place, waiting + xp.astype(before, place.dtype))
+    return xp.where(rest, other * capacity + turn + before, slot)
 
 
 def moved_centres(xp: Any, centres: Any, sums: Any, counts: Any, decay: float, far: Any) -> Any:
@@ -154,4 +169,33 @@ def check_attention(heads: int, partition: Any, features: int, causal: bool) -> 
         raise PartitionError(
             "ClusteredAttention has no causal form: regions mix earlier and later tokens. Use full attention, or "
             "GatedLinearAttention"
+        )
+
+
+def tokens_of_region(tokens: int, regions: int, capacity: int | None) -> int:
+    """Queries, and keys, of a region: `capacity`, or the least that holds all.
+
+    Raises:
+        PartitionError: more regions than tokens, a capacity too small.
+    """
+    if regions > tokens:
+        raise PartitionError(
+            f"each region needs at least one token: {regions} regions were asked for, there are {tokens} tokens; ask for "
+            f"at most {tokens}"
+        )
+    capacity = -(-tokens // regions) if capacity is None else capacity
+    check_capacity(tokens, regions, capacity)
+    return capacity
+
+
+def check_mask(found: tuple[Any, ...], needed: tuple[int, int], dtype: str, boolean: bool) -> None:
+    """Refuse a mask that is not (batch, N) bool.
+
+    Raises:
+        InputError: another shape, or another dtype.
+    """
+    if found != needed or not boolean:
+        raise InputError(
+            f"a mask is (batch, N) = {needed} bool, True for tokens that are there; got shape {found} of {dtype}. Compare "
+            "it with 0, or leave it out"
         )

@@ -1,4 +1,4 @@
-"""Matrix products and attention: rows are local, the contracted dimension is read whole."""
+"""Matrix products, attention and tables: rows are local, the contracted dimension is read whole."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ def linear(shape: Shape, others: list[Shape]) -> Rule:
     """x @ W.T + b: every dimension of x but the last is local."""
     row = (*(Link(d) for d in range(len(shape) - 1)), None)
     return Rule((row, *((None,) * len(s) for s in others)))
+
+
+def embedding(table: Shape, indices: Shape) -> Rule:
+    """Rows of `table`: every index is local, the table is read whole."""
+    return Rule(((None,) * len(table), tuple(Link(d) for d in range(len(indices)))))
 
 
 def matmul(left: Shape, right: Shape, out: Shape, cut_columns: bool) -> Rule:

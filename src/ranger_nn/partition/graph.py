@@ -185,8 +185,7 @@ class GraphParts:
         alike = (matrix.data == matrix.data[0]).all()
         _, part = pymetis.part_graph(
             self.parts,
-            xadj=matrix.indptr.astype(np.int32),
-            adjncy=matrix.indices.astype(np.int32),
+            pymetis.CSRAdjacency(matrix.indptr.astype(np.int32), matrix.indices.astype(np.int32)),
             eweights=None if alike else matrix.data,
             options=pymetis.Options(seed=self.seed),
         )

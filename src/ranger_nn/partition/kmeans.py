@@ -1,7 +1,7 @@
 """The K-means partition: a space is cut into the regions that lie nearest to each of some centres.
 
-A description; layers hold the centres, and move them in training as `update` says. Lloyd's algorithm from a k-means++
-start is scikit-learn's (Arthur and Vassilvitskii 2007). Enter at `KMeans.fit`.
+A description; layers hold the centres, and move them in training as `update` says (`layers/clusters.py`). Lloyd's
+algorithm from a k-means++ start is scikit-learn's (Arthur and Vassilvitskii 2007). Enter at `KMeans.fit`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ranger_nn.errors import InputError, MissingExtraError, PartitionError
+from ranger_nn.names import nearest
 
 UPDATES = ("ema", "gradient", "none")
 
@@ -24,7 +25,7 @@ class KMeans:
         balanced: whether each region takes the same number of samples of a batch, so that shapes are fixed.
         capacity: samples of a region when balanced; None is ceil(samples / clusters).
         update: how a layer moves its centres in training: "ema" (moving average of assigned samples), "gradient"
-            (as parameters), "none".
+            (trained with the other parameters, on the quantisation error), "none".
         decay: of the moving average, for each step.
         seed: of the start.
 
@@ -48,9 +49,16 @@ class KMeans:
                 f"and balanced is {self.balanced}. Leave capacity out, or set balanced=True."
             )
         if self.update not in UPDATES:
-            raise PartitionError(f"update is one of {', '.join(map(repr, UPDATES))}, not {self.update!r}.")
+            raise PartitionError(
+                f"update is one of {', '.join(map(repr, UPDATES))}, not {self.update!r}{nearest(self.update, UPDATES)}."
+            )
         if not 0 <= self.decay < 1:
             raise PartitionError(f"decay is at least 0 and below 1, not {self.decay}.")
+
+    @property
+    def count(self) -> int:
+        """Regions."""
+        return self.clusters
 
     def fit(self, data: np.ndarray) -> np.ndarray:
         """Centres (clusters, d), float64, of data (samples, d); the same for the same seed.

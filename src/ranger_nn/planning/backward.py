@@ -183,6 +183,8 @@ class BackwardLowering:
             self.read(v, box) if i in node.vjp_reads else Read((), 0, 0, box)
             for i, (v, box) in enumerate(zip(node.inputs, full, strict=True))
         ]
+        kept = [node.outputs[p] for p in node.vjp_outputs]
+        reads += [self.read(v, tuple((0, n) for n in self.graph.values[v].shape)) for v in kept]
         grads = []
         for v in node.outputs:
             value = self.graph.values[v]
@@ -206,6 +208,8 @@ class BackwardLowering:
             wanted=wanted,
             value=node.outputs[0],
         )
+        if node.kernel.chunk:
+            self.builder.macs += 3 * node.macs
         slots = iter(outs)
         for v, box, w in zip(node.inputs, full, wanted, strict=True):
             if w:

@@ -30,6 +30,7 @@ class Schedule:
     `holds[v]`: the last level at which v is read from memory; later levels compute it again, from what is in memory
     for another reader or from the input. `grain`: values with heavy weights advance by several rows at a time.
     `disk`: inputs and values between sweeps live in files.
+    `halvings`: how often the chunks inside of operators that run whole are halved.
     """
 
     steps: int
@@ -38,6 +39,7 @@ class Schedule:
     holds: tuple[tuple[int, int], ...] = ()
     grain: bool = True
     disk: bool = False
+    halvings: int = 0
 
     @property
     def slides(self) -> bool:
@@ -47,10 +49,14 @@ class Schedule:
 
 @dataclass
 class Sweep:
-    """What runs in the sweep of one level: nodes and reductions in order, and the results it leaves."""
+    """What runs in the sweep of one level: nodes and reductions in order, and the results it leaves.
+
+    `finals`: values that run to their last row because a state behind it is asked for.
+    """
 
     nodes: list[int] = field(default_factory=list)
     sinks: set[int] = field(default_factory=set)
+    finals: set[int] = field(default_factory=set)
     stored_reads: set[int] = field(default_factory=set)
 
 
@@ -71,13 +77,15 @@ def demand(bounds: Bounds, stages: Stages, schedule: Schedule) -> Demand:
         for k in readers:
             stored[v] = max(stored.get(v, 0), stages.level[k])
     sweeps = [Sweep() for _ in stages.levels]
-    for v in graph.outputs:
-        if v in stages.producer and stages.kind[stages.producer[v]] == REGIONAL:
-            sweeps[stages.level[stages.producer[v]]].sinks.add(v)
+    read = {v for node in graph.nodes for v in node.inputs} | set(graph.outputs)
+    for k, node in enumerate(graph.nodes):
+        if stages.kind[k] == REGIONAL:
+            sweeps[stages.level[k]].sinks |= set(node.outputs[:1]) & set(graph.outputs)
+            sweeps[stages.level[k]].finals |= set(node.outputs[:1] if read & set(node.states) else ())
     for at in reversed(range(len(sweeps))):
         sweep = sweeps[at]
         sweep.sinks |= {v for v in stored if stages.level[stages.producer[v]] == at}
-        todo = [stages.producer[v] for v in sweep.sinks] + stages.levels[at].reduces
+        todo = [stages.producer[v] for v in sweep.sinks | sweep.finals] + stages.levels[at].reduces
         seen: set[int] = set()
         again: list[int] = []  # nodes of earlier levels: looked at last, when it is known what is in memory anyway
         while todo or again:
@@ -88,7 +96,7 @@ def demand(bounds: Bounds, stages: Stages, schedule: Schedule) -> Demand:
             native = stages.level[k] == at
             for i, v in enumerate(graph.nodes[k].inputs):
                 p = stages.producer.get(v)
-                if p is None or stages.kind[p] != REGIONAL:
+                if p is None or stages.kind[p] != REGIONAL or v in graph.nodes[p].states:
                     continue
                 whole = any(bounds.blocked(graph.nodes[k], i, a) for a in range(len(bounds.axes)))
                 whole = whole and stages.kind[k] == REGIONAL
@@ -190,6 +198,8 @@ class ForwardLowering:
         view = reads[node.alias].parts[0][0] if node.alias is not None and len(reads[node.alias].parts) == 1 else None
         extent = Extent(self.full_box(node.outputs[0]), sum(out_bytes), tuple(r.nbytes for r in reads), tuple(reads))
         scratch = node.kernel.scratch(extent)
+        if node.kernel.chunk:  # a result as large as time: the caller's, where it is an output
+            out_bytes = [0 if v in self.graph.outputs else n for v, n in zip(node.outputs, out_bytes, strict=True)]
         results = [(n, view, node.may_copy) for n in out_bytes]
         out_box = self.full_box(node.outputs[0])
         outs = self.builder.emit(RUN, k, reads, results, scratch=scratch, out_box=out_box, value=node.outputs[0])
@@ -226,10 +236,20 @@ class ForwardLowering:
             strip = Strip(self, at, sweep, users, stores, dict(zip(self.tile_axes, tile, strict=True)))
             strip.run()
             stores = strip.stores
+            self._settle(at, strip)
         for k in sweep.nodes:
             if self.stages.kind[k] == REDUCE:
                 self._finish(k)
         self.places.update(stores)
+
+    def _settle(self, at: int, strip: Strip) -> None:
+        """Where the states behind the last steps are; those that nobody reads are dropped."""
+        for k, slots in strip.states.items():
+            for v, slot in zip(self.graph.nodes[k].states, slots, strict=True):
+                if self.stages.level[k] == at and v in self.last_use and v not in self.places:
+                    self.places[v] = Located(slot)
+                else:
+                    self.builder.drop(slot)
 
     def _finish(self, k: int) -> None:
         node = self.graph.nodes[k]
@@ -274,6 +294,7 @@ class Strip:
         self.order = {k: n for n, k in enumerate(sweep.nodes)}
         self.ends: dict[int, int] = {}
         self.streamed: set[int] = set()
+        self.states: dict[int, list[int]] = {}
 
     def _streamed_stores(self) -> set[int]:
         """Paged values that this sweep reads last: their pages are dropped as it goes."""
@@ -295,7 +316,7 @@ class Strip:
             self.p.stages,
             self.sweep.nodes,
             self.users,
-            self.sweep.sinks,
+            self.sweep.sinks | self.sweep.finals,
             self.p.slide,
             schedule.steps,
             schedule.grain,
@@ -366,10 +387,21 @@ class Strip:
             if view is not None and may_copy and self.builder.bytes.get(self.builder.storage[view], 0) == 0:
                 view = None
         scratch = node.kernel.scratch(Extent(out, out_bytes, tuple(r.nbytes for r in reads), tuple(reads)))
-        (slot,) = self.builder.emit(RUN, k, reads, [(out_bytes, view, may_copy)], scratch=scratch, out_box=out, value=v)
+        before = self.states.get(k, [])
+        reads += [self._all(u, slot) for u, slot in zip(node.states, before)]
+        results = [(out_bytes, view, may_copy), *((self.graph.values[u].nbytes, None, False) for u in node.states)]
+        slot, *behind = self.builder.emit(RUN, k, reads, results, scratch=scratch, out_box=out, value=v)
         whole = max(1, prod(value.shape))
         self.builder.macs += node.macs * prod(hi - lo for lo, hi in out) // whole
+        for old in before:
+            self.builder.drop(old)
+        if node.states:
+            self.states[k] = behind
         self._place(v, slot, rows, out)
+
+    def _all(self, v: int, slot: int) -> Read:
+        """A value that a slot holds whole."""
+        return Read(((slot, ()),), 0, self.graph.values[v].nbytes, self.p.full_box(v))
 
     def _place(self, v: int, slot: int, rows: Interval, out: Box) -> None:
         dim = self.bounds.dim(v, self.p.slide) if self.p.slide is not None else None
@@ -384,7 +416,11 @@ class Strip:
         assert window.pages is not None
         lo, hi = rows if dim is not None else (0, 1)
         window.pages.append(Page(lo, hi, slot, lo))
+        if v not in self.sweep.sinks and v in self.users:
+            return
         if v not in self.sweep.sinks:
+            window.pages.pop()
+            self.builder.drop(slot)
             return
         if self.p._paged(v):
             self.stores[v] = window
@@ -500,7 +536,7 @@ def tile_intervals(
             continue
         v = p.graph.nodes[k].outputs[0]
         size = p.bounds.size(v, axis)
-        parts = [share(size, index, count)] if v in sweep.sinks else []
+        parts = [share(size, index, count)] if v in sweep.sinks | sweep.finals else []
         for u, i in users.get(v, []):
             if p.stages.kind[u] == REDUCE:
                 parts.append(share(size, index, count))

@@ -149,7 +149,7 @@ def describe(
         size = sum(graph.values[v].nbytes for v in node.outputs)
         place = f"{node.name} ({node.where})" if node.where else node.name
         whole.append(f"{place}: {reason}; {format_bytes(size)}")
-    if not axes:
+    if not axes and not whole:
         whole.append("everything: no axis along which the network can be cut")
     work = graph.macs()
     plain = work * (3 if backward is not None else 1)

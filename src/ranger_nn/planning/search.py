@@ -4,6 +4,7 @@ Time is counted as multiply-adds (recomputed ones included) and steps; memory is
 same that runs. The first schedule that fits wins; while none does, these are tried in turn (`Search.run`):
 
     1. the schedules to begin with      `starting`
+    .  chunks half as long              where an operator that runs whole works in chunks and holds the peak up
     2. steps half as long               and where they cannot be shorter, tiles across the second axis
     3. inference: more computed again   sets of values not held, from the least extra work on (`_ladder`)
     4. one more move, again and again   a large value not held, or (training) a cut that ends a sweep early
@@ -23,6 +24,7 @@ from ranger_nn.bounds.infer import Bounds
 from ranger_nn.core.graph import COMPUTED, INPUT, Graph
 from ranger_nn.core.program import Program
 from ranger_nn.errors import BudgetError, InputError
+from ranger_nn.ops.recurrence import chunked, halved, unchunked
 from ranger_nn.planning.backward import lower_backward
 from ranger_nn.planning.budget import format_bytes
 from ranger_nn.planning.forward import FOREVER, ForwardLowering, Schedule, lower_forward
@@ -75,6 +77,7 @@ class Planned:
     plan: Plan
     forward: Program
     backward: Program | None
+    graph: Graph
 
 
 @dataclass
@@ -105,10 +108,22 @@ class Candidate:
         return tuple(sorted(peaks.values(), reverse=True))
 
     @property
+    def worst(self) -> Program:
+        """The program in which the peak stands."""
+        return self.forward if self.backward is None or self.forward.peak >= self.backward.peak else self.backward
+
+    @property
     def binding(self) -> int:
         """Level at which the peak stands."""
-        worst = self.forward if self.backward is None or self.forward.peak >= self.backward.peak else self.backward
+        worst = self.worst
         return worst.instructions[worst.peak_at].sweep if worst.instructions and worst.peak_at >= 0 else 0
+
+    @property
+    def binds_chunked(self) -> bool:
+        """Whether the peak stands at an operator that works in chunks."""
+        worst = self.worst
+        node = worst.instructions[worst.peak_at].node if worst.peak_at >= 0 else -1
+        return node >= 0 and bool(self.bounds.graph.nodes[node].kernel.chunk)
 
 
 def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool) -> Candidate:
@@ -116,8 +131,8 @@ def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool
     cut = [a for i, a in enumerate(axes) if (i == 0 and schedule.slides) or schedule.tiles[i] > 1]
     tiles = tuple(schedule.tiles[i] for i, a in enumerate(axes) if a in cut)
     slim = replace(schedule, tiles=tiles, steps=schedule.steps if cut and schedule.slides else 0)
-    bounds = Bounds(graph, tuple(cut))
-    stages = stage(bounds, schedule.cuts)
+    bounds = Bounds(halved(graph, schedule.halvings), tuple(cut))
+    stages = stage(bounds, schedule.cuts, schedule.slides)
     if not training:
         forward, state = lower_forward(bounds, stages, slim)
         return Candidate(schedule, bounds, forward, None, state, forward.peak, forward.macs)
@@ -313,14 +328,30 @@ class Search:
             if self.attempt(schedule):
                 break
         assert self.best is not None
-        if self.axes and not self.fits(self.best):
+        if not self.axes:
+            _ = self.fits(self.best) or self._halve()
+        elif not self.fits(self.best):
             _ = (
-                self._shrink(self.best.schedule, 1)
+                self._halve()
+                or self._shrink(self.best.schedule, 1)
                 or self._climb()
                 or self._descend()
                 or self._shrink(self.best.schedule, 4)
             )
         return self.best
+
+    def _halve(self) -> bool:
+        """Shorter and shorter chunks inside of operators that run whole; True where the budget is met."""
+        while self.best is not None and self.best.binds_chunked and self.work < SEARCH_WORK:
+            schedule = replace(self.best.schedule, halvings=self.best.schedule.halvings + 1)
+            before = self.best
+            if chunked(halved(self.graph, schedule.halvings)) == chunked(before.bounds.graph):
+                return False
+            if self.attempt(schedule):
+                return True
+            if self.best is before:
+                return False
+        return False
 
     def _near(self, rough: Candidate) -> bool:
         """Whether more steps may bring a candidate on few steps into the budget."""
@@ -418,18 +449,19 @@ def make_plan(graph: Graph, options: Options, training: bool) -> Planned:
     """Plan and programs for a graph; raises BudgetError where nothing fits."""
     axes = find_axes(graph)
     best = search(graph, axes, options, training)
-    whole = lower(graph, [], Schedule(0, ()), training)
+    whole = lower(unchunked(graph), [], Schedule(0, ()), training)
     projected = with_margin(best.peak)
     if options.allowed is not None and projected > options.allowed:
         raise _too_small(graph, options.allowed, *_least(graph, axes, options, training, best))
+    untouched = whole.peak if not training else max(whole.peak, _saved_by_untouched(graph))
+    graph = best.bounds.graph
     verify_program(best.forward, graph)
     if best.backward is not None:
         verify_program(best.backward, graph, best.forward)
-    untouched = whole.peak if not training else max(whole.peak, _saved_by_untouched(graph))
     plan = describe(
         graph, axes, best.schedule, best.lowering, best.forward, best.backward, options.allowed, projected, untouched
     )
-    return Planned(plan, best.forward, best.backward)
+    return Planned(plan, best.forward, best.backward, graph)
 
 
 def _least(
@@ -457,7 +489,7 @@ def _saved_by_untouched(graph: Graph) -> int:
 
 
 def _too_small(graph: Graph, allowed: int, least: int, best: Candidate) -> BudgetError:
-    program = best.forward if best.backward is None or best.forward.peak >= best.backward.peak else best.backward
+    program = best.worst
     instruction = program.instructions[program.peak_at]
     node = instruction.node
     if node < 0 and instruction.value >= 0:

@@ -17,6 +17,7 @@ from ranger_nn.bounds.infer import Bounds
 from ranger_nn.core.graph import COMPUTED
 
 REGIONAL, REDUCE, PROLOGUE = "regional", "reduce", "prologue"
+STEPS = "each step needs the state of the step before, so tiles along time are not independent (a slide is exact)"
 
 
 @dataclass
@@ -50,8 +51,17 @@ def _linked(bounds: Bounds, k: int) -> bool:
     return all(d is None or d in known for d in dims)
 
 
-def stage(bounds: Bounds, cuts: Sequence[int] = ()) -> Stages:
-    """Assign every node a level and a kind."""
+def _in_order(bounds: Bounds, k: int, slides: bool) -> bool:
+    """True unless the node's steps follow one another and are not met in order: only the first axis is slid along."""
+    node = bounds.graph.nodes[k]
+    if node.rule.ordered is None:
+        return True
+    where = [a for a in range(len(bounds.axes)) if bounds.dim(node.outputs[0], a) == node.rule.ordered]
+    return slides and where == [0]
+
+
+def stage(bounds: Bounds, cuts: Sequence[int] = (), slides: bool = True) -> Stages:
+    """Assign every node a level and a kind; `slides`: the first axis is slid along, not tiled."""
     graph = bounds.graph
     kind: list[str] = []
     level: list[int] = []
@@ -66,11 +76,14 @@ def stage(bounds: Bounds, cuts: Sequence[int] = ()) -> Stages:
     for k, node in enumerate(graph.nodes):
         computed = [(i, v) for i, v in enumerate(node.inputs) if graph.values[v].kind == COMPUTED]
         blocked = [(i, v) for i, v in enumerate(node.inputs) if any(bounds.blocked(node, i, a) for a in axes)]
-        out_cut = len(node.outputs) == 1 and bounds.is_cut(node.outputs[0])
+        single = len(node.outputs) == 1 or node.rule.ordered is not None
+        out_cut = single and bounds.is_cut(node.outputs[0])
         at = 0
         if node.rule.reduces and blocked and not out_cut:
             kinds = REDUCE
-        elif out_cut and not node.random and not node.rule.reason and _linked(bounds, k):
+        elif (
+            out_cut and not node.random and not node.rule.reason and _linked(bounds, k) and _in_order(bounds, k, slides)
+        ):
             kinds = REGIONAL
         else:
             kinds = PROLOGUE
@@ -78,7 +91,9 @@ def stage(bounds: Bounds, cuts: Sequence[int] = ()) -> Stages:
             p = producer[v]
             ready = level[p] + (kind[p] == REDUCE)
             streamed = kind[p] == REGIONAL
-            if streamed and (
+            if v in graph.nodes[p].states:
+                ready = level[p] + streamed
+            elif streamed and (
                 kinds == PROLOGUE or (kinds == REGIONAL and any(bounds.blocked(node, i, a) for a in axes))
             ):
                 ready = level[p] + 1
@@ -86,7 +101,10 @@ def stage(bounds: Bounds, cuts: Sequence[int] = ()) -> Stages:
             elif streamed and kinds != PROLOGUE and segment(p) < segment(k):
                 ready = level[p] + 1
             at = max(at, ready)
-        if kinds == PROLOGUE and any(bounds.is_cut(v) for v in node.inputs):
+        cut = any(bounds.is_cut(v) for v in node.inputs)
+        if kinds == PROLOGUE and cut and node.rule.ordered is not None:
+            reasons[k] = STEPS
+        elif kinds == PROLOGUE and (cut or node.kernel.chunk):
             reasons[k] = node.rule.reason or "reads all of its input, or makes a dimension of its own"
         elif kinds == REGIONAL and blocked:
             reasons[k] = node.rule.reason or "reads all of an input"

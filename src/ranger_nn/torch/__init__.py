@@ -12,6 +12,7 @@ _LAYERS = {
     "RegionalAggregator": "regional",
     "BlockDense": "blocks",
     "SlicedRNN": "sliced_rnn",
+    "linear_scan": "scan",
     "MinGRU": "recurrence",
     "LRU": "recurrence",
     "GatedLinearAttention": "recurrence",

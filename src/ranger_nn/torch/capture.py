@@ -25,6 +25,7 @@ from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
 from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
 from ranger_nn.torch.layout import result_layout
+from ranger_nn.torch.recurrent_ops import whole_recurrences
 
 VIEWS = {
     "slice",
@@ -112,6 +113,7 @@ class Lower:
         vjp_reads: Sequence[int] | None = None,
         random: bool = False,
         differentiable: bool = True,
+        vjp_outputs: Sequence[int] = (),
     ) -> Any:
         """Add a node; its output value, or a list of them where `like` is a sequence."""
         flows = differentiable and self.grad and not self.no_grad and any(self.values[i].differentiable for i in inputs)
@@ -119,7 +121,10 @@ class Lower:
         self.names[op] = count + 1
         name = f"{op}_{count}"
         many = isinstance(like, (list, tuple))
-        outs = [self.value(name, t, COMPUTED, flows) for t in (like if many else [like])]
+        outs = [
+            self.value(name, t, COMPUTED, flows and i not in vjp_outputs)
+            for i, t in enumerate(like if many else [like])
+        ]
         kept = "keeps" if rule.pointwise else kernel.layout
         before = [(len(self.values[i].shape), self.values[i].layout) for i in inputs]
         if not many and (layout := result_layout(kept, before, like)):
@@ -146,6 +151,7 @@ class Lower:
                 reads,
                 random=random,
                 where=self.where,
+                vjp_outputs=tuple(vjp_outputs),
             )
         )
         return outs if many else outs[0]
@@ -236,7 +242,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     """`torch.export`, with an error that names the line where it fails."""
     _refuse_cumulative(model)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), whole_recurrences():
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:

@@ -95,6 +95,9 @@ class Kernel:
     members = 1
     """Operators inside: what backward saves is about this many outputs."""
 
+    chunk = 0
+    """Steps that one call works on at a time, where it works in chunks."""
+
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """The function from local inputs to the local output."""
         raise NotImplementedError
@@ -330,13 +333,13 @@ class Attention(Opaque):
 class Dropout(Kernel):
     """Dropout whose mask depends on the absolute position only: any region, drawn again, gets the same mask.
 
-    The mask of index r along the first cut dimension is drawn by a generator seeded with (seed, r); the seed is the
-    second input, drawn once per forward from the global generator, as the untouched network draws.
+    The mask of block r of indices along the first cut dimension is drawn by a generator seeded with (seed, r); the seed
+    is the second input, drawn once per forward from the global generator, as the untouched network draws.
     """
 
-    def __init__(self, p: float, shape: tuple[int, ...], dim: int) -> None:
-        """`dim`: the dimension along which the mask is drawn slice by slice."""
-        self.p, self.shape, self.dim = p, shape, dim
+    def __init__(self, p: float, shape: tuple[int, ...], dim: int, block: int = 1) -> None:
+        """`dim`: the dimension along which the mask is drawn, `block` indices at a time."""
+        self.p, self.shape, self.dim, self.block = p, shape, dim, block
 
     def scratch(self, at: Extent) -> int:
         """The mask."""
@@ -344,21 +347,22 @@ class Dropout(Kernel):
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Multiply by the mask of this box."""
-        dim, shape, p = self.dim, self.shape, self.p
+        dim, shape, p, block = self.dim, self.shape, self.p, self.block
         lo, hi = out_box[dim] if out_box else (0, 1)
         crops = [(d, a, b - a) for d, (a, b) in enumerate(out_box) if d != dim and b - a < shape[d]]
-        slab = [1 if d == dim else n for d, n in enumerate(shape)]
+        slab = [block if d == dim else n for d, n in enumerate(shape)]
         scale = 0.0 if p >= 1 else 1.0 / (1.0 - p)
 
         def mask(seed: int, like: Tensor) -> Tensor:
             generator = torch.Generator(device=like.device)
             rows = like.new_empty(lengths(out_box))
-            for r in range(lo, hi):
+            for r in range(lo // block, -(-hi // block)):
                 generator.manual_seed((seed * 1000003 + r * 7919) % (2**63))
                 row = torch.empty(slab, dtype=like.dtype, device=like.device).bernoulli_(1 - p, generator=generator)
                 for d, start, length in crops:
                     row = row.narrow(d, start, length)
-                rows.narrow(dim, r - lo, 1).copy_(row)
+                a, b = max(lo, r * block), min(hi, (r + 1) * block)
+                rows.narrow(dim, a - lo, b - a).copy_(row.narrow(dim, a - r * block, b - a))
             return rows.mul_(scale)
 
         def local(x: Tensor, seed: Tensor) -> Tensor:

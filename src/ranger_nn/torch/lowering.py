@@ -27,9 +27,10 @@ from ranger_nn.torch import kernels_reduce as R
 from ranger_nn.torch import kernels_resample as S
 from ranger_nn.torch import kernels_window as W
 from ranger_nn.torch.capture import SAME, Lower, Ref, Static, closure, resolve
+from ranger_nn.torch.lowering_recurrent import lower_recurrent
 
 aten = torch.ops.aten
-RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 RULES: dict[str, Callable[[Operator], Any]] = {}
 
 
@@ -189,15 +190,20 @@ def _dropout(op: Operator, source: int) -> Any:
 
         mask = op.lower.emit("mask", [], like, Rule(()), K.Opaque(draw), random=True, differentiable=False)
         return op.lower.emit("mul", [source, mask], op.like, pointwise([shape, like.shape], shape), K.Call(torch.mul))
-    seed_like = torch.empty((), dtype=torch.int64, device="meta")
-    seed = op.lower.emit(
-        "seed", [], seed_like, Rule(()), K.Opaque(lambda: torch.randint(2**40, ())), random=True, differentiable=False
-    )
     along = 2 if len(shape) > 2 else 0
     along = max(range(len(shape)), key=lambda d: shape[d]) if shape[along] == 1 else along
-    whole = pointwise([shape, ()], shape)
-    region = Rule(whole.links)
-    return op.emit([source, seed], region, K.Dropout(op.arg("p"), shape, along))
+    return emit_dropout(op.lower, source, op.arg("p"), op.like, along)
+
+
+def emit_dropout(lower: Lower, source: int, p: float, like: Tensor, along: int, block: int = 1) -> int:
+    """Dropout whose mask is drawn along dimension `along`, `block` indices at a time, from one seed per forward."""
+    seed_like = torch.empty((), dtype=torch.int64, device="meta")
+    seed = lower.emit(
+        "seed", [], seed_like, Rule(()), K.Opaque(lambda: torch.randint(2**40, ())), random=True, differentiable=False
+    )
+    shape = lower.shape(source)
+    region = Rule(pointwise([shape, ()], shape).links)
+    return lower.emit("dropout", [source, seed], like, region, K.Dropout(p, shape, along, block))
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution")
@@ -559,6 +565,21 @@ def _attention(op: Operator) -> Any:
     shapes = [op.shape(i) for i in inputs]
     macs = prod(op.out) * shapes[1][-2] * 2
     return op.emit(inputs, contraction.attention(shapes, op.out), K.Attention(function), macs=macs)
+
+
+@rule("embedding")
+def _embedding(op: Operator) -> Any:
+    """Rows of a table, one for each index. In training a region's gradient would be as large as the table: whole."""
+    function, inputs = op.call()
+    if op.lower.grad or inputs != [op.arg("weight"), op.arg("indices")]:
+        return None
+    table, indices = (op.shape(v) for v in inputs)
+    return op.emit(inputs, contraction.embedding(table, indices), K.Call(function))
+
+
+@rule(*RECURRENT)
+def _recurrent(op: Operator) -> Any:
+    return lower_recurrent(op)
 
 
 @rule("cat", "concat", "concatenate")

@@ -112,11 +112,11 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, regional: Regional, ready: Ready, count: int, *tensors: Tensor) -> Any:
+        ctx.rng = torch.get_rng_state() if any(n.random for n in ready.captured.graph.nodes) else None
         slots = regional._execute(ready, tensors)
         ctx.regional, ctx.ready, ctx.count = regional, ready, count
         ctx.save_for_backward(*tensors)
         ctx.kept = slots
-        ctx.rng = regional._rng
         outputs = ready.captured.graph.outputs
         results = tuple(_plain(ready, v, slots[ready.planned.forward.results[v]]) for v in outputs)
         for v in outputs:
@@ -130,8 +130,11 @@ class _Run(torch.autograd.Function):
         ready: Ready = ctx.ready
         tensors = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
-        if kept is None:
-            kept = ctx.regional._execute(ready, tensors)
+        if kept is None:  # backward a second time: the same random numbers again
+            with torch.random.fork_rng(devices=[], enabled=ctx.rng is not None):
+                if ctx.rng is not None:
+                    torch.set_rng_state(ctx.rng)
+                kept = ctx.regional._execute(ready, tensors)
         found = ctx.regional._pull_back(ready, tensors, kept, grads)
         return (None, None, None, *found)
 
@@ -150,7 +153,6 @@ class Regional(nn.Module):
         self._verify = verify
         self._ready: dict[Any, Ready] = {}
         self._lock = threading.Lock()
-        self._rng: Any = None
         self.on_region: Callable[[int, int], None] | None = None
 
     @property
@@ -245,7 +247,7 @@ class Regional(nn.Module):
         args, kwargs = pytree.tree_unflatten(fake, spec)
         captured = capture(self.module, args, kwargs, grad=grad)
         planned = make_plan(captured.graph, self._options, grad)
-        engine = TorchEngine(captured.graph, device)
+        engine = TorchEngine(planned.graph, device)
         backward = bind(planned.backward.instructions, engine) if planned.backward is not None else None
         ready = Ready(captured, planned, engine, bind(planned.forward.instructions, engine), backward, autocast)
         if self._verify:

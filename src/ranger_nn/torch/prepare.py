@@ -53,8 +53,8 @@ class Prepared:
 
     @property
     def graph(self) -> Graph:
-        """The network."""
-        return self.captured.graph
+        """The network, as it was planned."""
+        return self.planned.graph
 
     @property
     def program(self) -> Program:
@@ -92,12 +92,13 @@ class Prepared:
         return [v for v in dict.fromkeys(self.graph.outputs) if v in made]
 
     def lasting(self) -> set[int]:
-        """Nodes whose results cannot be had again from a halo: those that run on whole values."""
-        values = self.graph.values
+        """Nodes whose results cannot be had again from a halo: they run on whole values, or hand on a state."""
+        values, nodes = self.graph.values, self.graph.nodes
         return {
             i.node
             for i in self.program.instructions
-            if i.op == RUN and i.out_box == tuple((0, n) for n in values[i.value].shape)
+            if i.op == RUN
+            and (nodes[i.node].rule.ordered is not None or i.out_box == tuple((0, n) for n in values[i.value].shape))
         }
 
     def externals(self) -> list[Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
 from typing import Any
 
@@ -11,7 +12,14 @@ from keras import ops
 
 from ranger_nn.errors import InputError, PartitionError
 from ranger_nn.keras import namespace as xp
-from ranger_nn.layers.routing import balanced_slots, check_attention, check_capacity, moved_centres
+from ranger_nn.layers.routing import (
+    balanced_slots,
+    balanced_slots_now,
+    check_attention,
+    check_mask,
+    moved_centres,
+    tokens_of_region,
+)
 from ranger_nn.partition.config import from_config, to_config
 from ranger_nn.partition.kmeans import KMeans
 
@@ -26,8 +34,8 @@ class ClusteredAttention(keras.layers.Layer):
 
     Args:
         heads: attention heads; they divide the width of the tokens.
-        partition: `KMeans(regions, balanced=True)`; its centres, one set for each head, follow the keys in training by a
-            moving average (`update="ema"`) or stay ("none").
+        partition: `KMeans(regions, balanced=True)`; its centres, one set for each head, follow queries and keys in
+            training by a moving average (`update="ema"`) or stay ("none").
         summaries: add each other region's mean key and value for all queries, weighted by its number of keys.
         features: width of the tokens; None: taken from the first input.
         use_bias: biases in the projections.
@@ -37,7 +45,8 @@ class ClusteredAttention(keras.layers.Layer):
 
     Raises:
         PartitionError (a ValueError): heads that do not divide the width, a partition that is not balanced, a
-            capacity too small, `causal=True`.
+            capacity too small, more regions than tokens, `causal=True`.
+        InputError (a ValueError): a mask of another shape or kind; NaN in `adapt`.
 
     Source: Roy et al. 2021, Routing Transformer; Vyas et al. 2020, Fast Transformers with Clustered Attention.
     """
@@ -89,6 +98,10 @@ class ClusteredAttention(keras.layers.Layer):
             mask: (batch, N) bool, True for tokens that are there.
             training: centres follow.
         """
+        if mask is not None:
+            dtype = keras.backend.standardize_dtype(mask.dtype)
+            batch = mask.shape[0] if x.shape[0] is None else x.shape[0]
+            check_mask(tuple(mask.shape), (batch, x.shape[1]), dtype, dtype == "bool")
         q, k, v = self._heads(x)
         y = self._attend(q, k, v, mask, training and self.partition.update == "ema")
         y = ops.transpose(ops.reshape(y, (-1, self.heads, *y.shape[1:])), (0, 2, 1, 3))
@@ -102,27 +115,26 @@ class ClusteredAttention(keras.layers.Layer):
 
     def _attend(self, q: Any, k: Any, v: Any, mask: Any, follow: bool) -> Any:
         regions, n, width = self.partition.clusters, q.shape[1], q.shape[2]
-        capacity = self.partition.capacity or -(-n // regions)
-        check_capacity(n, regions, capacity)
+        capacity = tokens_of_region(n, regions, self.partition.capacity)
         filling = regions * capacity - n
         there = None
         if filling or mask is not None:
             there = ops.ones_like(q[:, :, 0], dtype="bool") if mask is None else ops.repeat(mask, self.heads, axis=0)
             there = ops.pad(there, ((0, 0), (0, filling)))
             q, k, v = (ops.pad(t, ((0, 0), (0, filling), (0, 0))) for t in (q, k, v))
-        slots = [ops.stop_gradient(balanced_slots(xp, self._scores(t), capacity, there)) for t in (q, k)]
-        sources = [ops.argsort(s, axis=1) for s in slots]
+        slots = [ops.stop_gradient(_slots(self._scores(t), capacity, there)) for t in (q, k)]
+        slots = [ops.reshape(s, (-1, regions * capacity)) for s in slots]
+        sources = [_inverse(s) for s in slots]
         a, b, c = (
             ops.reshape(_taken(t, sources[i]), (-1, regions, capacity, width)) for t, i in ((q, 0), (k, 1), (v, 1))
         )
-        inside = (
-            None
-            if there is None
-            else ops.reshape(ops.take_along_axis(there, sources[1], axis=1), (-1, regions, capacity))
-        )
+        here = [
+            None if there is None else ops.reshape(ops.take_along_axis(there, s, axis=1), (-1, regions, capacity))
+            for s in sources
+        ]
         if follow:
-            self._follow(b, inside)
-        y = _taken(ops.reshape(self._inside(a, b, c, inside), (-1, regions * capacity, width)), slots[0])
+            self._follow((a, b), here)
+        y = _taken(ops.reshape(self._inside(a, b, c, here[1]), (-1, regions * capacity, width)), slots[0])
         if there is not None:
             y = ops.where(there[..., None], y, ops.zeros_like(y))
         return y[:, :n]
@@ -136,14 +148,13 @@ class ClusteredAttention(keras.layers.Layer):
 
     def _inside(self, q: Any, k: Any, v: Any, there: Any) -> Any:
         """Attention of each region: q, k, v (groups, regions, capacity, d), there (groups, regions, capacity)."""
+        if not self.summaries:
+            return _attention(q, k, v, there)
         regions = self.partition.clusters
         scale = ops.cast(1 / sqrt(q.shape[-1]), q.dtype)
         scores = ops.cast(ops.matmul(q * scale, ops.transpose(k, (0, 1, 3, 2))), "float32")
         if there is not None:
             scores = scores + ops.where(there, 0.0, FAR)[:, :, None]
-        if not self.summaries:
-            y = ops.matmul(ops.cast(ops.softmax(scores), v.dtype), v)
-            return y if there is None else ops.where(ops.any(there, axis=-1)[:, :, None, None], y, ops.zeros_like(y))
         weight = ops.ones_like(k[..., 0]) if there is None else ops.cast(there, k.dtype)
         count = ops.sum(weight, axis=-1)
         means = [
@@ -158,22 +169,28 @@ class ClusteredAttention(keras.layers.Layer):
         own, rest = shares[..., : k.shape[2]], shares[..., k.shape[2] :]
         return ops.matmul(own, v) + ops.einsum("grcs,gsd->grcd", rest, means[1])
 
-    def _follow(self, k: Any, there: Any) -> None:
-        """Moving average of the directions of each region's keys; regions without keys begin at the farthest ones."""
-        along = ops.normalize(ops.stop_gradient(ops.cast(k, "float32")), axis=-1)
-        weight = ops.ones_like(along[..., :1]) if there is None else ops.cast(there, "float32")[..., None]
-        regions, capacity, width = along.shape[1:]
-        along = ops.reshape(along * weight, (-1, self.heads, regions, capacity, width))
-        counts = ops.sum(ops.reshape(weight, (-1, self.heads, regions, capacity, 1)), axis=(0, 3))
-        centres = ops.cast(self.centres, "float32")
-        apart = ops.sum(along * ops.normalize(centres, axis=-1)[None, :, :, None], axis=-1)
-        apart = ops.where(ops.sum(ops.square(along), axis=-1) > 0, apart, 2 * ops.ones_like(apart))
-        apart = ops.reshape(ops.transpose(apart, (1, 0, 2, 3)), (self.heads, -1))
-        far = ops.top_k(-apart, regions)[1]
-        tokens = ops.reshape(ops.transpose(along, (1, 0, 2, 3, 4)), (self.heads, -1, width))
-        moved = moved_centres(
-            xp, centres, ops.sum(along, axis=(0, 3)), counts, self.partition.decay, _taken(tokens, far)
-        )
+    def _follow(self, tokens: Sequence[Any], here: Sequence[Any]) -> None:
+        """Moving average of the directions of each region's queries and keys (Roy et al. 2021, section 4.1).
+
+        Regions without any begin anew, at tokens far from their centres.
+        """
+        regions, width = self.partition.clusters, tokens[0].shape[-1]
+        sides: list[Any] = []
+        kinds: list[Any] = []
+        for t, there in zip(tokens, here):
+            along = ops.normalize(ops.stop_gradient(ops.cast(t, "float32")), axis=-1)
+            weight = ops.ones_like(along[..., :1]) if there is None else ops.cast(there, "float32")[..., None]
+            for made, a in ((sides, along), (kinds, weight)):
+                split = ops.reshape(a, (-1, self.heads, *a.shape[1:]))
+                made.append(ops.reshape(ops.transpose(split, (1, 2, 0, 3, 4)), (self.heads, regions, -1, a.shape[-1])))
+        along, weight = ops.concatenate(sides, axis=2), ops.concatenate(kinds, axis=2)
+        centres = ops.normalize(ops.cast(self.centres, "float32"), axis=-1)
+        apart = ops.where(weight[..., 0] > 0, ops.sum(along * centres[:, :, None], axis=-1), 2.0)
+        far = ops.top_k(-ops.reshape(apart, (self.heads, -1)), regions)[1]
+        far = _taken(ops.reshape(along, (self.heads, -1, width)), far)
+        far = ops.where(ops.sum(weight, axis=(1, 2, 3))[:, None, None] >= regions, far, centres)
+        sums, counts = ops.sum(along * weight, axis=2), ops.sum(weight, axis=2)
+        moved = moved_centres(xp, centres, sums, counts, self.partition.decay, far)
         self.centres.assign(ops.normalize(moved, axis=-1))
 
     def adapt(self, data: Any) -> None:
@@ -212,6 +229,47 @@ class ClusteredAttention(keras.layers.Layer):
         return cls(**{**config, "partition": from_config(config["partition"], {"KMeans": KMeans})})
 
 
+def _attention(q: Any, k: Any, v: Any, there: Any) -> Any:
+    """Keras's own attention, regions as its batch; zero where a region has no keys."""
+    flat = (-1, q.shape[2], 1, q.shape[3])
+    mask = None
+    if there is not None:
+        some = ops.any(there, axis=-1, keepdims=True)
+        mask = ops.reshape(ops.logical_or(there, ops.logical_not(some)), (-1, 1, 1, q.shape[2]))
+        mask = ops.repeat(mask, q.shape[2], axis=2)
+    y = ops.dot_product_attention(*(ops.reshape(t, flat) for t in (q, k, v)), mask=mask)
+    y = ops.reshape(y, (-1, *q.shape[1:]))
+    return y if there is None else ops.where(some[..., None], y, ops.zeros_like(y))
+
+
+def _slots(scores: Any, capacity: int, there: Any) -> Any:
+    """Balanced routing: at once where PyTorch lets numbers be read, in fixed shapes where graphs are compiled."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+            present = None if there is None else there.numpy()
+            return ops.convert_to_tensor(balanced_slots_now(scores.numpy(), capacity, present))
+    return balanced_slots(xp, scores, capacity, there, inverse=_inverse)
+
+
+def _inverse(order: Any) -> Any:
+    """The inverse of permutations along axis 1."""
+    tokens = order.shape[1]
+    places = ops.reshape(_rows(order, tokens), (-1, 1))
+    values = ops.reshape(ops.zeros_like(order) + ops.arange(tokens, dtype=order.dtype), (-1,))
+    found = ops.scatter_update(ops.zeros_like(values), places, values)
+    return ops.reshape(found, (-1, tokens))
+
+
+def _rows(order: Any, tokens: Any) -> Any:
+    """order[g] + g * tokens: rows of groups that lie one below the other."""
+    groups = ops.cumsum(ops.ones_like(order[:, :1]), axis=0) - 1
+    return order + groups * tokens
+
+
 def _taken(x: Any, order: Any) -> Any:
     """x[g, order[g]] of (groups, tokens, d)."""
-    return ops.take_along_axis(x, order[..., None], axis=1)
+    places = _rows(order, ops.cast(ops.shape(x)[1], order.dtype))
+    rows = ops.take(ops.reshape(x, (-1, x.shape[2])), ops.reshape(places, (-1,)), axis=0)
+    return ops.reshape(rows, (-1, order.shape[1], x.shape[2]))

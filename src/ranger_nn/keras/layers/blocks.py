@@ -32,7 +32,8 @@ class BlockDense(keras.layers.Layer):
         x (..., features) -> (..., units).
 
     Raises:
-        PartitionError (a ValueError): more blocks than units or features.
+        PartitionError (a ValueError): more blocks than units or features, an unknown number of features.
+        ValueError: an input of another width.
     """
 
     def __init__(
@@ -48,8 +49,12 @@ class BlockDense(keras.layers.Layer):
 
     def build(self, shape: Any) -> None:
         """Make the blocks."""
-        self.rows = self.blocks.matrix(int(shape[-1]), self.units)[0]
-        bound = sqrt(6 / (int(shape[-1]) + self.units))
+        if shape[-1] is None:
+            raise PartitionError(f"BlockDense needs a known number of features; the input has shape {tuple(shape)}")
+        features = int(shape[-1])
+        self.rows = self.blocks.matrix(features, self.units)[0]
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
+        bound = sqrt(6 / (features + self.units))
         self.weight_blocks = [
             [
                 self.add_weight(

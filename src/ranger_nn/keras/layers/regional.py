@@ -21,16 +21,19 @@ from ranger_nn.aggregate.pieces import Call, Concat, Stitch
 from ranger_nn.aggregate.pooling import Softmax, WeightedMean
 from ranger_nn.errors import PartitionError
 from ranger_nn.keras import namespace as xp
+from ranger_nn.keras.layers.clustered import clustered
+from ranger_nn.keras.layers.clusters import Clusters
 from ranger_nn.keras.layers.estimate import at_once
-from ranger_nn.keras.layers.stacked import Stacked, Untracked
+from ranger_nn.keras.layers.stacked import Stacked, Untracked, has_state
 from ranger_nn.layers.regional import Group, Layout, Result, piecewise, reduce
 from ranger_nn.partition.blocks import Blocks
 from ranger_nn.partition.config import from_config, to_config
 from ranger_nn.partition.grid import Grid
+from ranger_nn.partition.kmeans import KMeans
 from ranger_nn.partition.time import TimeSlices
 from ranger_nn.planning.budget import parse_memory
 
-_PARTITIONS: dict[str, type] = {"Grid": Grid, "TimeSlices": TimeSlices, "Blocks": Blocks}
+_PARTITIONS: dict[str, type] = {"Grid": Grid, "TimeSlices": TimeSlices, "Blocks": Blocks, "KMeans": KMeans}
 _AGGREGATORS = {n: getattr(aggregate, n) for n in aggregate.__all__ if n not in {"aggregator", "Call"}}
 
 
@@ -39,7 +42,7 @@ class RegionalAggregator(keras.layers.Layer):
     """Cut the input in regions, run a local network on each, join the results.
 
     Args:
-        partition: `Grid`, `TimeSlices`, `Blocks` (of `ranger_nn`), or a callable that gives the list of parts.
+        partition: `Grid`, `TimeSlices`, `Blocks`, `KMeans` (of `ranger_nn`), or a callable that gives the list of parts.
         aggregator: "sum", "mean", "weighted_mean", "max", "min", "logsumexp", "softmax", "moments", "stitch", "concat",
             an object of `ranger_nn.aggregate`, or a callable that takes the list of the regions' results. With a
             callable partition and no `local`, a callable is the local network and the parts are summed.
@@ -57,6 +60,13 @@ class RegionalAggregator(keras.layers.Layer):
         x (batch, ...). A `Grid` cuts the spatial axes of the data format, `TimeSlices` axis 1, `Blocks` the last, unless
         they say otherwise. A mask of time steps reaches the local network; slices that are masked throughout are
         absent.
+        A `KMeans` takes samples (batch, d) or tokens (batch, N, d), each to the region of its nearest centre; `stitch`
+        puts results back to their samples. Unbalanced, the local network is given samples (n, d) of a region, each by
+        itself, and a reduction of tokens is over all of them, each with its region's weight. Balanced, it is given
+        (batch, capacity, d) of tokens, sets in any order with zeros in places that no token takes, and every aggregator
+        joins the regions; of samples (batch, d) it is given (capacity, d), and there is only `stitch`, as a sample has
+        one region. Unbalanced, a list of networks (or one with state) computes each on every sample. A mask of samples
+        keeps the absent ones out. Centres: `adapt`, and the partition's `update` in training.
 
     Raises:
         PartitionError (a ValueError): more regions than elements, results that the aggregator cannot join, unknown
@@ -79,10 +89,17 @@ class RegionalAggregator(keras.layers.Layer):
     ) -> None:
         super().__init__(**kwargs)
         self.described = isinstance(partition, Grid | TimeSlices | Blocks)
-        if isinstance(partition, type) or not (self.described or callable(partition)):
+        of_samples = isinstance(partition, KMeans)
+        if isinstance(partition, type) or not (self.described or of_samples or callable(partition)):
             raise PartitionError(
-                f"a partition is a Grid, TimeSlices or Blocks, or a callable that gives parts; got {partition!r}. "
-                "KMeans has RegionExperts and ClusteredAttention"
+                f"a partition is a Grid, TimeSlices, Blocks or KMeans, or a callable that gives parts; got {partition!r}"
+            )
+        if of_samples and coordinates:
+            raise PartitionError(f"coordinates=True needs a Grid; got {partition}")
+        if of_samples and memory is not None and not partition.balanced:
+            raise PartitionError(
+                f"memory= runs a known number of regions of one size; those of {partition} differ. Use "
+                "KMeans(..., balanced=True), or leave memory out"
             )
         given = {"aggregator": aggregator, "local": local, "per_region": per_region}
         self._given = Untracked(given | {"coordinates": coordinates, "memory": memory})
@@ -93,7 +110,8 @@ class RegionalAggregator(keras.layers.Layer):
         self.join = aggregator if isinstance(aggregator, keras.layers.Layer) else None
         self.coordinates = coordinates
         self.allowed = parse_memory(memory)
-        self.regions: int | None = partition.count if self.described else None
+        self.regions: int | None = partition.count if self.described or of_samples else None
+        self.clusters = Clusters(partition, dtype=self.dtype_policy) if of_samples else None
         self.supports_masking = True
         self._shapes_only = False
         self._set_local(local, per_region)
@@ -111,7 +129,7 @@ class RegionalAggregator(keras.layers.Layer):
                 f"per_region=True needs one layer and a partition with a known number of regions; got local="
                 f"{type(local).__name__} and {self.partition}. Give counts as in Grid(2, 2)"
             )
-        if per_region and _has_state(local):
+        if per_region and has_state(local):
             local = [type(local).from_config(local.get_config()) for _ in range(self.regions or 0)]
         self.stacked = Stacked(local, self.regions or 0) if per_region and not isinstance(local, list) else None
         self.locals = list(local) if isinstance(local, list | tuple) else None
@@ -135,8 +153,10 @@ class RegionalAggregator(keras.layers.Layer):
 
     def build(self, shape: Any) -> None:
         """Build the local networks on the shape of a region, and what weights and scores need."""
-        if self.described:
-            self._build_local(self._layout(shape), shape)
+        if self.clusters is not None:
+            self._build_clusters(shape)
+        elif self.described:
+            self._build_local(self._one_region(shape))
         over = self.aggregator
         if isinstance(over, WeightedMean) and over.weights == "learned":
             self.log_weight = self.add_weight(shape=(self.regions,), initializer="zeros", name="log_weight")
@@ -144,8 +164,12 @@ class RegionalAggregator(keras.layers.Layer):
             self._build_score(over if isinstance(over, Softmax) else Softmax(), shape)
         self.built = True
 
-    def _build_local(self, layout: Layout, shape: Any) -> None:
-        one = self._region_shape(layout, shape)
+    def _build_clusters(self, shape: Any) -> None:
+        if self.clusters is not None and not self.clusters.built:
+            self.clusters.build(shape)
+        self._build_local(self._one_region(shape))
+
+    def _build_local(self, one: Any) -> None:
         for layer in [self.local, self.stacked, *(self.locals or [])]:
             if isinstance(layer, keras.layers.Layer) and not layer.built:
                 layer.build(one)
@@ -164,9 +188,8 @@ class RegionalAggregator(keras.layers.Layer):
 
     def _result_features(self, shape: Any) -> int:
         """Width of a region's result."""
-        if self.described:
-            layout = self._layout(shape)
-            result = self._result_shape(self._region_shape(layout, shape))
+        if self.described or self.clusters is not None:
+            result = self._result_shape(self._one_region(shape))
         else:
             part = keras.layers.Lambda(lambda x: self.partition(x)[0]).compute_output_shape(shape)
             result = self._result_shape(part)
@@ -174,6 +197,16 @@ class RegionalAggregator(keras.layers.Layer):
             return 1
         first = keras.config.image_data_format() == "channels_first" and len(result) > 3
         return int(result[1 if first else -1])
+
+    def _one_region(self, shape: Any) -> tuple[int | None, ...]:
+        """What the local network is given, batch first."""
+        if not isinstance(self.partition, KMeans):
+            return self._region_shape(self._layout(shape), shape)
+        if len(shape) == 2 or not self.partition.balanced:
+            return (None, shape[-1])
+        if shape[1] is None:
+            raise PartitionError(f"{self.partition} needs a known number of tokens; the input has shape {tuple(shape)}")
+        return (shape[0], self.partition.capacity or -(-shape[1] // self.partition.clusters), shape[-1])
 
     def _region_shape(self, layout: Layout, shape: Any) -> tuple[int | None, ...]:
         one = list(shape)
@@ -185,14 +218,17 @@ class RegionalAggregator(keras.layers.Layer):
 
     # ------------------------------------------------------------------------------------- call
 
-    def call(self, x: Any, present: Any = None, mask: Any = None) -> Any:
+    def call(self, x: Any, present: Any = None, mask: Any = None, training: bool = False) -> Any:
         """Join of the local results.
 
         Args:
             x: (batch, ...).
             present: (batch, regions) bool: False for regions that are absent and must not count; None: all count.
-            mask: (batch, time) bool, as Keras's masking layers give it.
+            mask: (batch, time) bool, as Keras's masking layers give it; with `KMeans` (batch,) or (batch, N), samples.
+            training: with `KMeans`, the centres follow.
         """
+        if self.clusters is not None:
+            return clustered(self, x, present, mask, training)
         layout = self._layout(x.shape) if self.described else None
         # the local networks have policies of their own; the result has this layer's
         results = [Result(r.ids, ops.cast(r.y, self.compute_dtype)) for r in self._results(x, mask)]
@@ -260,32 +296,35 @@ class RegionalAggregator(keras.layers.Layer):
         return ops.reshape(folded, (len(ids), -1, *folded.shape[1:]))
 
     def _looped(self, x: Any, layout: Layout, group: Group) -> Result:
-        """A group in a loop of the back end, so many regions at once as `memory` allows."""
+        """A group in a loop of the back end."""
         taken = self._placed(layout.gather(xp, x, group), layout, group)
+        place = f"{self.name}, regions of {self.partition}"
+        return Result(group.ids, self._loop(taken, group.ids, ops.shape(x)[0], place))
+
+    def _loop(self, taken: Any, ids: list[int], batch: Any, place: str) -> Any:
+        """Stacked regions in a loop of the back end, so many at once as `memory` allows."""
         one = tuple(n if isinstance(n, int) else 1 for n in taken.shape[1:])
         layer = self.local if self.stacked is None else self.stacked.template.held
         k = at_once(
             self.allowed or 0,
             layer,
             one,
-            len(group.ids),
-            f"{self.name}, regions of {self.partition}",
+            len(ids),
+            place,
             self.compute_dtype,
         )
-        if self.locals is not None or (self.stacked is None and _has_state(self.local)):
+        if self.locals is not None or (self.stacked is None and has_state(self.local)):
             k = 1 if self.locals is not None else k
             run = keras.remat(self._run)
-            parts = [run(taken[j : j + k], group.ids[j : j + k]) for j in range(0, len(group.ids), k)]
-            return Result(group.ids, ops.concatenate(parts, 0))
-        chunks = len(group.ids) // k
+            parts = [run(taken[j : j + k], ids[j : j + k]) for j in range(0, len(ids), k)]
+            return ops.concatenate(parts, 0)
+        chunks = len(ids) // k
 
         def split(a: Any) -> Any:
             return ops.reshape(a, (chunks, k, *[-1 if n is None else n for n in a.shape[1:]]))
 
         each = (
-            []
-            if self.stacked is None
-            else [split(self.stacked.picked(w, group.ids)) for w in self.stacked.stacked_weights]
+            [] if self.stacked is None else [split(self.stacked.picked(w, ids)) for w in self.stacked.stacked_weights]
         )
         shared = _weights_of(self.local)
 
@@ -300,9 +339,9 @@ class RegionalAggregator(keras.layers.Layer):
             return y, y
 
         shape = self._result_shape((None, *taken.shape[2:]))[1:]
-        start = ops.zeros((k, ops.shape(x)[0], *shape), taken.dtype)
+        start = ops.zeros((k, batch, *shape), taken.dtype)
         _, y = ops.scan(body, start, (*each, split(taken)))
-        return Result(group.ids, ops.reshape(y, (len(group.ids), -1, *y.shape[3:])))
+        return ops.reshape(y, (len(ids), -1, *y.shape[3:]))
 
     def _stateless(self, weights: list[Any], stacked: Any) -> Any:
         """The shared network with these weights, on stacked regions."""
@@ -337,7 +376,8 @@ class RegionalAggregator(keras.layers.Layer):
         hidden = features if self.hidden is None else self.hidden(features)
         return self.score(hidden if self.gate is None else hidden * self.gate(features))[..., 0]
 
-    def _weights(self, results: Sequence[Result], layout: Layout | None) -> list[Any] | None:
+    def _weights(self, results: Sequence[Result], layout: Layout | None, numbers: bool = True) -> list[Any] | None:
+        """Weights or scores of each group; `numbers`: also those that do not come from the results."""
         over = self.aggregator
         if isinstance(over, Softmax):
             return [self._scores(r.y) for r in results]
@@ -345,7 +385,16 @@ class RegionalAggregator(keras.layers.Layer):
             return None
         if over.weights == "predicted":
             return [ops.sigmoid(self._scores(r.y)) for r in results]
+        if not numbers:
+            return None
         return [ops.expand_dims(ops.take(self._own_weights(layout, r.y.dtype), r.ids, axis=0), 1) for r in results]
+
+    def _region_weights(self, dtype: Any) -> Any:
+        """Of each region of a `KMeans`, beside its number of samples: given, learned, or 1."""
+        given = self.aggregator.weights if isinstance(self.aggregator, WeightedMean) else "size"
+        if isinstance(given, tuple):
+            return ops.convert_to_tensor(given, dtype=dtype)
+        return ops.cast(ops.exp(self.log_weight), dtype) if given == "learned" else ops.ones((self.regions,), dtype)
 
     def _own_weights(self, layout: Layout | None, dtype: Any) -> Any:
         given = self.aggregator.weights if isinstance(self.aggregator, WeightedMean) else "size"
@@ -357,6 +406,17 @@ class RegionalAggregator(keras.layers.Layer):
         return share * ops.cast(ops.exp(self.log_weight), dtype) if given == "learned" else share
 
     # ------------------------------------------------------------------------------- good citizen
+
+    def adapt(self, data: Any) -> None:
+        """With `KMeans`: put the centres where K-means finds those of `data` (samples, d) or (batch, N, d).
+
+        Raises:
+            PartitionError: another partition.
+            InputError: NaN or infinite numbers, fewer samples than clusters.
+        """
+        if self.clusters is None:
+            raise PartitionError(f"adapt fits the centres of KMeans; {self.partition} follows from shapes")
+        self.clusters.adapt(data)
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         """Traced: nothing is computed. Sizes of the batch are made up there, so `memory` does not count."""
@@ -377,9 +437,8 @@ class RegionalAggregator(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """Partition, aggregator and local networks as plain data."""
         given = dict(self._given.held)
-        given["partition"] = (
-            to_config(self.partition) if self.described else keras.saving.serialize_keras_object(self.partition)
-        )
+        plain = self.described or self.clusters is not None
+        given["partition"] = to_config(self.partition) if plain else keras.saving.serialize_keras_object(self.partition)
         over = given["aggregator"]
         if not isinstance(over, str):
             named = type(over) in _AGGREGATORS.values()
@@ -407,16 +466,6 @@ def _weights_of(layer: Any) -> list[Any]:
     own = layer.trainable_variables if isinstance(layer, keras.layers.Layer) else []
     # copies: given a variable itself, TensorFlow's recomputation would count its gradient twice
     return [ops.copy(v) for v in own]
-
-
-def _has_state(layer: Any) -> bool:
-    """Does the layer hold more than weights: statistics, random seeds."""
-    if not isinstance(layer, keras.layers.Layer):
-        return False
-    return bool(layer.non_trainable_variables) or any(
-        isinstance(sub, keras.layers.BatchNormalization | keras.layers.Dropout | keras.layers.RNN)
-        for sub in layer._flatten_layers()
-    )
 
 
 def _takes_mask(layer: Any) -> bool:

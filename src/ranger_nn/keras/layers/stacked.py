@@ -55,16 +55,16 @@ class Stacked(keras.layers.Layer):
             )
         self.built = True
 
-    def call(self, stacked: Any, ids: list[int]) -> Any:
-        """Region ids[k]'s copy on stacked[k]: (regions, batch, ...) in and out."""
+    def call(self, stacked: Any, ids: Any = None) -> Any:
+        """Region ids[k]'s copy on stacked[k]: (regions, batch, ...) in and out. None: all regions, in order."""
         weights = [self.picked(w, ids) for w in self.stacked_weights]
         return self.apply(weights, stacked)
 
-    def picked(self, weight: Any, ids: list[int]) -> Any:
+    def picked(self, weight: Any, ids: Any) -> Any:
         """The weights of these regions."""
-        if ids == list(range(self.regions)):
+        if ids is None or (isinstance(ids, list) and ids == list(range(self.regions))):
             return ops.convert_to_tensor(weight)
-        return ops.take(weight, np.asarray(ids, "int32"), axis=0)
+        return ops.take(weight, np.asarray(ids, "int32") if isinstance(ids, list) else ids, axis=0)
 
     def apply(self, weights: list[Any], stacked: Any) -> Any:
         """The layer with these weights, region by region, in one call (or unrolled, see `_unrolled`)."""
@@ -77,6 +77,16 @@ class Stacked(keras.layers.Layer):
         if not _unrolled(layer):
             return ops.vectorized_map(one, (*weights, stacked))
         return ops.stack([one((*(w[i] for w in weights), stacked[i])) for i in range(stacked.shape[0])], axis=0)
+
+
+def has_state(layer: Any) -> bool:
+    """Does the layer hold more than weights: statistics, random seeds."""
+    if not isinstance(layer, keras.layers.Layer):
+        return False
+    return bool(layer.non_trainable_variables) or any(
+        isinstance(sub, keras.layers.BatchNormalization | keras.layers.Dropout | keras.layers.RNN)
+        for sub in layer._flatten_layers()
+    )
 
 
 def _unrolled(layer: Any) -> bool:

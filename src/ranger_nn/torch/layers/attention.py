@@ -9,7 +9,8 @@ Queries and keys are routed to the same centres, for each head, each to exactly 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Optional
 
 import array_api_compat.torch as xp
 import numpy as np
@@ -22,8 +23,9 @@ from ranger_nn.layers.routing import (
     balanced_slots,
     balanced_slots_now,
     check_attention,
-    check_capacity,
+    check_mask,
     moved_centres,
+    tokens_of_region,
 )
 from ranger_nn.partition.kmeans import KMeans
 
@@ -42,7 +44,7 @@ def clustered_attention(
 
     Args:
         q, k, v: (batch, heads, N, d), floating point.
-        centres: (heads, regions, d), directions; queries and keys go to the centre that they point to most.
+        centres: (heads, regions, d), of which the direction counts; queries and keys go to the one they point to most.
         capacity: queries, and keys, of a region; None: ceil(N / regions).
         mask: (batch, N) bool, True for tokens that are there; None: all.
         summaries: add for every query the mean key and value of each other region, weighted by its number of keys (log
@@ -52,7 +54,8 @@ def clustered_attention(
         (batch, heads, N, d); zero for tokens that are not there.
 
     Raises:
-        PartitionError: a capacity too small for all tokens.
+        PartitionError: a capacity too small for all tokens, more regions than tokens.
+        InputError: a mask of another shape or kind.
 
     Source: Roy et al. 2021, Routing Transformer, section 4.1 (routing by normalised queries and keys); Vyas et al. 2020,
     Fast Transformers with Clustered Attention (summaries of clusters).
@@ -60,35 +63,56 @@ def clustered_attention(
     return _attend(q, k, v, centres, capacity, mask, summaries)[0]
 
 
+@dataclass(frozen=True)
+class _Side:
+    """Queries, or keys: where they went."""
+
+    slots: Tensor
+    """(batch * heads, tokens), a permutation."""
+    sources: Tensor
+    """Its inverse."""
+    along: Tensor
+    """(batch * heads, tokens, d), directions."""
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, centres: Tensor, capacity: int | None, mask: Tensor | None, summaries: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(result, slots of the keys (batch * heads, tokens), directions of the keys)."""
+) -> tuple[Tensor, list[_Side], Tensor | None]:
+    """(result, queries and keys, which of the tokens (batch * heads, tokens) are there)."""
     batch, heads, n, width = q.shape
     regions = centres.shape[1]
-    capacity = -(-n // regions) if capacity is None else capacity
-    check_capacity(n, regions, capacity)
+    capacity = tokens_of_region(n, regions, capacity)
+    if mask is not None:
+        check_mask(tuple(mask.shape), (batch, n), str(mask.dtype), mask.dtype == torch.bool)
     filling = regions * capacity - n
     there = None
     if filling or mask is not None:
         there = q.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
         there = F.pad(there, (0, filling))[:, None].expand(batch, heads, -1).reshape(batch * heads, -1)
-    q, k, v = (F.pad(t, (0, 0, 0, filling)).reshape(batch * heads, -1, width) for t in (q, k, v))
-    slots, sources, along = [], [], k
+    if filling:
+        q, k, v = (F.pad(t, (0, 0, 0, filling)) for t in (q, k, v))
+    q, k, v = (t.reshape(batch * heads, -1, width) for t in (q, k, v))
     with torch.no_grad():
-        for t in (q, k):
-            along = F.normalize(t.float(), dim=-1)
-            scores = torch.matmul(along.reshape(batch, heads, -1, width), centres.float().mT).flatten(0, 1)
-            slots.append(_slots(scores.float(), capacity, there))
-            sources.append(_inverse(slots[-1]))
+        sides = [_routed(t, centres, capacity, there) for t in (q, k)]
     shape = (batch * heads, regions, capacity, width)
-    a, b, c = (_Permute.apply(t, sources[i], slots[i]).reshape(shape) for t, i in ((q, 0), (k, 1), (v, 1)))
-    keys_there = None if there is None else there.gather(1, sources[1]).reshape(batch * heads, regions, 1, capacity)
+    parts = ((q, sides[0]), (k, sides[1]), (v, sides[1]))
+    a, b, c = (_Permute.apply(t, side.sources, side.slots).reshape(shape) for t, side in parts)
+    keys_there = None if there is None else there.gather(1, sides[1].sources).reshape(*shape[:2], 1, capacity)
     y = _inside(a, b, c, keys_there, summaries)
-    y = _Permute.apply(y.reshape(batch * heads, -1, width), slots[0], sources[0])
+    y = _Permute.apply(y.reshape(batch * heads, -1, width), sides[0].slots, sides[0].sources)
     if there is not None:
         y = torch.where(there[..., None], y, 0)
-    return y.reshape(batch, heads, -1, width)[:, :, :n], slots[1], along
+    return y.reshape(batch, heads, -1, width)[:, :, :n], sides, there
+
+
+def _routed(t: Tensor, centres: Tensor, capacity: int, there: Tensor | None) -> _Side:
+    """Each token of t (batch * heads, tokens, d) to a slot of the centre that it points to most."""
+    along = F.normalize(t.float(), dim=-1)
+    directions = F.normalize(centres.float(), dim=-1)
+    with torch.autocast(t.device.type, enabled=False):
+        scores = torch.matmul(along.unflatten(0, (-1, len(centres))), directions.mT).flatten(0, 1)
+    slots = _slots(scores, capacity, there)
+    return _Side(slots, _inverse(slots), along)
 
 
 def _inside(q: Tensor, k: Tensor, v: Tensor, there: Tensor | None, summaries: bool) -> Tensor:
@@ -117,11 +141,22 @@ def _inside(q: Tensor, k: Tensor, v: Tensor, there: Tensor | None, summaries: bo
 
 
 def _slots(scores: Tensor, capacity: int, there: Tensor | None) -> Tensor:
-    """Balanced routing: at once where numbers can be read on the CPU, else in fixed shapes."""
-    if torch.compiler.is_compiling() or scores.device.type != "cpu":
+    """Balanced routing: at once on the CPU, in fixed shapes elsewhere and in exported programs."""
+    if scores.device.type != "cpu" or torch.compiler.is_exporting():
         return balanced_slots(xp, scores, capacity, there)
+    return _slots_now(scores, capacity, there)
+
+
+@torch.library.custom_op("ranger_nn::balanced_slots", mutates_args=(), device_types="cpu")
+def _slots_now(scores: Tensor, capacity: int, there: Optional[Tensor]) -> Tensor:  # noqa: UP045 (read by torch)
+    """`balanced_slots_now`, as one operator of a compiled graph."""
     present = None if there is None else there.numpy()
     return torch.from_numpy(balanced_slots_now(scores.numpy(), capacity, present))
+
+
+@_slots_now.register_fake
+def _(scores: Tensor, capacity: int, there: Tensor | None) -> Tensor:
+    return scores.new_empty(scores.shape[:2], dtype=torch.int64)
 
 
 def _inverse(order: Tensor) -> Tensor:
@@ -161,8 +196,8 @@ class ClusteredAttention(nn.Module):
 
     Args:
         heads: attention heads; they divide the width of the tokens.
-        partition: `KMeans(regions, balanced=True)`; its centres, one set for each head, follow the keys in training by a
-            moving average (`update="ema"`) or stay ("none").
+        partition: `KMeans(regions, balanced=True)`; its centres, one set for each head, follow queries and keys in
+            training by a moving average (`update="ema"`) or stay ("none").
         summaries: add each other region's mean key and value for all queries.
         features: width of the tokens.
         use_bias: biases in the projections.
@@ -171,9 +206,9 @@ class ClusteredAttention(nn.Module):
         x (batch, N, features) -> (batch, N, features); any N.
 
     Raises:
-        PartitionError: heads that do not divide the width, a partition that is not balanced, a capacity too small,
-            `causal=True`.
-        InputError: NaN in `adapt`.
+        PartitionError: heads that do not divide the width, a partition that is not balanced, a capacity too small, more
+            regions than tokens, `causal=True`.
+        InputError: a mask of another shape or kind; NaN in `adapt`.
 
     Source: Roy et al. 2021, Routing Transformer; Vyas et al. 2020, Fast Transformers with Clustered Attention.
     """
@@ -207,9 +242,9 @@ class ClusteredAttention(nn.Module):
             mask: (batch, N) bool, True for tokens that are there.
         """
         q, k, v = self._heads(x)
-        y, slots, along = _attend(q, k, v, self.centres, self.partition.capacity, mask, self.summaries)
+        y, sides, there = _attend(q, k, v, self.centres, self.partition.capacity, mask, self.summaries)
         if self.training and self.partition.update == "ema":
-            self._follow(slots, along, mask)
+            self._follow(sides, there)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,27 +252,24 @@ class ClusteredAttention(nn.Module):
         return q, k, v
 
     @torch.no_grad()
-    def _follow(self, slots: Tensor, along: Tensor, mask: Tensor | None) -> None:
-        """Moving average of the directions of each region's keys; regions without keys begin at one far from its centre."""
-        regions, width = self.partition.clusters, along.shape[-1]
-        capacity = slots.shape[1] // regions
-        sources = _inverse(slots)
-        there = along.new_ones(along.shape[:2])
-        if mask is not None:
-            there = F.pad(mask.to(along.dtype), (0, along.shape[1] - mask.shape[1])).repeat_interleave(self.heads, 0)
-        elif along.shape[1] > 0:
-            there = (along.square().sum(-1) > 0).to(along.dtype)
-        kept = _taken(along * there[..., None], sources)
-        shape = (-1, self.heads, regions, capacity)
-        sums = kept.reshape(*shape, width).sum((0, 3))
-        counts = there.gather(1, sources).reshape(shape).sum((0, 3))[..., None]
-        apart = (kept.reshape(*shape, width) * self.centres[:, :, None].to(kept.dtype)).sum(-1)
-        apart = torch.where(there.gather(1, sources).reshape(shape) > 0, apart, 2.0)
-        far = apart.movedim(0, 1).reshape(self.heads, -1).topk(regions, largest=False).indices
-        candidates = kept.reshape(*shape, width).movedim(0, 1).reshape(self.heads, -1, width)
-        far_tokens = candidates.gather(1, far[..., None].expand(-1, -1, width))
-        far_tokens = torch.where(far_tokens.square().sum(-1, keepdim=True) > 0, far_tokens, self.centres.to(kept.dtype))
-        moved = moved_centres(xp, self.centres.to(kept.dtype), sums, counts, self.partition.decay, far_tokens)
+    def _follow(self, sides: list[_Side], there: Tensor | None) -> None:
+        """Moving average of the directions of each region's queries and keys (Roy et al. 2021, section 4.1).
+
+        Regions without any begin anew, at tokens far from their centres.
+        """
+        regions, width = self.partition.clusters, self.centres.shape[-1]
+        tokens, kinds = [], []
+        for side in sides:
+            split = (-1, self.heads, regions, side.slots.shape[1] // regions)
+            here = torch.ones_like(side.slots) if there is None else there.gather(1, side.sources)
+            kinds.append(here.to(side.along.dtype).reshape(split).transpose(0, 1).transpose(1, 2).flatten(2))
+            tokens.append(_taken(side.along, side.sources).reshape(*split, width).permute(1, 2, 0, 3, 4).flatten(2, 3))
+        along, here = torch.cat(tokens, 2), torch.cat(kinds, 2)[..., None]
+        centres = F.normalize(self.centres.to(along.dtype), dim=-1)
+        apart = torch.where(here > 0, along @ centres[..., None], 2.0).flatten(1)
+        far = along.flatten(1, 2).gather(1, apart.topk(regions, largest=False).indices[..., None].expand(-1, -1, width))
+        far = torch.where(here.sum((1, 2, 3))[:, None, None] >= regions, far, centres)
+        moved = moved_centres(xp, centres, (along * here).sum(2), here.sum(2), self.partition.decay, far)
         self.centres.copy_(F.normalize(moved, dim=-1))
 
     @torch.no_grad()

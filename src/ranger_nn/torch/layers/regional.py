@@ -6,11 +6,13 @@ What is cut and joined is `ranger_nn.layers.regional`'s. Three ways to run the l
     per region    stacked parameters (regions, ...): torch.func.vmap over regions, one call; or a loop where the
                   network has buffers or recurrent layers, which vmap does not take
     a list        one module each: a loop
+
+Regions of a `KMeans` are sets of samples, not boxes: `ranger_nn.torch.layers.clusters` brings them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +27,11 @@ from ranger_nn.errors import PartitionError
 from ranger_nn.layers.regional import Group, Layout, Result, piecewise, reduce
 from ranger_nn.partition.blocks import Blocks
 from ranger_nn.partition.grid import Grid
+from ranger_nn.partition.kmeans import KMeans
 from ranger_nn.partition.time import TimeSlices
 from ranger_nn.planning.budget import parse_memory
+from ranger_nn.torch.layers.clustered import clustered
+from ranger_nn.torch.layers.clusters import Clusters
 from ranger_nn.torch.layers.cut import add_back, cut
 from ranger_nn.torch.layers.rematerialise import Budget, budget, rematerialised
 from ranger_nn.torch.layers.stacked import Stacked
@@ -38,7 +43,7 @@ class RegionalAggregator(nn.Module):
     """Cut the input in regions, run a local network on each, join the results.
 
     Args:
-        partition: `Grid`, `TimeSlices`, `Blocks` (of `ranger_nn`), or a callable that gives the list of parts.
+        partition: `Grid`, `TimeSlices`, `Blocks`, `KMeans` (of `ranger_nn`), or a callable that gives the list of parts.
         aggregator: "sum", "mean", "weighted_mean", "max", "min", "logsumexp", "softmax", "moments", "stitch", "concat",
             an object of `ranger_nn.aggregate`, or a callable that takes the list of the regions' results. With a
             callable partition and no `local`, a callable is the local network and the parts are summed.
@@ -54,6 +59,12 @@ class RegionalAggregator(nn.Module):
 
     Shapes:
         x (batch, ...). A `Grid` cuts the last axes, `TimeSlices` axis 1, `Blocks` the last, unless they say otherwise.
+        A `KMeans` takes samples (batch, d) or tokens (batch, N, d), each to the region of its nearest centre; `stitch`
+        puts results back to their samples. Unbalanced, the local network is given samples (n, d) of a region, each by
+        itself, and a reduction of tokens is over all of them, each with its region's weight. Balanced, it is given
+        (batch, capacity, d) of tokens, sets in any order with zeros in places that no token takes, and every aggregator
+        joins the regions; of samples (batch, d) it is given (capacity, d), and there is only `stitch`, as a sample has
+        one region. Centres: `adapt`, and the partition's `update` in training.
         Result: for reductions the shape of one region's result, for "stitch" that of the regions in place, for "concat"
         the results' with a longer last axis.
 
@@ -76,12 +87,14 @@ class RegionalAggregator(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(partition, type) or not (
-            isinstance(partition, Grid | TimeSlices | Blocks) or callable(partition)
+            isinstance(partition, Grid | TimeSlices | Blocks | KMeans) or callable(partition)
         ):
             raise PartitionError(
-                f"a partition is a Grid, TimeSlices or Blocks, or a callable that gives parts; got {partition!r}. "
-                "KMeans has RegionExperts and ClusteredAttention, GraphParts has GraphLoader and infer_by_parts"
+                f"a partition is a Grid, TimeSlices, Blocks or KMeans, or a callable that gives parts; got {partition!r}. "
+                "GraphParts has GraphLoader and infer_by_parts"
             )
+        if coordinates and isinstance(partition, KMeans):
+            raise PartitionError(f"coordinates=True needs a Grid; got {partition}")
         described = isinstance(partition, Grid | TimeSlices | Blocks)
         if not described and local is None and callable(aggregator):
             aggregator, local = "sum", aggregator
@@ -89,8 +102,9 @@ class RegionalAggregator(nn.Module):
         self.aggregator = by_name(aggregator)
         self.coordinates = coordinates
         self.allowed = parse_memory(memory)
-        self.regions: int | None = partition.count if described else None
+        self.regions: int | None = partition.count if described or isinstance(partition, KMeans) else None
         self.described = described
+        self.clusters = Clusters(partition) if isinstance(partition, KMeans) else None
         if isinstance(aggregator, nn.Module):
             self.join = aggregator
         self._set_local(local, per_region)
@@ -146,13 +160,19 @@ class RegionalAggregator(nn.Module):
                 )
             self.register_buffer("weight", torch.tensor(over.weights), persistent=False)
 
-    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, present: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Join of the local results.
 
         Args:
             x: (batch, ...).
             present: (batch, regions) bool: False for regions that are absent and must not count; None: all count.
+            mask: with `KMeans`, (batch,) or (batch, N) bool: False for samples that are absent, which give zero or do
+                not count.
         """
+        if self.clusters is not None:
+            return clustered(self, self.clusters, x, present, mask)
+        if mask is not None:
+            raise PartitionError(f"mask is for samples of KMeans regions; {self.partition} takes present=")
         layout = self._layout(x) if self.described else None
         results = self._cut_results(x, layout) if layout is not None else self._part_results(x)
         if present is not None and tuple(present.shape) != (x.shape[0], sum(len(r.ids) for r in results)):
@@ -195,6 +215,19 @@ class RegionalAggregator(nn.Module):
         results = rematerialised([_Part(self, i) for i in range(len(parts))], x, list(self._local_parameters()))
         return [Result([i], y) for i, y in enumerate(results)]
 
+    # --------------------------------------------------------------------------------- clusters
+
+    def adapt(self, data: Tensor) -> None:
+        """With `KMeans`: put the centres where K-means finds those of `data` (samples, d) or (batch, N, d).
+
+        Raises:
+            PartitionError: another partition.
+            InputError: NaN or infinite numbers, fewer samples than clusters.
+        """
+        if self.clusters is None:
+            raise PartitionError(f"adapt fits the centres of KMeans; {self.partition} follows from shapes")
+        self.clusters.adapt(data)
+
     def _local_parameters(self) -> Iterator[nn.Parameter]:
         for module in (self.local, self.partition):
             if isinstance(module, nn.Module):
@@ -223,14 +256,14 @@ class RegionalAggregator(nn.Module):
                 self._maps[key].append(torch.tensor(rows, dtype=like.dtype, device=like.device).reshape(shape))
         return self._maps[key]
 
-    def _run(self, ids: list[int], stacked: Tensor) -> Tensor:
+    def _run(self, ids: list[int] | Tensor, stacked: Tensor) -> Tensor:
         """Local network on stacked regions (regions, batch, ...)."""
         if self.local is None:
             return stacked
         if isinstance(self.local, Stacked):
             return self.local(ids, stacked)
         if isinstance(self.local, nn.ModuleList | list):
-            return _stack([self.local[i](part) for i, part in zip(ids, stacked.unbind(0))], ids)
+            return _stack([self.local[int(i)](part) for i, part in zip(ids, stacked.unbind(0))], ids)
         folded = _tensor(self.local(stacked.flatten(0, 1)))
         if folded.shape[:1] != (stacked.shape[0] * stacked.shape[1],):
             raise PartitionError(
@@ -256,7 +289,8 @@ class RegionalAggregator(nn.Module):
 
     # ---------------------------------------------------------------------------------- weights
 
-    def _weights(self, results: Sequence[Result], layout: Layout | None) -> list[Tensor] | None:
+    def _weights(self, results: Sequence[Result], layout: Layout | None, numbers: bool = True) -> list[Tensor] | None:
+        """Weights or scores of each group; `numbers`: also those that do not come from the results."""
         over = self.aggregator
         if isinstance(over, Softmax):
             return [self.score(r.y) for r in results]
@@ -264,7 +298,16 @@ class RegionalAggregator(nn.Module):
             return None
         if over.weights == "predicted":
             return [torch.sigmoid(self.score(r.y)) for r in results]
+        if not numbers:
+            return None
         return [self._own_weights(layout, r)[r.ids].unsqueeze(1) for r in results]
+
+    def _region_weights(self, like: Tensor) -> Tensor:
+        """Of each region of a `KMeans`, beside its number of samples: given, learned, or 1."""
+        given = self.aggregator.weights if isinstance(self.aggregator, WeightedMean) else "size"
+        if isinstance(given, tuple):
+            return self.get_buffer("weight").to(like.dtype)
+        return self.log_weight.exp().to(like.dtype) if given == "learned" else like.new_ones(self.regions or 0)
 
     def _own_weights(self, layout: Layout | None, result: Result) -> Tensor:
         if isinstance(self.aggregator, WeightedMean) and isinstance(self.aggregator.weights, tuple):
@@ -354,7 +397,7 @@ def _tensor(y: Any) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-def _stack(results: Sequence[Any], ids: Sequence[int]) -> Tensor:
+def _stack(results: Sequence[Any], ids: Iterable[Any]) -> Tensor:
     tensors = [_tensor(y) for y in results]
     if len({tuple(t.shape) for t in tensors}) > 1:
         raise PartitionError(

@@ -134,6 +134,8 @@ class _Loop(torch.autograd.Function):
                 taken = work.take(x.detach()).requires_grad_(whole is not None)
                 with torch.enable_grad(), ctx.again():
                     y = work.run(taken)
+                if not y.requires_grad:
+                    continue
                 leaves = [*parameters, *([taken] if whole is not None else [])]
                 found = torch.autograd.grad(y, leaves, grad, allow_unused=True)
                 for total, part in zip(sums, found):

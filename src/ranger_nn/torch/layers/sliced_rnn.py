@@ -48,7 +48,7 @@ class SlicedRNN(nn.Module):
     Raises:
         PartitionError: slices that are not positive integers, a cell of another kind, two directions, `shared` with widths
             that differ.
-        InputError: an empty sequence, lengths out of range.
+        InputError: an empty sequence, one without a batch axis, lengths out of range.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class SlicedRNN(nn.Module):
             x: (batch, time, features), or as the cell's batch_first says.
             lengths: (batch,) steps that are there, 1 to time; None: all.
         """
+        if x.dim() != 3:
+            raise InputError(f"SlicedRNN takes (batch, time, features); got shape {tuple(x.shape)}. Add the batch axis")
         if isinstance(self.levels[0], nn.RNNBase) and not self.levels[0].batch_first:
             x = x.transpose(0, 1)
         if lengths is not None and not torch.compiler.is_compiling():
