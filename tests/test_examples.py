@@ -42,6 +42,10 @@ def test_denoise_retina(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_graph_by_parts(tmp_path: Path) -> None:
+    assert "differ by at most" in run_example(tmp_path, "graph_by_parts.py")
+
+
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)

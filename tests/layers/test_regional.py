@@ -517,3 +517,37 @@ def test_blocks_take_the_width_of_the_first_input() -> None:
         BlockDense(6, Blocks(2, 3), activation="rely")
     with pytest.raises(PartitionError, match="9 regions"):
         BlockDense(6, Blocks(9, 1), features=5)
+
+
+def test_functions_and_modules_in_one_list() -> None:
+    """The modules' parameters are found."""
+    net = RegionalAggregator(TimeSlices(2), "sum", local=[torch.relu, nn.Linear(4, 4)])
+    assert len(list(net.parameters())) == 2
+    x = torch.randn(3, 6, 4)
+    torch.testing.assert_close(net(x), torch.relu(x[:, :3]) + net.local[1](x[:, 3:]))
+
+
+def test_running_statistics_count_each_region_once_under_memory() -> None:
+    """Neither the measurement nor the recomputation in backward moves them."""
+
+    def made(memory: str | None) -> nn.Module:
+        torch.manual_seed(0)
+        local = nn.Sequential(nn.Flatten(1), nn.BatchNorm1d(12))
+        return RegionalAggregator(TimeSlices(2), "sum", local=[local, nn.Flatten(1)], memory=memory)
+
+    x = torch.randn(3, 6, 4)
+    plain, small = made(None), made("1MB")
+    for net in (plain, small):
+        net(x).sum().backward()
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(small.get_buffer(name), buffer)
+
+
+def test_nan_in_an_absent_region_reaches_no_gradient() -> None:
+    """Scores are made from what is there."""
+    net = RegionalAggregator(TimeSlices(2), "softmax", local=lambda s: s.mean(1))
+    x = torch.randn(2, 6, 4)
+    net(x)
+    x[:, 3:] = torch.nan
+    net(x, torch.tensor([[True, False]] * 2)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())

@@ -191,6 +191,17 @@ def reduce(xp: Any, over: Reduction, results: Sequence[Result], weights: Sequenc
     return found[0]
 
 
+def without_absent(xp: Any, results: Sequence[Result], present: Any) -> list[Result]:
+    """Results with zeros in place of absent regions, whatever stands there: what scores are made from."""
+    if present is None:
+        return list(results)
+    kept = []
+    for result in results:
+        where, _ = _presence(xp, result, present)
+        kept.append(Result(result.ids, xp.where(where, result.y, xp.zeros_like(result.y))))
+    return kept
+
+
 def _presence(xp: Any, result: Result, present: Any) -> tuple[Any, Any]:
     """(mask like y, how many regions) of a group."""
     if present is None:

@@ -57,7 +57,7 @@ def _run(layer: RegionalAggregator, clusters: Clusters, routes: Routes, x: Tenso
         return drawn(layer._run(_ids(routes, 0, routes.shape[0]), together), clusters.centres, towards)
     towards = clusters.follow(routes, taken(rows.detach(), routes, zeros)) if layer.training else None
     works = [_Blocks(layer, routes, a, b) for a, b in _chunks(layer, routes, x)]
-    y = torch.cat(rematerialised(works, x, list(layer._local_parameters())))
+    y = torch.cat(rematerialised(works, x, *layer._local_tensors()))
     return drawn(y, clusters.centres, towards)
 
 
@@ -151,6 +151,6 @@ def _chunks(layer: RegionalAggregator, routes: Routes, x: Tensor) -> list[tuple[
     key = (tuple(routes.shape), tuple(x.shape), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled())
     if key not in layer._budgets:
         one, place = _Blocks(layer, routes, 0, 1), f"a region of {layer.partition}"
-        layer._budgets[key] = budget(layer.allowed or 0, one, x, list(layer._local_parameters()), blocks, place)
+        layer._budgets[key] = budget(layer.allowed or 0, one, x, *layer._local_tensors(), blocks, place)
     size = layer._budgets[key].regions
     return [(a, min(a + size, blocks)) for a in range(0, blocks, size)]

@@ -12,7 +12,7 @@ Regions of a `KMeans` are sets of samples, not boxes: `ranger_nn.torch.layers.cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from ranger_nn.aggregate.names import aggregator as by_name
 from ranger_nn.aggregate.pieces import Call, Concat, Stitch
 from ranger_nn.aggregate.pooling import Softmax, WeightedMean
 from ranger_nn.errors import PartitionError
-from ranger_nn.layers.regional import Group, Layout, Result, piecewise, reduce
+from ranger_nn.layers.regional import Group, Layout, Result, piecewise, reduce, without_absent
 from ranger_nn.partition.blocks import Blocks
 from ranger_nn.partition.grid import Grid
 from ranger_nn.partition.kmeans import KMeans
@@ -125,8 +125,8 @@ class RegionalAggregator(nn.Module):
                 raise PartitionError(
                     "per_region=True copies one network; a list of local networks is per region already"
                 )
-            modules = all(isinstance(m, nn.Module) for m in local)
-            self.local: Any = nn.ModuleList(local) if modules else list(local)
+            modules = [m if isinstance(m, nn.Module) else _Function(m) for m in local]
+            self.local: Any = nn.ModuleList(modules)
             return
         if per_region:
             if not isinstance(local, nn.Module) or self.regions is None:
@@ -182,7 +182,7 @@ class RegionalAggregator(nn.Module):
         over = self.aggregator
         if isinstance(over, Stitch | Concat | Call):
             return piecewise(xp, over, results, layout, present)
-        return reduce(xp, over, results, self._weights(results, layout), present)
+        return reduce(xp, over, results, self._weights(without_absent(xp, results, present), layout), present)
 
     def _layout(self, x: Tensor) -> Layout:
         """The partition on this shape; made once."""
@@ -201,18 +201,18 @@ class RegionalAggregator(nn.Module):
             works = [_Cut(self, layout, g) for g in groups]
             return [Result(w.group.ids, w.run(w.take(x))) for w in works]
         works = [_Cut(self, layout, p) for g in groups for p in g.parts(self._at_once(x, layout, g))]
-        results = rematerialised(works, x, list(self._local_parameters()))
+        results = rematerialised(works, x, *self._local_tensors())
         return [Result(w.group.ids, y) for w, y in zip(works, results)]
 
     def _part_results(self, x: Tensor) -> list[Result]:
         parts = list(self.partition(x))
         if not parts:
             raise PartitionError(f"the partition {self.partition} gave no parts for an input of shape {tuple(x.shape)}")
-        if isinstance(self.local, nn.ModuleList | list) and len(self.local) != len(parts):
+        if isinstance(self.local, nn.ModuleList) and len(self.local) != len(parts):
             raise PartitionError(f"one local network for each part: {len(parts)} parts, {len(self.local)} networks")
         if self.allowed is None:
             return [Result([i], self._run([i], part.unsqueeze(0))) for i, part in enumerate(parts)]
-        results = rematerialised([_Part(self, i) for i in range(len(parts))], x, list(self._local_parameters()))
+        results = rematerialised([_Part(self, i) for i in range(len(parts))], x, *self._local_tensors())
         return [Result([i], y) for i, y in enumerate(results)]
 
     # --------------------------------------------------------------------------------- clusters
@@ -228,10 +228,10 @@ class RegionalAggregator(nn.Module):
             raise PartitionError(f"adapt fits the centres of KMeans; {self.partition} follows from shapes")
         self.clusters.adapt(data)
 
-    def _local_parameters(self) -> Iterator[nn.Parameter]:
-        for module in (self.local, self.partition):
-            if isinstance(module, nn.Module):
-                yield from module.parameters()
+    def _local_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters and buffers of what runs on regions."""
+        modules = [m for m in (self.local, self.partition) if isinstance(m, nn.Module)]
+        return [p for m in modules for p in m.parameters()], [b for m in modules for b in m.buffers()]
 
     def _placed(self, stacked: Tensor, layout: Layout, group: Group) -> Tensor:
         """With `coordinates`: each element's position as more features."""
@@ -262,7 +262,7 @@ class RegionalAggregator(nn.Module):
             return stacked
         if isinstance(self.local, Stacked):
             return self.local(ids, stacked)
-        if isinstance(self.local, nn.ModuleList | list):
+        if isinstance(self.local, nn.ModuleList):
             return _stack([self.local[int(i)](part) for i, part in zip(ids, stacked.unbind(0))], ids)
         folded = _tensor(self.local(stacked.flatten(0, 1)))
         if folded.shape[:1] != (stacked.shape[0] * stacked.shape[1],):
@@ -281,7 +281,7 @@ class RegionalAggregator(nn.Module):
                 self.allowed or 0,
                 _Cut(self, layout, one),
                 x,
-                list(self._local_parameters()),
+                *self._local_tensors(),
                 regions=len(layout.regions),
                 place=f"region {one.ids[0]} of {self.partition}",
             )
@@ -366,6 +366,18 @@ class _Part:
             part = self.take(leaf)
         (found,) = torch.autograd.grad(part, leaf, grad)
         whole += found
+
+
+class _Function(nn.Module):
+    """A function beside modules in a list of local networks."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        """function(x)."""
+        return self.function(x)
 
 
 class _Score(nn.Module):
