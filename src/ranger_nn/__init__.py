@@ -21,6 +21,7 @@ from ranger_nn.errors import (
 from ranger_nn.lazy import exporter
 
 if TYPE_CHECKING:
+    from ranger_nn.io.pixels import Pixels
     from ranger_nn.partition.blocks import Blocks
     from ranger_nn.partition.graph import GraphParts
     from ranger_nn.partition.grid import Grid
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ranger_nn.partition.time import TimeSlices
     from ranger_nn.torch.measure import measure
     from ranger_nn.torch.module import plan, regionalize
+    from ranger_nn.torch.run import run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "KMeans",
     "MissingExtraError",
     "PartitionError",
+    "Pixels",
     "PlanError",
     "RangerError",
     "TimeSlices",
@@ -49,6 +52,7 @@ __all__ = [
     "measure",
     "plan",
     "regionalize",
+    "run",
     "show",
 ]
 
@@ -59,10 +63,12 @@ __getattr__, __dir__ = exporter(
         "GraphParts": "ranger_nn.partition.graph",
         "Grid": "ranger_nn.partition.grid",
         "KMeans": "ranger_nn.partition.kmeans",
+        "Pixels": "ranger_nn.io.pixels",
         "TimeSlices": "ranger_nn.partition.time",
         "show": "ranger_nn.partition.show",
         "measure": "ranger_nn.torch.measure",
         "plan": "ranger_nn.torch.module",
         "regionalize": "ranger_nn.torch.module",
+        "run": "ranger_nn.torch.run",
     },
 )

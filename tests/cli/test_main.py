@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import ranger_nn
+from ranger_nn.cli.loading import _nothing_unpickled
 from ranger_nn.cli.main import main
 from ranger_nn.io.image import read_image, write_image
 from tests.cli.models import Smooth
@@ -103,6 +105,19 @@ def test_an_archive(tmp_path, capsys):
     assert np.load(tmp_path / "out.npy").shape == (1, 3, 40, 56)
 
 
+def test_nothing_is_unpickled_from_an_archive(tmp_path):
+    """Whatever the reader of archives asks for."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "touched"),)
+
+    torch.save(Evil(), tmp_path / "weights")
+    with _nothing_unpickled(), pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "weights", weights_only=False)
+    assert os.listdir(tmp_path) == ["weights"]
+
+
 # ---------------------------------------------------------------------------------------- run
 
 
@@ -114,7 +129,7 @@ def test_run_gives_the_numbers_of_the_untouched_model(tmp_path, picture, capsys,
     x = torch.from_numpy(read_image(picture).astype(np.float32))[None] / 255
     with torch.no_grad():
         expected = Smooth()(x)[0].numpy()
-    given = np.load(out)[0] if ending == ".npy" else read_image(out)
+    given = np.load(out) if ending == ".npy" else read_image(out)
     if ending == ".png":
         assert np.abs(given.astype(float) - expected * 255).max() <= 0.51
     else:

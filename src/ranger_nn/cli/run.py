@@ -2,7 +2,7 @@
 
 The report at the end has the three amounts of the promise: allowed by the user, projected by the
 plan, measured by the byte counter (over what was live before, less the final output). Counting costs
-about 6 microseconds per block of memory; `--no-measure` leaves it out.
+about 6 microseconds per block of memory; `--no-measure` leaves it out. From file to file see `cli/stream.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ranger_nn
+from ranger_nn.cli import stream
 from ranger_nn.cli.arguments import new_parser
 from ranger_nn.cli.loading import import_torch, leaves, load_inputs, load_model, threads
 from ranger_nn.cli.progress import Progress, clock, show_progress
@@ -34,16 +35,24 @@ def add_parser(commands: Any) -> None:
         commands,
         "run",
         "apply a model to an input and write its output",
-        "Several outputs are written to numbered files. The output file appears whole or not at all.",
+        "Several outputs are written to numbered files. The output appears whole or not at all. An input in a file "
+        "is read, and the output written, region by region; after a crash the same command goes on where it stopped.",
         run,
     )
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="a name that ends in .tif, .png or .npy")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="a name that ends in .zarr, .tif, .npy or .png"
+    )
     parser.add_argument("--no-measure", action="store_true", help="do not count bytes while running")
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    stream.add_arguments(parser)
 
 
 def run(chosen: argparse.Namespace) -> None:
     """Load, plan, run with progress, write, report."""
+    if stream.streams(chosen):
+        stream.run(chosen)
+        return
+    stream.refuse_options(chosen)
     check_writable(chosen.output)
     torch = import_torch()
     with threads(chosen), torch.no_grad():

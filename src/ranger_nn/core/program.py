@@ -24,12 +24,13 @@ ALLOC, WRITE, TRIM, ADD, ZEROS, GIVE = "alloc", "write", "trim", "add", "zeros",
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A region of a value, put together from parts of slots along `dim`."""
+    """A region of a value, put together from parts of slots along `dim`; `loaded`: it comes from a file."""
 
     parts: tuple[Part, ...]
     dim: int = 0
     nbytes: int = 0
     box: Box = ()
+    loaded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ closure once, `run` calls them in order. The framework comes in as an `Engine`: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from ranger_nn.core.program import Instruction, Program, Read
+from ranger_nn.core.program import Instruction, Read
 
 Step = tuple[Callable[..., Any], tuple[Read, ...], tuple[int, ...], tuple[int, ...], int]
 
@@ -30,9 +30,9 @@ class Engine(Protocol):
         ...
 
 
-def bind(program: Program, engine: Engine) -> list[Step]:
-    """Closures for all instructions."""
-    return [(engine.bind(i), i.reads, i.outs, tuple(i.frees), i.region) for i in program.instructions]
+def bind(instructions: Iterable[Instruction], engine: Engine) -> list[Step]:
+    """Closures for instructions."""
+    return [(engine.bind(i), i.reads, i.outs, tuple(i.frees), i.region) for i in instructions]
 
 
 def run(

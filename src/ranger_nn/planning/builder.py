@@ -32,13 +32,15 @@ class Page:
 class Located:
     """Where a value is: one slot that holds it whole (`pages` None), or pages along `dim` of a window.
 
-    `origin` gives, for each other cut dimension of a window, the index at which it starts, and its length.
+    `origin` gives, for each other cut dimension of a window, the index at which it starts, and its length. `on_disk`:
+    it takes no memory, but each region that is read does.
     """
 
     slot: int = -1
     dim: int | None = None
     pages: list[Page] | None = None
     origin: dict[int, tuple[int, int]] = field(default_factory=dict)
+    on_disk: bool = False
 
 
 def box_bytes(box: Box, itemsize: int) -> int:
@@ -110,7 +112,7 @@ class Builder:
             return Read((), 0, 0, box)
         if place.pages is None:
             cuts = tuple((d, lo, hi - lo) for d, (lo, hi) in enumerate(box) if hi - lo != shape[d])
-            return Read(((place.slot, cuts),), 0, size, box)
+            return Read(((place.slot, cuts),), 0, size, box, place.on_disk)
         cross = tuple(
             (d, box[d][0] - lo, box[d][1] - box[d][0])
             for d, (lo, length) in place.origin.items()
@@ -139,7 +141,7 @@ class Builder:
         **options: object,
     ) -> list[int]:
         """Write an instruction; `results`: (bytes, slot that it is a view of, may be a copy). Gives the slots."""
-        joined = sum(r.nbytes for r in reads if len(r.parts) > 1)
+        joined = sum(r.nbytes for r in reads if len(r.parts) > 1 or r.loaded)
         before = self.live
         outs = []
         for nbytes, view_of, may_copy in results:

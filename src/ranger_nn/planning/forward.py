@@ -29,6 +29,7 @@ class Schedule:
 
     `holds[v]`: the last level at which v is read from memory; later levels compute it again, from what is in memory
     for another reader or from the input. `grain`: values with heavy weights advance by several rows at a time.
+    `disk`: inputs and values between sweeps live in files.
     `halvings`: how often the chunks inside of operators that run whole are halved.
     """
 
@@ -37,6 +38,7 @@ class Schedule:
     cuts: tuple[int, ...] = ()
     holds: tuple[tuple[int, int], ...] = ()
     grain: bool = True
+    disk: bool = False
     halvings: int = 0
 
     @property
@@ -133,7 +135,7 @@ class ForwardLowering:
             if value.kind != COMPUTED:
                 slot = self.builder.slot(0)
                 self.external[value.index] = slot
-                self.places[value.index] = Located(slot)
+                self.places[value.index] = Located(slot, on_disk=schedule.disk and value.index in self.graph.inputs)
 
     def _last_uses(self) -> dict[int, tuple[int, int, int]]:
         last: dict[int, tuple[int, int, int]] = {}
@@ -210,7 +212,13 @@ class ForwardLowering:
 
     def _paged(self, v: int) -> bool:
         whole = v in self.stages.whole_reads or v in self.graph.outputs
-        return self.slide is not None and not self.tile_axes and not whole and self.bounds.dim(v, 0) is not None
+        return (
+            self.slide is not None
+            and not self.schedule.disk
+            and not self.tile_axes
+            and not whole
+            and self.bounds.dim(v, 0) is not None
+        )
 
     def _sweep(self, at: int) -> None:
         sweep = self.demand.sweeps[at]
@@ -218,11 +226,11 @@ class ForwardLowering:
         for v in sorted(sweep.sinks):
             value = self.graph.values[v]
             if not self._paged(v):
-                external = v in self.graph.outputs
+                elsewhere = self.schedule.disk or v in self.graph.outputs
                 (slot,) = self.builder.emit(
-                    ALLOC, -1, [], [(0 if external else value.nbytes, None, False)], value=v, shape=value.shape
+                    ALLOC, -1, [], [(0 if elsewhere else value.nbytes, None, False)], value=v, shape=value.shape
                 )
-                stores[v] = Located(slot)
+                stores[v] = Located(slot, on_disk=self.schedule.disk)
         users = sweep_users(self.graph, sweep.nodes)
         for tile in product(*(range(self.schedule.tiles[a]) for a in self.tile_axes)):
             strip = Strip(self, at, sweep, users, stores, dict(zip(self.tile_axes, tile, strict=True)))

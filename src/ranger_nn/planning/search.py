@@ -46,11 +46,13 @@ SCHEDULES = ("tile", "slide")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for."""
+    """What the user asked for; `disk`: inputs and values between sweeps live in files, `most_steps` of a slide."""
 
     allowed: int | None = None
     regions: tuple[int, ...] | None = None
     schedule: str | None = None
+    disk: bool = False
+    most_steps: int = 1 << 30
 
     @classmethod
     def checked(cls, allowed: int | None, regions: Sequence[int] | int | None, schedule: str | None) -> Options:
@@ -166,6 +168,10 @@ def base_steps(graph: Graph, axis: Axis) -> int:
 
 def starting(graph: Graph, axes: Sequence[Axis], options: Options) -> list[Schedule]:
     """Schedules to begin with: what the user fixed (for tiles without a size, ever more of them), or one slide."""
+    return [replace(s, disk=options.disk) for s in _starting(graph, axes, options)]
+
+
+def _starting(graph: Graph, axes: Sequence[Axis], options: Options) -> list[Schedule]:
     if not axes:
         return [Schedule(0, ())]
     ones = [1] * len(axes)
@@ -182,7 +188,7 @@ def starting(graph: Graph, axes: Sequence[Axis], options: Options) -> list[Sched
         if options.schedule == "tile":
             return [Schedule(0, tuple(counts))]
         return [Schedule(max(1, counts[0]), (1, *counts[1:]), grain=False)]
-    steps = base_steps(graph, axes[0])
+    steps = min(base_steps(graph, axes[0]), options.most_steps)
     limit = max(1, _input_size(graph, axes[0]) // 2)
     if options.schedule == "tile":
         found = []
@@ -355,7 +361,9 @@ class Search:
         """Half the step, while that makes sense; then columns."""
         if self.options.regions is not None:
             return None
-        if schedule.slides and schedule.steps * 2 <= min(256, _input_size(self.graph, self.axes[0]) // 2):
+        if schedule.slides and schedule.steps * 2 <= min(
+            256, self.options.most_steps, _input_size(self.graph, self.axes[0]) // 2
+        ):
             return replace(schedule, steps=schedule.steps * 2)
         if len(self.axes) > 1 and schedule.tiles[1] < 8:
             return replace(schedule, tiles=(schedule.tiles[0], schedule.tiles[1] * 2, *schedule.tiles[2:]))

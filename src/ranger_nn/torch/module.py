@@ -248,8 +248,8 @@ class Regional(nn.Module):
         captured = capture(self.module, args, kwargs, grad=grad)
         planned = make_plan(captured.graph, self._options, grad)
         engine = TorchEngine(planned.graph, device)
-        backward = bind(planned.backward, engine) if planned.backward is not None else None
-        ready = Ready(captured, planned, engine, bind(planned.forward, engine), backward, autocast)
+        backward = bind(planned.backward.instructions, engine) if planned.backward is not None else None
+        ready = Ready(captured, planned, engine, bind(planned.forward.instructions, engine), backward, autocast)
         if self._verify:
             verify_small(self, leaves, spec)
         return ready

@@ -22,7 +22,6 @@ from ranger_nn.errors import BudgetError, MeasureError
 from ranger_nn.planning.budget import format_bytes
 from ranger_nn.torch.measure import measure
 
-
 AT_ONCE = 64 << 20
 """Bytes of regions that run together at most: more leave the cache and take longer (attention pooling of 64 tiles: 0.66
 of the time of all at once with 60 MB of tiles in a group, 0.89 with 90 MB)."""

@@ -1,0 +1,91 @@
+"""What a model is fed from pixels: band selection, nodata, scale, mean and deviation, declared and not hand-coded.
+
+pixels --bands--> --nodata to fill--> * scale --> (x - mean) / std --> the model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ranger_nn.errors import InputError
+from ranger_nn.io.protocol import Array
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How pixels become numbers.
+
+    Args:
+        scale: factor; None: 1 / largest value for unsigned integers (so 0..1), 1 for everything else.
+        mean: subtracted after scaling, one number or one for each band.
+        std: divided by, after that.
+        bands: indices of the channels to take, in this order; None: all.
+        nodata: value that stands for no data: where all bands have it, the model sees `fill`.
+        fill: what the model sees there, after normalisation.
+
+    Raises:
+        InputError: a standard deviation that is not positive, negative bands.
+    """
+
+    scale: float | None = None
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
+    bands: tuple[int, ...] | None = None
+    nodata: float | None = None
+    fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Lists become tuples; refuse what has no meaning."""
+        for name in ("mean", "std", "bands"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence):
+                object.__setattr__(self, name, tuple(value))
+        if any(s <= 0 for s in np.atleast_1d(self.std)):
+            raise InputError(f"std of Pixels divides, so it is above 0; got {self.std}")
+        if self.bands is not None and (not self.bands or any(b < 0 for b in self.bands)):
+            raise InputError(f"bands of Pixels are indices from 0 on; got {self.bands}")
+
+    def channels(self, available: int, name: str) -> int:
+        """Channels that the model sees.
+
+        Raises:
+            InputError: a band that the input does not have, or means for another number of bands.
+        """
+        if self.bands is not None and max(self.bands) >= available:
+            raise InputError(f"band {max(self.bands)} was asked for; {name} has bands 0 to {available - 1}")
+        count = available if self.bands is None else len(self.bands)
+        for what, value in (("mean", self.mean), ("std", self.std)):
+            if isinstance(value, tuple) and len(value) not in (1, count):
+                raise InputError(f"{what} has {len(value)} numbers for {count} bands of {name}: give one, or {count}")
+        return count
+
+    def apply(self, pixels: Array, dtype: np.dtype[Any]) -> Array:
+        """(channels, ...) of `dtype` from (bands, ...) of pixels."""
+        if self.bands is not None:
+            pixels = pixels[list(self.bands)]
+        absent = None if self.nodata is None else self._absent(pixels)
+        scale = self.scale
+        if scale is None:
+            scale = 1 / np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else 1.0
+        x = pixels.astype(dtype)
+        if scale != 1:
+            x *= dtype.type(scale)
+        if np.any(self.mean):
+            x -= self._column(self.mean, x)
+        if np.any(np.asarray(self.std) != 1):
+            x /= self._column(self.std, x)
+        if absent is not None:
+            x[:, absent] = self.fill
+        return x
+
+    def _absent(self, pixels: Array) -> Array:
+        same = np.isnan(pixels) if self.nodata != self.nodata else pixels == self.nodata
+        return np.asarray(same.all(axis=0))
+
+    @staticmethod
+    def _column(value: float | tuple[float, ...], like: Array) -> Array:
+        return np.asarray(value, like.dtype).reshape(-1, *[1] * (like.ndim - 1))

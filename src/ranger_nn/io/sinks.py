@@ -1,0 +1,205 @@
+"""Where a run writes: rows go into a raw file in a working folder beside the result, which takes its final form and name
+when all are there.
+
+    .labels.zarr.partial/      rows.npy (raw), journal.json, spilled values
+    labels.zarr                appears at the end, by one rename
+
+The last step reads the rows band by band and writes each tile or shard once, by one writer. It needs no memory for the
+whole, costs one more pass over the output on disk, and starts again if it is interrupted. Enter at `open_sink`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ranger_nn.errors import InputError
+from ranger_nn.io.protocol import Array, Box
+from ranger_nn.io.rows import RowFile, npy_header
+from ranger_nn.io.tiff import import_extra
+
+TIFFS = (".tif", ".tiff", ".btf")
+KNOWN = (".zarr", ".npy", *TIFFS)
+TILE = 256
+BAND_BYTES = 32 << 20
+BIG = 1 << 32
+"""TIFF offsets have 32 bits below this."""
+
+
+def working_folder(path: Path) -> Path:
+    """The folder of a run that is not finished."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def check_sink(given: str | os.PathLike[str], overwrite: bool) -> Path:
+    """The path of a result that may be written.
+
+    Raises:
+        InputError: an unknown format, no such folder, a read-only one, a result that is there already.
+        MissingExtraError: the format needs a package that is not installed.
+    """
+    path = Path(given)
+    suffix = path.suffix.lower()
+    if suffix not in KNOWN:
+        raise InputError(f"cannot write {str(path)!r}: the name must end in one of {', '.join(KNOWN)}.")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"cannot write {str(path)!r}: {str(path.parent)!r} is read-only. Choose another folder.")
+    if path.exists() and not overwrite:
+        raise InputError(f"{str(path)!r} is there already. Give another name, or overwrite=True (--overwrite).")
+    if suffix == ".zarr":
+        import_extra("zarr", "zarr", "Zarr results")
+    if suffix in TIFFS:
+        import_extra("tifffile", "images", "TIFF results")
+    return path
+
+
+class FileSink:
+    """A result in the making: see the module.
+
+    Args:
+        path: the final name.
+        shape: (channels, *spatial).
+        dtype: of its elements.
+        geography: CRS and transform of the input, or None.
+        again: go on with the rows that are there.
+        rows: file of the rows, in the working folder.
+    """
+
+    def __init__(
+        self, path: Path, shape: tuple[int, ...], dtype: Any, geography: dict[str, Any] | None, again: bool, rows: Path
+    ) -> None:
+        self.path, self.name, self.shape, self.dtype = path, repr(str(path)), shape, np.dtype(dtype)
+        self.geography = geography
+        self._made = rows.with_name(f"{rows.stem}-result{path.suffix}")
+        self._rows = RowFile(rows, shape, dtype, npy_header(self.shape, self.dtype), again)
+
+    def write(self, box: Box, pixels: Array) -> None:
+        """Put (channels, *lengths of box) in place."""
+        self._rows.write(box, pixels)
+
+    def durable(self) -> None:
+        """To the disk."""
+        self._rows.sync()
+
+    def finish(self) -> None:
+        """Take the final form and name."""
+        self._rows.sync()
+        made = self._made
+        _remove(made)
+        if self.path.suffix.lower() == ".npy":
+            made = self._rows.path
+        elif self.path.suffix.lower() == ".zarr":
+            self._as_zarr(made)
+        else:
+            self._as_tiff(made)
+        _remove(self.path)
+        os.replace(made, self.path)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._rows.close()
+
+    # ---- final forms
+
+    def _bands(self, rows: int) -> Iterator[tuple[Box, Array]]:
+        """Bands of so many rows (of the last but one axis), in order."""
+        *front, height, width = self.shape[1:]
+        for corner in np.ndindex(*front):
+            for top in range(0, height, rows):
+                bottom = min(top + rows, height)
+                box = (*((i, i + 1) for i in corner), (top, bottom), (0, width))
+                yield box, self._rows.read(box)
+
+    def _band_rows(self) -> int:
+        """Rows of a band of whole tiles that takes no more than BAND_BYTES."""
+        row = self.shape[0] * self.shape[-1] * self.dtype.itemsize
+        return max(TILE, BAND_BYTES // max(1, row) // TILE * TILE) if row * TILE <= BAND_BYTES else TILE // 4
+
+    def _as_zarr(self, made: Path) -> None:
+        zarr = import_extra("zarr", "zarr", "Zarr results")
+        tile = min(TILE, self._band_rows())
+        front = (1,) * (len(self.shape) - 3)
+        width = -(-self.shape[-1] // TILE) * TILE
+        array = zarr.create_array(
+            store=str(made),
+            shape=self.shape,
+            dtype=self.dtype,
+            chunks=(self.shape[0], *front, tile, TILE),
+            shards=(self.shape[0], *front, tile, width),
+            dimension_names=["channel", *["depth"] * len(front), "row", "column"],
+        )
+        for box, pixels in self._bands(tile):
+            array[(slice(None), *(slice(lo, hi) for lo, hi in box))] = pixels
+
+    def _as_tiff(self, made: Path) -> None:
+        if self.geography is not None and "crs" in self.geography:
+            self._as_geotiff(made)
+            return
+        tifffile = import_extra("tifffile", "images", "TIFF results")
+        dtype = np.dtype(np.uint8) if self.dtype == bool else self.dtype
+        shape = self.shape if self.shape[0] > 1 else self.shape[1:]
+        pages = {2: "YX", 3: "CYX" if self.shape[0] > 1 else "ZYX", 4: "CZYX"}[len(shape)]
+        tifffile.imwrite(
+            made,
+            self._tiles(dtype),
+            shape=shape,
+            dtype=dtype,
+            tile=(TILE, TILE),
+            photometric="minisblack",
+            planarconfig="separate" if len(shape) == 3 and self.shape[0] > 1 else None,
+            compression="zlib",
+            bigtiff=self._rows.nbytes > BIG // 2,
+            metadata={"axes": pages},
+            extratags=self._geo_tags(),
+        )
+
+    def _tiles(self, dtype: np.dtype[Any]) -> Iterator[Array]:
+        """Tiles in the order of the file: channel, depth, rows, columns."""
+        height, width = self.shape[-2:]
+        for c, *front in np.ndindex(self.shape[0], *self.shape[1:-2]):
+            for top in range(0, height, TILE):
+                box = (*((i, i + 1) for i in front), (top, min(top + TILE, height)), (0, width))
+                band = self._rows.read_channel(c, box).reshape(-1, width).astype(dtype)
+                for left in range(0, width, TILE):
+                    yield np.ascontiguousarray(band[:, left : left + TILE])
+
+    def _geo_tags(self) -> list[tuple[int, int, int, Any, bool]]:
+        if self.geography is None:
+            return []
+        zoom = [a / b for a, b in zip(self.geography["size"], self.shape[-2:], strict=True)]
+        found = []
+        for number, (dtype, count, value) in self.geography["tags"].items():
+            if number == 33550:  # ModelPixelScale: x, y, z
+                value = (value[0] * zoom[1], value[1] * zoom[0], *value[2:])
+            found.append((number, dtype, count, value, True))
+        return found
+
+    def _as_geotiff(self, made: Path) -> None:
+        rasterio = import_extra("rasterio", "geo", "GeoTIFF results")
+        assert self.geography is not None
+        rows, columns = (a / b for a, b in zip(self.geography["size"], self.shape[-2:], strict=True))
+        dtype = "uint8" if self.dtype == bool else self.dtype.name
+        with rasterio.open(
+            made, "w", driver="GTiff", count=self.shape[0], height=self.shape[-2], width=self.shape[-1], dtype=dtype,
+            crs=self.geography["crs"], transform=self.geography["transform"] @ rasterio.Affine.scale(columns, rows),
+            tiled=True, blockxsize=TILE, blockysize=TILE, compress="deflate", BIGTIFF="IF_SAFER", interleave="band",
+        ) as file:  # fmt: skip
+            for box, pixels in self._bands(TILE):
+                top, bottom = box[-2]
+                window = rasterio.windows.Window(0, top, self.shape[-1], bottom - top)
+                file.write(pixels.reshape(self.shape[0], bottom - top, -1).astype(dtype), window=window)
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

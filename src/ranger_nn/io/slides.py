@@ -1,0 +1,113 @@
+"""Whole slides through openslide (read only) and GeoTIFF windows through rasterio."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ranger_nn.errors import InputError
+from ranger_nn.io.arrays import file_identity
+from ranger_nn.io.protocol import Array, BadRegionError, Box
+from ranger_nn.io.tiff import import_extra
+
+SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
+TILE = 256
+
+
+class SlideSource:
+    """A whole slide at one of its levels: red, green, blue, uint8; what was not scanned is white.
+
+    Raises:
+        InputError: no slide that openslide reads, no such level.
+        MissingExtraError: openslide is not installed.
+    """
+
+    batched = False
+    resident = 0
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, path: Path, level: int = 0) -> None:
+        openslide = import_extra("openslide", "slides", "whole slides")
+        self.path, self.name, self.level = path, repr(str(path)), level
+        try:
+            self._slide = openslide.OpenSlide(str(path))
+        except Exception as error:
+            raise InputError(f"cannot read {self.name}: {error}. It is no whole slide that openslide knows.") from error
+        if not 0 <= level < self._slide.level_count:
+            raise InputError(f"{self.name} has levels 0 to {self._slide.level_count - 1}; got level {level}")
+        columns, rows = self._slide.level_dimensions[level]
+        self._zoom = self._slide.level_downsamples[level]
+        self.shape: tuple[int, ...] = (3, int(rows), int(columns))
+        names = [f"openslide.level[{level}].tile-{side}" for side in ("height", "width")]
+        self.chunks = tuple(int(self._slide.properties.get(n, TILE)) for n in names)
+
+    def read(self, box: Box) -> Array:
+        """(3, rows, columns)."""
+        (top, bottom), (left, right) = box
+        corner = (round(left * self._zoom), round(top * self._zoom))
+        try:
+            found = np.asarray(self._slide.read_region(corner, self.level, (right - left, bottom - top)))
+        except Exception as error:
+            raise BadRegionError(f"{self.name}: region {box} cannot be read: {error}") from error
+        alpha = found[..., 3:].astype(np.uint16)
+        mixed = (found[..., :3].astype(np.uint16) * alpha + 255 * (255 - alpha) + 127) // 255
+        return np.ascontiguousarray(mixed.astype(np.uint8).transpose(2, 0, 1))
+
+    def identity(self) -> dict[str, Any]:
+        """Path, size, date, level."""
+        return {"shape": list(self.shape), "level": self.level} | file_identity(self.path)
+
+    def close(self) -> None:
+        """Close the slide."""
+        self._slide.close()
+
+
+class RasterSource:
+    """A GeoTIFF (or any raster that GDAL reads from one local file) through rasterio, window by window.
+
+    Raises:
+        InputError: rasterio cannot open it, bands of different types.
+        MissingExtraError: rasterio is not installed.
+    """
+
+    batched = False
+    resident = 0
+
+    def __init__(self, path: Path) -> None:
+        self._rasterio = import_extra("rasterio", "geo", "GeoTIFF files")
+        self.path, self.name = path, repr(str(path))
+        try:
+            self._data = self._rasterio.open(path.resolve(), driver="GTiff")
+        except Exception as error:
+            raise InputError(f"cannot read {self.name}: {error}") from error
+        if len(set(self._data.dtypes)) != 1:
+            raise InputError(f"{self.name} has bands of types {', '.join(self._data.dtypes)}: a run needs one type")
+        self.dtype = np.dtype(self._data.dtypes[0])
+        self.shape: tuple[int, ...] = (int(self._data.count), int(self._data.height), int(self._data.width))
+        self.chunks = tuple(int(n) for n in self._data.block_shapes[0])
+        self._lock = threading.Lock()
+
+    def read(self, box: Box) -> Array:
+        """(bands, rows, columns)."""
+        (top, bottom), (left, right) = box
+        window = self._rasterio.windows.Window(left, top, right - left, bottom - top)
+        try:
+            with self._lock:
+                return np.asarray(self._data.read(window=window))
+        except Exception as error:
+            raise BadRegionError(f"{self.name}: region {box} cannot be read: {error}") from error
+
+    def geography(self) -> dict[str, Any]:
+        """CRS and transform, for the output."""
+        return {"crs": self._data.crs, "transform": self._data.transform, "size": self.shape[1:]}
+
+    def identity(self) -> dict[str, Any]:
+        """Path, size, date."""
+        return {"shape": list(self.shape), "dtype": str(self.dtype)} | file_identity(self.path)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._data.close()

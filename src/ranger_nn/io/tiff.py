@@ -1,0 +1,250 @@
+"""TIFF, BigTIFF and OME-TIFF read tile by tile through tifffile.
+
+    series (C, Y, X)         pages = channels, or depth, or both; a page has tiles or strips
+    read(box)                the segments that overlap it, decoded one by one
+
+Files are untrusted: only compressions whose growth is bounded are decoded, sizes that a header claims are held against
+the memory before anything is decoded, and the paths of other files that OME metadata may name are not followed. Enter at
+`TiffSource`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+import zlib
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ranger_nn.errors import InputError, MissingExtraError
+from ranger_nn.io.arrays import file_identity
+from ranger_nn.io.protocol import Array, BadRegionError, Box
+
+DEFLATE = (8, 32946)
+DECODED = {1: "none", 5: "LZW", 7: "JPEG", **dict.fromkeys(DEFLATE, "deflate"), 32773: "PackBits"}
+"""Compressions by TIFF number: those whose output is bounded by what can be checked before decoding."""
+SAFE_GROWTH = 3000
+"""No more than this many bytes come out of one byte of LZW or deflate."""
+JPEG_SIZES = range(0xC0, 0xD0)
+JPEG_NO_SIZE = (0xC4, 0xC8, 0xCC)
+
+
+class TiffSource:
+    """The first series of a TIFF, or the pyramid level asked for.
+
+    Args:
+        path: the file.
+        level: of a pyramid, 0 the largest.
+
+    Raises:
+        InputError: damaged, axes that are no picture or volume, a compression that is not decoded here.
+        MissingExtraError: tifffile (or imagecodecs, for LZW and JPEG) is not installed.
+    """
+
+    batched = False
+    resident = 0
+
+    def __init__(self, path: Path, level: int = 0) -> None:
+        self.path, self.name = path, repr(str(path))
+        tifffile = import_extra("tifffile", "images", "TIFF files")
+        try:
+            self._file = tifffile.TiffFile(path, _multifile=False)
+            series = self._file.series[0]
+        except Exception as error:
+            raise InputError(f"cannot read {self.name}: {error}. The file is damaged or is no TIFF.") from error
+        if not 0 <= level < len(series.levels):
+            raise InputError(
+                f"{self.name} has {len(series.levels)} pyramid levels, 0 to {len(series.levels) - 1}; got {level}"
+            )
+        self.level = level
+        self._series = series.levels[level]
+        self._lock = threading.Lock()
+        self._set_layout()
+        self._check_compression()
+
+    def _set_layout(self) -> None:
+        key, series = self._series.keyframe, self._series
+        pages = [(a, n) for a, n in zip(series.axes, series.shape, strict=True)]
+        inside = len(key.shape)
+        self._leading = [(a, n) for a, n in pages[:-inside] if inside < len(pages)]
+        inner = pages[len(pages) - inside :]
+        names = ["C" if a in "CS" else "Z" if a in "ZI" else a for a, _ in (*self._leading, *inner)]
+        sizes = [n for _, n in (*self._leading, *inner)]
+        kept = [(a, n) for a, n in zip(names, sizes, strict=True) if n > 1 or a in "YX"]
+        letters = [a for a, _ in kept]
+        if len(set(letters)) != len(letters) or not set(letters) <= set("CZYX") or not {"Y", "X"} <= set(letters):
+            raise InputError(
+                f"{self.name} has axes {series.axes} of sizes {series.shape}: a run takes channels, depth, rows and columns, "
+                "each once. Save one time point, or one picture."
+            )
+        self._inner = [("C" if a in "CS" else "Z" if a in "ZI" else a, n) for a, n in inner]
+        by = dict(kept)
+        self._spatial = [a for a in ("Z", "Y", "X") if a in by]
+        self.shape = (by.get("C", 1), *(by[a] for a in self._spatial))
+        self.dtype = np.dtype(series.dtype).newbyteorder("=")
+        if self.dtype.kind not in "buif":
+            raise InputError(f"{self.name} holds {self.dtype}; pixels are bool, integers or floating point.")
+        # planes that lie apart have segments of one plane
+        self._segments = (1,) * (inside - len(key.chunks)) + tuple(key.chunks)
+        segment = dict(zip([a for a, _ in self._inner], self._segments, strict=True))
+        self.chunks = tuple(int(segment.get(a, 1)) for a in self._spatial)
+        if len(series.pages) * prod(key.shape) != prod(series.shape):
+            raise InputError(
+                f"{self.name} has {len(series.pages)} pages of {key.shape} for axes {series.axes} {series.shape}."
+            )
+
+    def _check_compression(self) -> None:
+        number = int(self._series.keyframe.compression)
+        if number not in DECODED:
+            raise InputError(
+                f"{self.name} is compressed by method {number}; decoded are {', '.join(sorted(set(DECODED.values())))}. "
+                "Convert it, or install rasterio and read it as GeoTIFF."
+            )
+        if DECODED[number] in ("LZW", "JPEG"):
+            import_extra("imagecodecs", "images", f"TIFF files compressed with {DECODED[number]}")
+
+    def read(self, box: Box) -> Array:
+        """(channels, *lengths of box)."""
+        out = np.zeros((self.shape[0], *(hi - lo for lo, hi in box)), self.dtype)
+        wanted = dict(zip(self._spatial, box, strict=True)) | {"C": (0, self.shape[0])}
+        for page, at in self._pages(wanted):
+            self._read_page(page, at, wanted, out)
+        return out
+
+    def _pages(self, wanted: dict[str, tuple[int, int]]) -> list[tuple[Any, dict[str, int]]]:
+        """Pages that overlap, and where they lie on the axes that run over pages."""
+        found = []
+        names = ["C" if a in "CS" else "Z" if a in "ZI" else a for a, _ in self._leading]
+        for k, index in enumerate(product(*(range(n) for _, n in self._leading))):
+            at = dict(zip(names, index, strict=True))
+            if all(
+                n == 1 or wanted[a][0] <= at[a] < wanted[a][1] for a, (_, n) in zip(names, self._leading, strict=True)
+            ):
+                found.append((self._series.pages[k], at))
+        return found
+
+    def _read_page(self, page: Any, at: dict[str, int], wanted: dict[str, tuple[int, int]], out: Array) -> None:
+        key = self._series.keyframe
+        grid = [
+            range(wanted[a][0] // c, -(-wanted[a][1] // c)) if a in wanted else range(n)
+            for (a, _), c, n in zip(self._inner, self._segments, key.chunked, strict=True)
+        ]
+        for index in product(*grid):
+            number = int(np.ravel_multi_index(index, key.chunked))
+            starts = {a: i * c for (a, _), i, c in zip(self._inner, index, self._segments, strict=True)}
+            pixels = self._segment(page, number, starts)
+            if pixels is None:
+                continue
+            self._paste(out, pixels, starts | {a: v for a, v in at.items() if a in wanted}, wanted)
+
+    def _paste(self, out: Array, pixels: Array, starts: dict[str, int], wanted: dict[str, tuple[int, int]]) -> None:
+        """Copy what a segment (axes of `_inner`) shares with the region."""
+        names = [a for a, _ in self._inner]
+        lengths = dict(zip(names, pixels.shape, strict=True))
+        cut: list[Any] = []
+        to = {}
+        for a in names:
+            lo, hi = wanted.get(a, (0, lengths[a]))
+            start, stop = max(lo, starts[a]), min(hi, starts[a] + lengths[a])
+            cut.append(slice(start - starts[a], stop - starts[a]))
+            to[a] = slice(start - lo, stop - lo)
+        for a in ("C", *self._spatial):
+            if a not in to:  # runs over pages
+                to[a] = slice(starts.get(a, 0) - wanted[a][0], starts.get(a, 0) - wanted[a][0] + 1)
+        part = pixels[tuple(cut)]
+        order = [a for a in ("C", *self._spatial) if a in names]
+        part = part.transpose([names.index(a) for a in order] + [i for i, a in enumerate(names) if a not in order])
+        shape = [to[a].stop - to[a].start for a in ("C", *self._spatial)]
+        out[tuple(to[a] for a in ("C", *self._spatial))] = part.reshape(shape)
+
+    def _segment(self, page: Any, number: int, starts: dict[str, int]) -> Array | None:
+        """One decoded tile or strip; None where the file leaves it out (zeros)."""
+        offset, count = int(page.dataoffsets[number]), int(page.databytecounts[number])
+        if count == 0:
+            return None
+        place = f"{self.name}: the tile at {', '.join(f'{a} {n}' for a, n in starts.items())}"
+        with self._lock:
+            handle = self._file.filehandle
+            if offset + count > handle.size:
+                raise BadRegionError(
+                    f"{place} ends at byte {offset + count} of a file of {handle.size} bytes: the file is truncated"
+                )
+            handle.seek(offset)
+            data = handle.read(count)
+        key = self._series.keyframe
+        _refuse_bomb(data, int(key.compression), int(prod(key.chunks)) * self.dtype.itemsize, key, place)
+        try:
+            decoded, _, shape = key.decode(data, number, jpegtables=key.jpegtables)
+        except Exception as error:
+            raise BadRegionError(f"{place} cannot be decoded: {type(error).__name__}: {error}") from error
+        if decoded is None:
+            return None
+        # (depth, rows, columns, samples) -> the axes of the page
+        pixels = decoded[: shape[0], : shape[1], : shape[2], : shape[3]]
+        by = {"Z": pixels.shape[0], "Y": pixels.shape[1], "X": pixels.shape[2], "C": pixels.shape[3]}
+        moved = pixels.transpose([{"Z": 0, "Y": 1, "X": 2, "C": 3}[a] for a, _ in self._inner] + [
+            i for i, a in enumerate("ZYXC") if a not in dict(self._inner)
+        ])  # fmt: skip
+        return moved.reshape([by[a] for a, _ in self._inner])
+
+    def identity(self) -> dict[str, Any]:
+        """Path, size, date, level."""
+        return {"shape": list(self.shape), "dtype": str(self.dtype), "level": self.level} | file_identity(self.path)
+
+    def geography(self) -> dict[str, Any] | None:
+        """GeoTIFF tags as they stand, number to value, and the pixels that they speak of; None: there are none."""
+        tags = self._file.pages[0].tags
+        found = {n: tags[n] for n in GEO_TAGS if n in tags}
+        return {"tags": {n: (int(t.dtype), t.count, t.value) for n, t in found.items()}} if found else None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 42113)
+"""ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory, GeoDoubleParams, GeoAsciiParams, GDAL_NODATA."""
+
+
+def _refuse_bomb(data: bytes, compression: int, expected: int, key: Any, place: str) -> None:
+    """Refuse a segment that would decode to more than its tile holds."""
+    if compression in DEFLATE and len(data) * SAFE_GROWTH > 64 * expected:
+        engine = zlib.decompressobj()
+        try:
+            engine.decompress(data, expected + 1)
+            rest = len(engine.unconsumed_tail)
+        except zlib.error as error:
+            raise BadRegionError(f"{place} cannot be decoded: {error}") from error
+        if rest:
+            raise BadRegionError(f"{place} decodes to more than the {expected} bytes that its tile holds: refused")
+    elif compression == 5 and len(data) > 2 * expected + 4096:
+        raise BadRegionError(f"{place} has {len(data)} bytes of LZW for a tile of {expected} bytes: refused")
+    elif compression == 7:
+        rows, columns = _jpeg_size(data)
+        if rows > max(key.tilelength or key.rowsperstrip, 1) or columns > max(key.tilewidth or key.imagewidth, 1):
+            raise BadRegionError(f"{place} holds a JPEG of {rows} x {columns}, larger than its tile: refused")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """(rows, columns) that the frame header of a JPEG stream claims; zeros without one."""
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in JPEG_SIZES and marker not in JPEG_NO_SIZE:
+            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+        at += 2 + length
+    return 0, 0
+
+
+def import_extra(module: str, extra: str, what: str) -> Any:
+    """An optional package, or the error that names the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{what} need {module}, which is not installed. Install it with: pip install 'ranger-nn[{extra}]'"
+        ) from error

@@ -1,0 +1,241 @@
+"""A plan for an image in a file: the program of `regionalize` for a network whose input and stored values live on disk.
+
+What is read ahead and what waits to be written takes memory too, and how much depends on the plan's regions: the plan is
+made with what they leave, a few times at most. Enter at `prepare`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ranger_nn.core.graph import Graph
+from ranger_nn.core.program import ALLOC, RUN, WRITE, Program
+from ranger_nn.errors import BudgetError, InputError
+from ranger_nn.io.pixels import Pixels
+from ranger_nn.io.protocol import Source, nbytes
+from ranger_nn.io.reader import Reader
+from ranger_nn.io.sources import open_source
+from ranger_nn.planning.budget import format_bytes, parse_memory
+from ranger_nn.planning.report import Plan
+from ranger_nn.planning.search import Options, Planned, make_plan
+from ranger_nn.torch.capture import Captured, capture
+from ranger_nn.torch.files import AHEAD, loaded_boxes
+from ranger_nn.torch.module import Memory, Regional, example_inputs
+
+MOST_STEPS = 256
+ROUNDS = 4
+READING_SHARE = 2
+"""What the input's store decodes at once may take half of the memory."""
+
+
+@dataclass
+class Prepared:
+    """A plan for a source, and what it is made of. `projected` (bytes) counts reading and writing too."""
+
+    model: nn.Module
+    source: Source
+    reader: Reader
+    pixels: Pixels
+    captured: Captured
+    planned: Planned
+    device: torch.device
+    allowed: int | None
+    in_flight: int
+
+    @property
+    def graph(self) -> Graph:
+        """The network, as it was planned."""
+        return self.planned.graph
+
+    @property
+    def program(self) -> Program:
+        """What is run."""
+        return self.planned.forward
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the program."""
+        return self.planned.plan
+
+    @property
+    def projected(self) -> int:
+        """Bytes of the program, of reading ahead and of writing."""
+        return self.plan.projected + self.in_flight
+
+    def __str__(self) -> str:
+        """The plan, and what files add."""
+        return f"{self.plan}\nreading and writing {format_bytes(self.in_flight)}, in all {format_bytes(self.projected)}"
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the input's pixels."""
+        return prod(self.source.shape) * self.source.dtype.itemsize
+
+    def expected_seconds(self) -> float:
+        """About how long the run takes: its multiply-adds and bytes at the rates of a small convolution and a copy."""
+        macs_rate, bytes_rate = _rates(self.device)
+        moved = 2 * sum(self.graph.values[v].nbytes for n in self.graph.nodes for v in n.outputs)
+        return self.program.macs / macs_rate + moved / bytes_rate
+
+    def pictures(self) -> list[int]:
+        """Outputs that are written region by region."""
+        made = {i.value for i in self.program.instructions if i.op == ALLOC}
+        return [v for v in dict.fromkeys(self.graph.outputs) if v in made]
+
+    def lasting(self) -> set[int]:
+        """Nodes whose results cannot be had again from a halo: they run on whole values, or hand on a state."""
+        values, nodes = self.graph.values, self.graph.nodes
+        return {
+            i.node
+            for i in self.program.instructions
+            if i.op == RUN
+            and (nodes[i.node].rule.ordered is not None or i.out_box == tuple((0, n) for n in values[i.value].shape))
+        }
+
+    def externals(self) -> list[Tensor | None]:
+        """Parameters and constants in the program's order; None for the input."""
+        found: list[Tensor | None] = []
+        for kind, where in self.captured.sources.values():
+            if kind == "input":
+                found.append(None)
+            elif kind == "state":
+                owner, _, name = where.removeprefix("model.").rpartition(".")
+                found.append(getattr(self.model.get_submodule(owner), name).detach().to(self.device))
+            else:
+                found.append(where.to(self.device))
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model, input and plan from others: plain data."""
+        weights = hashlib.sha256()
+        for t in self.externals():
+            if t is not None:
+                weights.update(t.contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+        nodes = "\n".join(f"{n.op} {n.inputs} {n.outputs} {n.rule}" for n in self.graph.nodes)
+        steps = "\n".join(f"{i.op} {i.node} {i.outs} {i.out_box} {i.region}" for i in self.program.instructions)
+        return {
+            "model": {"operators": _hash(nodes), "weights": weights.hexdigest()},
+            "input": self.source.identity() | {"pixels": str(self.pixels)},
+            "plan": {"memory": self.allowed, "steps": _hash(steps)},
+        }
+
+
+def _rates(device: torch.device) -> tuple[float, float]:
+    """(multiply-adds, bytes) in a second, on small pieces such as regions are."""
+    x = torch.rand(1, 32, 64, 512, device=device).contiguous(memory_format=torch.channels_last)
+    conv = nn.Conv2d(32, 32, 3, padding=1, device=device)
+    taken = []
+    with torch.no_grad():
+        for work in (lambda: conv(x), lambda: x * 2):
+            best = float("inf")
+            for _ in range(5):
+                start = time.perf_counter()
+                work()[0, 0, 0, 0].item()
+                best = min(best, time.perf_counter() - start)
+            taken.append(best)
+    return x.numel() * 32 * 9 / taken[0], 2 * x.nbytes / taken[1]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Copied(nn.Module):
+    """`model` between copies: rows of the input are read from the file once, outputs have no other reader."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        """model(x)."""
+        return pytree.tree_map(lambda y: y.clone() if isinstance(y, Tensor) else y, self.model(x.clone()))
+
+
+def _named(captured: Captured, model: nn.Module) -> Captured:
+    """With the names of `model` and its modules, not of the wrapper."""
+    nodes = tuple(replace(n, where=n.where.removeprefix("model").removeprefix(".")) for n in captured.graph.nodes)
+    return replace(captured, graph=replace(captured.graph, name=type(model).__name__, nodes=nodes))
+
+
+def prepare(
+    model: nn.Module,
+    source: Any,
+    memory: Memory = None,
+    *,
+    pixels: Pixels | None = None,
+    axes: str | None = None,
+    level: int = 0,
+    regions: Sequence[int] | None = None,
+    schedule: str | None = None,
+    skip_bad: bool = False,
+    device: str | torch.device = "cpu",
+) -> Prepared:
+    """The plan of a run; nothing is computed. Arguments and errors as for `run`."""
+    model = model.module if isinstance(model, Regional) else model
+    if not isinstance(model, nn.Module):
+        raise InputError(f"run takes a torch.nn.Module, got {type(model).__name__}")
+    allowed = parse_memory(memory)
+    limit = None if allowed is None else allowed // READING_SHARE
+    opened = open_source(source, axes, level, limit)
+    try:
+        reader = Reader(opened, limit, skip_bad)
+        pixels = pixels or (Pixels(scale=1.0) if opened.batched else Pixels())
+        channels = pixels.channels(opened.shape[0], opened.name)
+        shape = (1, channels, *opened.shape[1:])
+        copied = _Copied(model).train(model.training)
+        with torch.no_grad():
+            captured = _named(capture(copied, example_inputs(copied, shape), grad=False), model)
+        chosen = replace(Options.checked(allowed, regions, schedule), disk=True, most_steps=MOST_STEPS)
+        planned, in_flight = _planned(captured.graph, reader, chosen)
+    except BaseException:
+        opened.close()
+        raise
+    return Prepared(model, opened, reader, pixels, captured, planned, torch.device(device), allowed, in_flight)
+
+
+def _planned(graph: Graph, reader: Reader, chosen: Options) -> tuple[Planned, int]:
+    """(plan, bytes of reading and writing) that fit together.
+
+    Raises:
+        BudgetError: they do not.
+    """
+    in_flight, allowed = reader.held, chosen.allowed
+    if allowed is None:
+        planned = make_plan(graph, chosen, False)
+        return planned, reader.held + _in_flight(graph, planned.forward, reader)
+    for _ in range(ROUNDS):
+        if in_flight >= allowed:
+            break
+        planned = make_plan(graph, replace(chosen, allowed=allowed - in_flight), False)
+        needed = reader.held + _in_flight(graph, planned.forward, reader)
+        if planned.plan.projected + needed <= allowed:
+            return planned, needed
+        in_flight = max(needed, in_flight + 1)
+    raise BudgetError(
+        f"{graph.name} on {reader.source.name}: reading ahead and writing take {format_bytes(in_flight)} ({in_flight} bytes) of "
+        f"the {format_bytes(allowed)} ({allowed} bytes) allowed, and no plan was found for the rest. Allow "
+        f"{2 * in_flight + allowed} bytes, or give regions= with fewer rows.",
+        allowed=allowed,
+        least=2 * in_flight + allowed,
+    )
+
+
+def _in_flight(graph: Graph, program: Program, reader: Reader) -> int:
+    """Bytes of regions that are read ahead (as pixels and as tensor) or wait to be written."""
+    (v,) = graph.inputs
+    value, source = graph.values[v], reader.source
+    boxes = loaded_boxes(program.instructions, program.external[v], value.shape)
+    taken = max((nbytes(b[2:], b[1][1] - b[1][0], value.itemsize) for b in boxes), default=0)
+    raw = max((nbytes(b[2:], source.shape[0], source.dtype.itemsize) for b in boxes), default=0)
+    written = max((r.nbytes for i in program.instructions if i.op == WRITE for r in i.reads[1:]), default=0)
+    return (AHEAD + 1) * taken + raw + (AHEAD + 2) * written

@@ -1,0 +1,79 @@
+"""What is done to a model's output before it is written, region by region.
+
+    output (channels, rows, columns)  --Reduction-->  (channels', rows, columns)
+
+Pixel by pixel only: a region's result must not depend on where regions end. Enter at `reduction`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ranger_nn.errors import InputError
+from ranger_nn.names import nearest
+
+NAMES = ("none", "argmax", "threshold", "uint8")
+_THRESHOLD = re.compile(r"threshold(?::(?P<at>[-+0-9.eE]+))?")
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A reduction by name, or a callable of the NumPy array (channels, rows, columns) of one region."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """(channels', rows, columns) of (channels, rows, columns).
+
+        Raises:
+            InputError: the result has other rows or columns.
+        """
+        found = self.function(output)
+        found = found.unsqueeze(0) if found.dim() == output.dim() - 1 else found
+        if found.shape[1:] != output.shape[1:]:
+            raise InputError(
+                f"reduce={self.name} must keep rows and columns: it got shape {tuple(output.shape)} and gave "
+                f"{tuple(found.shape)}"
+            )
+        return found
+
+
+def reduction(given: str | Callable[[Any], Any] | None) -> Reduction:
+    """The reduction that a name or a callable means.
+
+    - "argmax": class of the largest channel, uint8 (int32 from 257 classes on).
+    - "threshold" or "threshold:0.3": 1 where the value is above (0.5), else 0; uint8.
+    - "uint8": 0..1 as 0..255, clipped and rounded.
+    - None, "none": the output as it is.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if given is None or given == "none":
+        return Reduction("none", lambda x: x)
+    if callable(given):
+        function = given
+        name = getattr(given, "__qualname__", type(given).__name__)
+        return Reduction(name, lambda x: torch.from_numpy(np.ascontiguousarray(function(x.cpu().numpy()))))
+    if given == "argmax":
+        return Reduction("argmax", lambda x: x.argmax(0).to(torch.uint8 if len(x) <= 256 else torch.int32))
+    if given == "uint8":
+        return Reduction("uint8", lambda x: (x.nan_to_num().clamp(0, 1) * 255).round_().to(torch.uint8))
+    match = _THRESHOLD.fullmatch(given)
+    if match is None:
+        raise InputError(
+            f"unknown reduce={given!r}{nearest(given, NAMES)}; known are {', '.join(NAMES)}, or give a callable"
+        )
+    try:
+        at = float(match["at"] or 0.5)
+    except ValueError as error:
+        raise InputError(f"reduce={given!r}: {match['at']!r} is no number; for example threshold:0.5") from error
+    return Reduction(f"threshold:{at:g}", lambda x: (x > at).to(torch.uint8))
