@@ -92,7 +92,7 @@ def write_scene(path: Path, side: int) -> None:
     base = np.kron(coarse, np.ones((8, 8, 1), np.uint8))[:tile, :tile]
 
     def tiles():  # type: ignore[no-untyped-def]
-        for k in range(-((-side // tile) ** 2)):
+        for k in range((side + tile - 1) // tile * ((side + tile - 1) // tile)):
             yield np.roll(base, (k * 7, k * 13), (0, 1)) ^ np.uint8(k % 64)
 
     tifffile.imwrite(

@@ -53,6 +53,15 @@ def test_numbers(tmp_path, scene, name, schedule):
         assert report.bytes_read == 230 * 150 * 3
 
 
+def test_each_byte_once_though_rows_overlap(tmp_path):
+    """A network that begins with a convolution: its halo waits in a window, whatever the tiles are."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 200, 64), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "scene.tif", pixels.transpose(1, 2, 0), tile=(16, 16), photometric="rgb")
+    report = ranger_nn.run(Smooth(), tmp_path / "scene.tif", tmp_path / "out.npy", regions=(16, 64), memory="2MB")
+    assert report.regions > 10
+    assert report.bytes_read == pixels.nbytes
+
+
 def test_memory(scene, tmp_path):
     """What the engine's thread allocates stays below the projection."""
     path, _ = scene
