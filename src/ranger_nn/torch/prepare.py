@@ -130,8 +130,8 @@ class Prepared:
 
 
 def _rates(device: torch.device) -> tuple[float, float]:
-    """(multiply-adds, bytes) in a second, on small pieces such as regions are."""
-    x = torch.rand(1, 32, 64, 512, device=device).contiguous(memory_format=torch.channels_last)
+    """(multiply-adds, bytes) in a second, on pieces that no cache holds, such as regions of large images are."""
+    x = torch.rand(1, 32, 256, 2048, device=device).contiguous(memory_format=torch.channels_last)
     conv = nn.Conv2d(32, 32, 3, padding=1, device=device)
     taken = []
     with torch.no_grad():
