@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ranger_nn.core.graph import COMPUTED, INPUT, PARAMETER, Graph
+from ranger_nn.core.graph import COMPUTED, INPUT, NHWC, PARAMETER, Graph, Value
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ def _contracted(graph: Graph) -> list[tuple[int, int]]:
         for d, link in enumerate(node.rule.links[0])
         if link is None
     ]
+
+
+def _channel(value: Value) -> int:
+    """The dimension of an image's channels; -1 where the value is none."""
+    rank = len(value.shape)
+    return -1 if rank < 4 else rank - 1 if value.layout == NHWC else 1
 
 
 def find_axes(graph: Graph) -> list[Axis]:
@@ -74,7 +80,7 @@ def find_axes(graph: Graph) -> list[Axis]:
         return []
     heaviest = max(w for w, _, _ in found)
     kept = sorted(((first, -w, dims) for w, first, dims in found if w * 4 >= heaviest), key=lambda f: f[:2])
-    spatial = [k for k in kept if k[0][0] != 1 or len(values[k[0][1]].shape) < 4] or kept
+    spatial = [k for k in kept if k[0][0] != _channel(values[k[0][1]])] or kept
     names = {1: ["time"], 2: ["rows", "columns"], 3: ["depth", "rows", "columns"]}.get(min(len(spatial), 3), ["time"])
     return [
         Axis(names[i], dims, max(values[v].shape[d] for v, d in dims.items()))

@@ -24,7 +24,7 @@ import numpy as np
 from keras import KerasTensor, ops, tree
 
 from ranger_nn.core.fuse import fuse
-from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, Node, Rule, Value
+from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, NHWC, PARAMETER, Graph, Node, Rule, Value
 from ranger_nn.errors import CaptureError
 from ranger_nn.keras.kernels import Fused, Kernel, Opaque
 from ranger_nn.ops.pointwise import opaque
@@ -108,6 +108,7 @@ class Lower:
     updated: dict[int, tuple[Any, int]] = field(default_factory=dict)
     stack: list[Any] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    channels_last: bool = field(default_factory=lambda: keras.config.image_data_format() == "channels_last")
 
     # --------------------------------------------------------------------------------- values
 
@@ -417,6 +418,9 @@ def capture(model: keras.Model, inputs: Any, training: bool = False) -> Captured
         lower.env[id(like)] = (like, found[-1])
     with _eagerly():
         leaves, structure = _lower_model(lower, model, inputs, training)
+    if lower.channels_last:
+        for v in found:
+            lower.values[v] = replace(lower.values[v], layout=NHWC)
     outputs = tuple(None if leaf is None else int(lower.resolve(leaf)) for leaf in leaves)
     updates = tuple(lower.updated.values())
     kept = dict.fromkeys([o for o in outputs if o is not None] + [v for _, v in updates])

@@ -95,7 +95,8 @@ class Call:
     def channels_last(self) -> bool:
         """Where the channels of the first input are."""
         given = getattr(self.op, "data_format", None) or keras.config.image_data_format()
-        return str(given) == "channels_last"
+        self.lower.channels_last = given == "channels_last"
+        return self.lower.channels_last
 
     def channel(self, rank: int) -> int:
         """The dimension of the channels."""
