@@ -17,6 +17,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any
 
 import keras
@@ -75,6 +76,37 @@ class _Parameter(KerasTensor):  # type: ignore[misc]
     def assign_sub(self, value: Any) -> None:
         """Record the update."""
         self.assign(self - value)
+
+
+class Conv(keras.Operation):  # type: ignore[misc]
+    """A convolution in groups: the operation of `keras.ops` refuses these on symbolic tensors."""
+
+    def __init__(self, strides: Any, padding: str, data_format: str, dilation_rate: Any, out: Callable[[Any], Any]) -> None:
+        """As in `keras.ops.conv`; `out`: shape of the result."""
+        super().__init__()
+        self.strides, self.padding, self.data_format, self.dilation_rate = strides, padding, data_format, dilation_rate
+        self.out = out
+
+    @classmethod
+    def of(cls, layer: Any) -> Callable[[Any, Any], Any]:
+        """What the layer's own `convolution_op` does."""
+
+        def run(inputs: Any, kernel: Any) -> Any:
+            shape = tuple(layer.compute_output_shape(inputs.shape))
+            mode = layer.padding
+            if mode == "causal":
+                inputs, mode = ops.pad(inputs, layer._compute_causal_padding()), "valid"
+            return cls(layer.strides, mode, layer.data_format, layer.dilation_rate, lambda _: shape)(inputs, kernel)
+
+        return run
+
+    def call(self, inputs: Any, kernel: Any) -> Any:
+        """The convolution."""
+        return ops.conv(inputs, kernel, self.strides, self.padding, self.data_format, self.dilation_rate)
+
+    def compute_output_spec(self, inputs: Any, kernel: Any) -> Any:
+        """Shape and dtype."""
+        return KerasTensor(self.out(inputs), dtype=inputs.dtype)
 
 
 class _Untraceable(Exception):
@@ -305,6 +337,11 @@ def _symbolic(layer: Any, lower: Lower, updates: list[tuple[Any, Any]]) -> Itera
 
     held = vars(layer)
     swapped = {}
+    if "backend" in held:  # preprocessing layers: the back end's functions under the names of keras.ops
+        swapped["backend"], held["backend"] = held["backend"], ops
+    grouped = getattr(layer, "groups", 1) != 1 and isinstance(getattr(type(layer), "convolution_op", None), FunctionType)
+    if grouped:
+        held["convolution_op"] = lambda inputs, kernel: Conv.of(layer)(inputs, kernel)
     for key, attribute in list(held.items()):
         if key in _TRACKED:
             continue
@@ -318,6 +355,8 @@ def _symbolic(layer: Any, lower: Lower, updates: list[tuple[Any, Any]]) -> Itera
         yield
     finally:
         held.update(swapped)
+        if grouped:
+            del held["convolution_op"]
 
 
 _TRACKED = {"_trainable_variables", "_non_trainable_variables", "_tracker", "_torch_params", "_metrics", "_parameters"}

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 import keras
-from keras import ops
+from keras import KerasTensor, ops, tree
 
 from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import PARAMETER, Rule
@@ -114,13 +114,32 @@ def lower_operation(lower: Lower, op: Any, args: Any, kwargs: Any, outs: Sequenc
         named = dict(inspect.signature(op.call).bind(*args, **kwargs).arguments)
     except TypeError:
         named = {}
-    call = Call(lower, op, name, args, kwargs, outs, named)
-    return emit_call(call)
+    return emit_call(Call(lower, op, name, args, kwargs, _true_dtypes(lower, op, args, kwargs, outs), named))
+
+
+def _true_dtypes(lower: Lower, op: Any, args: Any, kwargs: Any, outs: Sequence[Any]) -> Sequence[Any]:
+    """Outputs with the dtype that the back end gives: on JAX and PyTorch Keras takes float64 for float32 in shapes."""
+    tensors = [t for t in tree.flatten((args, kwargs)) if isinstance(t, (KerasTensor, keras.Variable))]
+    known = [lower.resolve(t) for t in tensors]
+    wide = any(isinstance(v, Ref) and lower.values[v].dtype == "float64" for v in known)
+    if not wide or keras.backend.backend() == "tensorflow" or any(t.dtype == "float64" for t in outs):
+        return outs
+
+    def like(leaf: Any) -> Any:
+        v = lower.resolve(leaf) if isinstance(leaf, (KerasTensor, keras.Variable)) else leaf
+        return KerasTensor(lower.shape(v), dtype=lower.values[v].dtype) if isinstance(v, Ref) else v
+
+    a, kw = tree.map_structure(like, (args, kwargs))
+    try:
+        found = tree.flatten(keras.src.backend.compute_output_spec(op.call, *a, **kw))
+    except Exception:  # what cannot be run on shapes alone keeps what Keras says
+        return outs
+    return [KerasTensor(o.shape, dtype=f.dtype) for o, f in zip(outs, found, strict=True)]
 
 
 def emit_call(call: Call) -> list[Any]:
     """The nodes of a call: by its rule, pointwise, or whole."""
-    ours = type(call.op).__module__.startswith(("keras.", "keras_"))
+    ours = type(call.op).__module__.startswith(("keras.", "ranger_nn."))
     if ours and call.name in RULES:
         found = RULES[call.name](call)
         if found is not None:
@@ -231,7 +250,10 @@ def _transposed(call: Call) -> Any:
     def valid(inputs: Any, weights: Any) -> Any:
         return ops.conv_transpose(inputs, weights, padding="valid", **common)
 
-    kern = W.Transposed(call.function()[0], valid, sides)
+    def whole(inputs: Any, weights: Any) -> Any:
+        return ops.conv_transpose(inputs, weights, padding=op.padding, output_padding=op.output_padding, **common)
+
+    kern = W.Transposed(whole, valid, sides)
     region = windowed(call, x, sides, [kern.reach(s) for s in sides], [weight])
     macs = prod(shape) * prod(call.shape(weight)[:-1])
     return call.emit([x, weight], region, kern, macs=macs)
@@ -371,3 +393,6 @@ def _matmul(call: Call) -> Any:
     if len(b) == 2:
         return call.emit(inputs, contraction.linear(a, [b]), Kernel(function), macs=macs)
     return call.emit(inputs, contraction.matmul(a, b, call.out, False), Kernel(function), macs=macs)
+
+
+from ranger_nn.keras import lowering_movement as _more  # noqa: E402, F401  (registers its rules)
