@@ -19,8 +19,12 @@ def inputs_for(model: keras.Model, shape: Any, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
     shapes = shape if isinstance(shape, list) else [shape]
     given = [rng.standard_normal(s) for s in shapes]
-    dtypes = [t.dtype for t in tree.flatten(model.inputs)] if getattr(model, "inputs", None) else ["float64"] * len(given)
-    made = [ops.convert_to_tensor(g.astype("float64" if d == "float64" else "float32"), d) for g, d in zip(given, dtypes)]
+    dtypes = (
+        [t.dtype for t in tree.flatten(model.inputs)] if getattr(model, "inputs", None) else ["float64"] * len(given)
+    )
+    made = [
+        ops.convert_to_tensor(g.astype("float64" if d == "float64" else "float32"), d) for g, d in zip(given, dtypes)
+    ]
     return made if isinstance(shape, list) else made[0]
 
 
@@ -90,7 +94,9 @@ def check_region(found: Captured, node: Node, known: dict[int, Any], dim: int, s
             if link is not None and link.out_dim == dim and found.graph.values[v].shape[d] > 1:
                 lo, hi = link.reach.needs(start, start + rows)
                 wide = found.graph.values[v].dtype
-                part = rows_of(np.asarray(ops.convert_to_numpy(ops.cast(x, "float64"))), d, lo, hi, node.kernel.fill(i), rng)
+                part = rows_of(
+                    np.asarray(ops.convert_to_numpy(ops.cast(x, "float64"))), d, lo, hi, node.kernel.fill(i), rng
+                )
                 x = ops.cast(ops.convert_to_tensor(part), wide)
         xs.append(x)
     options = {"position": ops.convert_to_tensor(start, "int32")} if node.kernel.positional else {}

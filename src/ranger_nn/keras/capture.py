@@ -81,7 +81,9 @@ class _Parameter(KerasTensor):  # type: ignore[misc]
 class Conv(keras.Operation):  # type: ignore[misc]
     """A convolution in groups: the operation of `keras.ops` refuses these on symbolic tensors."""
 
-    def __init__(self, strides: Any, padding: str, data_format: str, dilation_rate: Any, out: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, strides: Any, padding: str, data_format: str, dilation_rate: Any, out: Callable[[Any], Any]
+    ) -> None:
         """As in `keras.ops.conv`; `out`: shape of the result."""
         super().__init__()
         self.strides, self.padding, self.data_format, self.dilation_rate = strides, padding, data_format, dilation_rate
@@ -107,6 +109,13 @@ class Conv(keras.Operation):  # type: ignore[misc]
     def compute_output_spec(self, inputs: Any, kernel: Any) -> Any:
         """Shape and dtype."""
         return KerasTensor(self.out(inputs), dtype=inputs.dtype)
+
+
+class _Functions:
+    """`keras.ops` under the names by which preprocessing layers call their back end."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ops, name, self)
 
 
 class _Untraceable(Exception):
@@ -241,14 +250,36 @@ class Lower:
         return made
 
     def whole(
-        self, name: str, function: Callable[..., Any], args: Any, kwargs: Any, outs: Any, reason: str
+        self,
+        name: str,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        outs: Any,
+        reason: str,
+        random: bool = False,
     ) -> list[int]:
         """An opaque node: `function` called with whole inputs; `outs`: KerasTensors."""
         call, inputs = bound(self, function, args, kwargs)
         kernel = Opaque(lambda *xs: _one(tree.flatten(call(*xs))))
         rule = opaque([self.shape(i) for i in inputs], reason)
-        specs = [(o.shape, keras.backend.standardize_dtype(o.dtype)) for o in outs]
-        return self.emit(name, inputs, specs, rule, kernel)
+        specs = [(o.shape, keras.backend.standardize_dtype(o.dtype)) for o in self.specs(function, args, kwargs, outs)]
+        return self.emit(name, inputs, specs, rule, kernel, random=random)
+
+    def specs(self, function: Any, args: Any, kwargs: Any, outs: Sequence[Any]) -> Sequence[Any]:
+        """Shapes and dtypes of outputs, where Keras's own inference leaves them open or takes float64 for float32."""
+        known = [self.resolve(t) for t in tree.flatten((args, kwargs)) if isinstance(t, (KerasTensor, keras.Variable))]
+        wide = any(isinstance(v, Ref) and self.values[v].dtype == "float64" for v in known)
+        doubtful = wide and keras.backend.backend() != "tensorflow" and all(o.dtype != "float64" for o in outs)
+        if not doubtful and not any(n is None for o in outs for n in o.shape):
+            return outs
+        a, kw = tree.map_structure(self._like, (args, kwargs))
+        found = tree.flatten(keras.src.backend.compute_output_spec(function, *a, **kw))
+        return [KerasTensor(f.shape, dtype=f.dtype) for f in found]
+
+    def _like(self, leaf: Any) -> Any:
+        v = self.resolve(leaf) if isinstance(leaf, (KerasTensor, keras.Variable)) else leaf
+        return KerasTensor(self.shape(v), dtype=self.values[v].dtype) if isinstance(v, Ref) else v
 
     # --------------------------------------------------------------------------------- layers
 
@@ -275,6 +306,7 @@ class Lower:
 
         operation, args, kwargs = node.operation, node.arguments.args, node.arguments.kwargs
         if isinstance(operation, keras.Layer):
+            kwargs = {**kwargs, **masked(node)}
             found = lower_layer(self, operation, args, kwargs, node.outputs, training)
         else:
             found = lower_operation(self, operation, args, kwargs, node.outputs)
@@ -338,8 +370,10 @@ def _symbolic(layer: Any, lower: Lower, updates: list[tuple[Any, Any]]) -> Itera
     held = vars(layer)
     swapped = {}
     if "backend" in held:  # preprocessing layers: the back end's functions under the names of keras.ops
-        swapped["backend"], held["backend"] = held["backend"], ops
-    grouped = getattr(layer, "groups", 1) != 1 and isinstance(getattr(type(layer), "convolution_op", None), FunctionType)
+        swapped["backend"], held["backend"] = held["backend"], _Functions()
+    grouped = getattr(layer, "groups", 1) != 1 and isinstance(
+        getattr(type(layer), "convolution_op", None), FunctionType
+    )
     if grouped:
         held["convolution_op"] = lambda inputs, kernel: Conv.of(layer)(inputs, kernel)
     for key, attribute in list(held.items()):
@@ -431,8 +465,35 @@ def _recorded(lower: Lower, roots: Sequence[Any]) -> list[Any]:
             order.append(node)
             continue
         pending.append((tensor, True))
-        pending += [(t, False) for t in reversed(node.arguments.keras_tensors)]
+        pending += [(t, False) for t in reversed([*node.arguments.keras_tensors, *_masks(node)])]
     return order
+
+
+def _masks(node: Any) -> list[Any]:
+    """Masks that the called layer takes from its inputs."""
+    return [m for m in tree.flatten(masked(node)) if isinstance(m, KerasTensor)]
+
+
+def masked(node: Any) -> dict[str, Any]:
+    """Masks that Keras hands to a layer beside its inputs."""
+    layer, args, kwargs = node.operation, node.arguments.args, node.arguments.kwargs
+    if not isinstance(layer, keras.Layer) or not any(get_mask(t) is not None for t in node.arguments.keras_tensors):
+        return {}
+    parameters = inspect.signature(layer.call).parameters
+    given = inspect.signature(layer.call).bind_partial(*args, **{k: v for k, v in kwargs.items() if k in parameters})
+    tensors = {k: v for k, v in given.arguments.items() if any(isinstance(t, KerasTensor) for t in tree.flatten(v))}
+    single = len(tensors) == 1
+    names = {k: "mask" if single else f"{k}_mask" for k in tensors}
+    return {
+        name: tree.map_structure(get_mask, tensors[k])
+        for k, name in names.items()
+        if name in parameters and given.arguments.get(name) is None
+    }
+
+
+def get_mask(tensor: Any) -> Any:
+    """The mask that Keras attached to a tensor."""
+    return getattr(tensor, "_keras_mask", None)
 
 
 # ----------------------------------------------------------------------------------------- capture

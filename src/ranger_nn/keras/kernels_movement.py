@@ -185,7 +185,9 @@ class Resize(Kernel):
 
     positional = True
 
-    def __init__(self, function: Any, other: Callable[[Any, int], Any], linear: bool, sides: Sequence[tuple[int, int, int]]):
+    def __init__(
+        self, function: Any, other: Callable[[Any, int], Any], linear: bool, sides: Sequence[tuple[int, int, int]]
+    ):
         """`sides`: (dim, size, out) for rows and columns; `other(x, dim)`: the operator on the other one alone."""
         super().__init__(function)
         self.other, self.linear, self.sides = other, linear, tuple(sides)
@@ -220,4 +222,3 @@ class Resize(Kernel):
             return low + (high - low) * weight
 
         return local
-

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 import keras
-from keras import KerasTensor, ops, tree
+from keras import ops
 
 from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import PARAMETER, Rule
@@ -114,27 +114,8 @@ def lower_operation(lower: Lower, op: Any, args: Any, kwargs: Any, outs: Sequenc
         named = dict(inspect.signature(op.call).bind(*args, **kwargs).arguments)
     except TypeError:
         named = {}
-    return emit_call(Call(lower, op, name, args, kwargs, _true_dtypes(lower, op, args, kwargs, outs), named))
-
-
-def _true_dtypes(lower: Lower, op: Any, args: Any, kwargs: Any, outs: Sequence[Any]) -> Sequence[Any]:
-    """Outputs with the dtype that the back end gives: on JAX and PyTorch Keras takes float64 for float32 in shapes."""
-    tensors = [t for t in tree.flatten((args, kwargs)) if isinstance(t, (KerasTensor, keras.Variable))]
-    known = [lower.resolve(t) for t in tensors]
-    wide = any(isinstance(v, Ref) and lower.values[v].dtype == "float64" for v in known)
-    if not wide or keras.backend.backend() == "tensorflow" or any(t.dtype == "float64" for t in outs):
-        return outs
-
-    def like(leaf: Any) -> Any:
-        v = lower.resolve(leaf) if isinstance(leaf, (KerasTensor, keras.Variable)) else leaf
-        return KerasTensor(lower.shape(v), dtype=lower.values[v].dtype) if isinstance(v, Ref) else v
-
-    a, kw = tree.map_structure(like, (args, kwargs))
-    try:
-        found = tree.flatten(keras.src.backend.compute_output_spec(op.call, *a, **kw))
-    except Exception:  # what cannot be run on shapes alone keeps what Keras says
-        return outs
-    return [KerasTensor(o.shape, dtype=f.dtype) for o, f in zip(outs, found, strict=True)]
+    outs = lower.specs(op.call, args, kwargs, outs)
+    return emit_call(Call(lower, op, name, args, kwargs, outs, named))
 
 
 def emit_call(call: Call) -> list[Any]:
@@ -260,13 +241,10 @@ def _transposed(call: Call) -> Any:
 
 
 def _cut_before(kernel: int, stride: int, dilation: int, mode: str, extra: int | None) -> int:
-    """Indices that "same" cuts off before the first of a transposed convolution; back ends differ."""
+    """Indices that "same" cuts off before the first of a transposed convolution."""
     if mode != "same":
         return 0
     span = dilation * (kernel - 1) + 1
-    if keras.backend.backend() == "torch":
-        out = stride - span % 2 if extra is None else extra
-        return max(-((span % 2 - span + out) // 2), 0)
     total = stride + span - 2 if extra is None else span + span % 2 - 2 + extra
     return span - 1 - min(total // 2 + total % 2, span - 1)
 

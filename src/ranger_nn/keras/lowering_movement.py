@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import keras
 from keras import ops
 
 from ranger_nn.core.graph import Rule
@@ -127,8 +128,8 @@ def _pad(call: Call) -> Any:
             return None
         row = tuple(Link(d, Reach(1, -a, -a)) for d, (a, _) in enumerate(widths))
         return call.emit([x], Rule((row,)), M.Pad(function, widths, float(value or 0.0)))
-    if op.mode not in {"reflect", "symmetric"}:
-        return None
+    if op.mode not in {"reflect", "symmetric"} or (op.mode == "symmetric" and keras.backend.backend() == "torch"):
+        return None  # the PyTorch back end repeats the edge instead
     row = tuple(Link(d, M.Mirror.reach(*w)) for d, w in enumerate(widths))
     return call.emit([x], Rule((row,)), M.Mirror(function, op.mode, shape, widths))
 
@@ -238,7 +239,9 @@ def _einsum(call: Call) -> Any:
     for i, term in enumerate(letters):
         mine = computed and i == computed[lead]
         shared = set.intersection(*[set(letters[j]) for j in computed]) if computed else set()
-        links.append(tuple(Link(out.index(c)) if c in out and (mine or (c in shared and i in computed)) else None for c in term))
+        links.append(
+            tuple(Link(out.index(c)) if c in out and (mine or (c in shared and i in computed)) else None for c in term)
+        )
     sizes = {c: n for i, term in enumerate(letters) for c, n in zip(term, call.shape(inputs[i]), strict=True)}
     return call.emit(inputs, Rule(tuple(links)), Kernel(function), macs=prod(sizes.values()))
 
