@@ -118,6 +118,14 @@ class _Functions:
         return getattr(ops, name, self)
 
 
+ACTIVATIONS: dict[Any, Any] = {
+    keras.activations.hard_silu: ops.hard_silu,
+    keras.activations.sparsemax: ops.sparsemax,
+    keras.activations.mish: lambda x: x * ops.tanh(ops.softplus(x)),
+}
+"""Activations that Keras itself cannot apply to symbolic tensors, in its operations."""
+
+
 class _Untraceable(Exception):
     """The trace of a layer would not be what the layer does."""
 
@@ -371,6 +379,12 @@ def _symbolic(layer: Any, lower: Lower, updates: list[tuple[Any, Any]]) -> Itera
     swapped = {}
     if "backend" in held:  # preprocessing layers: the back end's functions under the names of keras.ops
         swapped["backend"], held["backend"] = held["backend"], _Functions()
+    if isinstance(held.get("activation"), FunctionType) and held["activation"] in ACTIVATIONS:
+        swapped["activation"], held["activation"] = held["activation"], ACTIVATIONS[held["activation"]]
+    if isinstance(layer, keras.layers.BatchNormalization) and layer.center and not layer.scale:
+        # Keras refuses a shift without a scale on symbolic tensors; a scale of one gives the same numbers
+        swapped |= {"scale": layer.scale, "gamma": layer.gamma}
+        held |= {"scale": True, "gamma": np.ones(layer.beta.shape, "float32")}
     grouped = getattr(layer, "groups", 1) != 1 and isinstance(
         getattr(type(layer), "convolution_op", None), FunctionType
     )

@@ -17,27 +17,137 @@ import keras
 from keras import ops
 
 from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
-from ranger_nn.core.graph import PARAMETER, Rule
+from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link
 from ranger_nn.keras import kernels_window as W
 from ranger_nn.keras.capture import Lower, Ref, bound
 from ranger_nn.keras.kernels import Kernel
 from ranger_nn.keras.kernels_reduce import Reduce
-from ranger_nn.ops import contraction, reduction, window
+from ranger_nn.ops import contraction, reduction
 from ranger_nn.ops.pointwise import local_except, pointwise
 
 RULES: dict[str, Callable[[Call], Any]] = {}
 
 POINTWISE = frozenset(
-    "Absolute Abs Add Arccos Arccosh Arcsin Arcsinh Arctan Arctan2 Arctanh BitwiseAnd BitwiseInvert BitwiseNot BitwiseOr "
-    "BitwiseXor Cast Cbrt Ceil Celu Clip ConvertToTensor Copy Cos Cosh Deg2rad Divide DivideNoNan Elu Equal Erf Erfc "
-    "Erfinv Exp Exp2 Expm1 Fabs Floor FloorDivide Fmax Fmin Fmod FullLike Gelu Greater GreaterEqual HardShrink "
-    "HardSigmoid HardSilu HardTanh Heaviside Hypot I0 Isclose Isfinite Isinf Isnan Isneginf Isposinf Ldexp LeakyRelu Less "
-    "LessEqual Log Log10 Log1p Log2 LogSigmoid Logaddexp Logaddexp2 LogicalAnd LogicalNot LogicalOr LogicalXor Maximum "
-    "Minimum Mod Multiply NanToNum Negative Nextafter NotEqual OnesLike Power Rad2deg Reciprocal Relu ReLU Relu6 Round "
-    "Rsqrt SaturateCast Selu Sigmoid Sign Signbit Silu Sin Sinc Sinh SoftShrink Softplus Softsign SparsePlus "
-    "SparseSigmoid Sqrt Square Squareplus StopGradient Subtract Tan Tanh TanhShrink Threshold TrueDivide Trunc Where "
-    "ZerosLike".split()
+    [
+        "Absolute",
+        "Abs",
+        "Add",
+        "Arccos",
+        "Arccosh",
+        "Arcsin",
+        "Arcsinh",
+        "Arctan",
+        "Arctan2",
+        "Arctanh",
+        "BitwiseAnd",
+        "BitwiseInvert",
+        "BitwiseNot",
+        "BitwiseOr",
+        "BitwiseXor",
+        "Cast",
+        "Cbrt",
+        "Ceil",
+        "Celu",
+        "Clip",
+        "ConvertToTensor",
+        "Copy",
+        "Cos",
+        "Cosh",
+        "Deg2rad",
+        "Divide",
+        "DivideNoNan",
+        "Elu",
+        "Equal",
+        "Erf",
+        "Erfc",
+        "Erfinv",
+        "Exp",
+        "Exp2",
+        "Expm1",
+        "Fabs",
+        "Floor",
+        "FloorDivide",
+        "Fmax",
+        "Fmin",
+        "Fmod",
+        "FullLike",
+        "Gelu",
+        "Greater",
+        "GreaterEqual",
+        "HardShrink",
+        "HardSigmoid",
+        "HardSilu",
+        "HardTanh",
+        "Heaviside",
+        "Hypot",
+        "I0",
+        "Isclose",
+        "Isfinite",
+        "Isinf",
+        "Isnan",
+        "Isneginf",
+        "Isposinf",
+        "Ldexp",
+        "LeakyRelu",
+        "Less",
+        "LessEqual",
+        "Log",
+        "Log10",
+        "Log1p",
+        "Log2",
+        "LogSigmoid",
+        "Logaddexp",
+        "Logaddexp2",
+        "LogicalAnd",
+        "LogicalNot",
+        "LogicalOr",
+        "LogicalXor",
+        "Maximum",
+        "Minimum",
+        "Mod",
+        "Multiply",
+        "NanToNum",
+        "Negative",
+        "Nextafter",
+        "NotEqual",
+        "OnesLike",
+        "Power",
+        "Rad2deg",
+        "Reciprocal",
+        "Relu",
+        "ReLU",
+        "Relu6",
+        "Round",
+        "Rsqrt",
+        "SaturateCast",
+        "Selu",
+        "Sigmoid",
+        "Sign",
+        "Signbit",
+        "Silu",
+        "Sin",
+        "Sinc",
+        "Sinh",
+        "SoftShrink",
+        "Softplus",
+        "Softsign",
+        "SparsePlus",
+        "SparseSigmoid",
+        "Sqrt",
+        "Square",
+        "Squareplus",
+        "StopGradient",
+        "Subtract",
+        "Tan",
+        "Tanh",
+        "TanhShrink",
+        "Threshold",
+        "TrueDivide",
+        "Trunc",
+        "Where",
+        "ZerosLike",
+    ]
 )
 
 

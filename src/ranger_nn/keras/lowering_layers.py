@@ -20,7 +20,8 @@ from keras import KerasTensor
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link, Reach
 from ranger_nn.keras.capture import Lower, Ref, _reason, bound, with_training
-from ranger_nn.keras.kernels import Kernel, Local as Function
+from ranger_nn.keras.kernels import Kernel
+from ranger_nn.keras.kernels import Local as Function
 from ranger_nn.keras.kernels_random import NOISE, Noise
 
 WHOLE = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.TimeDistributed)
