@@ -26,7 +26,7 @@ from keras import KerasTensor, ops, tree
 
 from ranger_nn.core.fuse import fuse
 from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, NHWC, PARAMETER, Graph, Node, Rule, Value
-from ranger_nn.errors import CaptureError
+from ranger_nn.errors import InputError, LayerError, RangerError
 from ranger_nn.keras.kernels import Fused, Kernel, Opaque
 from ranger_nn.ops.pointwise import opaque
 
@@ -521,7 +521,7 @@ def capture(model: keras.Model, inputs: Any, training: bool = False) -> Captured
         inputs: what the model takes, with a `keras.KerasTensor` (concrete shape, batch included) for each tensor.
         training: the mode that is captured.
 
-    Raises CaptureError where the model's own `call` cannot be traced.
+    Raises LayerError where the model's own `call` cannot be traced, InputError where the model refuses such inputs.
     """
     lower = Lower(training)
     flat = tree.flatten(inputs)
@@ -550,14 +550,15 @@ def _lower_model(lower: Lower, model: Any, inputs: Any, training: bool) -> tuple
     before = [(op, len(op._inbound_nodes), len(op._outbound_nodes)) for op in operations]
     try:
         return lower.layer(model, (inputs,), {}, training)
+    except RangerError:
+        raise
     except Exception as error:
-        if not isinstance(error, _Untraceable) and not _left_keras(error):
-            raise
-        raise CaptureError(
+        _refuse_input(model, inputs)
+        raise LayerError(
             f"{type(model).__name__} {model.name!r} cannot be captured: its call {_reason(error)}. A region-wise program "
             "needs a graph of Keras operations that does not depend on the data: call keras.ops and keras.layers only, "
             "replace a Python branch on tensor values by keras.ops.where or keras.ops.cond, or put what cannot be "
-            "traced into a layer of its own, which then stays whole."
+            f"traced into a layer of its own, which then stays whole. Config: {config_of(model)}"
         ) from error
     finally:
         for op, inbound, outbound in before:
@@ -573,8 +574,28 @@ def _operations(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _left_keras(error: BaseException) -> bool:
-    return isinstance(error, (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, IndexError))
+def _refuse_input(model: Any, inputs: Any) -> None:
+    """Keras's own refusal of inputs that the model cannot take, with the config of the layer that it names."""
+    try:
+        model.compute_output_spec(inputs)
+    except ValueError as error:
+        text = str(error).strip()
+        named = [layer for layer in model._flatten_layers() if f'"{layer.name}"' in text or f"'{layer.name}'" in text]
+        layer = named[-1] if named else model
+        shapes = ", ".join(str(tuple(x.shape)) for x in tree.flatten(inputs))
+        raise InputError(
+            f"{model.name} refuses inputs of shape {shapes}: {text.rstrip('.')}. Config of {layer.name}: {config_of(layer)}"
+        ) from error
+    except Exception:  # not the input's fault: the caller says what is
+        return
+
+
+def config_of(layer: Any) -> str:
+    """The layer's config, as far as it has one."""
+    try:
+        return str(layer.get_config())
+    except Exception:  # subclassed models need not have one
+        return f"{type(layer).__name__} has none"
 
 
 def _reason(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from keras import ops
 
 from ranger_nn.core.reach import Link, Reach
 from ranger_nn.keras.kernels import Kernel, Local
-from ranger_nn.keras.kernels_window import pad
+from ranger_nn.keras.kernels_window import inside, pad
 from ranger_nn.ops.movement import Group, inner, leading
 
 Ints = tuple[int, ...]
@@ -213,10 +213,10 @@ class Resize(Kernel):
             numerator = (2 * place + 1) * size - (out if self.linear else 0)
             below = numerator // (2 * out)
             first = ((2 * position + 1) * size - (out if self.linear else 0)) // (2 * out)
-            low = ops.take(x, ops.clip(below, 0, size - 1) - first, axis=dim)
+            low = ops.take(x, inside(below, size, first, x.shape[dim]), axis=dim)
             if not self.linear:
                 return low
-            high = ops.take(x, ops.clip(below + 1, 0, size - 1) - first, axis=dim)
+            high = ops.take(x, inside(below + 1, size, first, x.shape[dim]), axis=dim)
             weight = ops.cast(numerator - below * 2 * out, low.dtype) / (2 * out)
             weight = ops.reshape(weight, [-1 if d == dim else 1 for d in range(len(x.shape))])
             return low + (high - low) * weight

@@ -68,6 +68,11 @@ def pad(x: Any, widths: dict[int, tuple[int, int]], value: float = 0.0) -> Any:
     return ops.pad(x, full) if value == 0.0 else ops.pad(x, full, constant_values=value)
 
 
+def inside(rows: Any, size: int, first: Any, count: int) -> Any:
+    """Where the nearest of [0, size) to each row stands among `count` rows given from `first` on."""
+    return ops.clip(ops.clip(rows, 0, size - 1) - first, 0, count - 1)
+
+
 class Window(Kernel):
     """A window over `sides`; `valid` is the operator without padding."""
 
@@ -138,7 +143,7 @@ class AveragePool(Window):
             n = x.shape[s.dim] if s is side else s.size + s.before + s.after
             first = position * s.stride - s.before if s is side else -s.before
             start = first if s is side else 0
-            x = ops.take(x, ops.clip(ops.arange(n) + first, 0, s.size - 1) - start, axis=s.dim)
+            x = ops.take(x, inside(ops.arange(n) + first, s.size, start, x.shape[s.dim]), axis=s.dim)
         return self.valid(x)
 
 

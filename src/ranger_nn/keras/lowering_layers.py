@@ -19,7 +19,8 @@ from keras import KerasTensor
 
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link, Reach
-from ranger_nn.keras.capture import Lower, Ref, _reason, bound, with_training
+from ranger_nn.errors import LayerError, RangerError
+from ranger_nn.keras.capture import Lower, Ref, _reason, bound, config_of, with_training
 from ranger_nn.keras.kernels import Kernel
 from ranger_nn.keras.kernels import Local as Function
 from ranger_nn.keras.kernels_random import NOISE, Noise
@@ -93,6 +94,8 @@ def lower_layer(lower: Lower, layer: Any, args: Any, kwargs: Any, outs: Sequence
         try:
             leaves, _ = lower.layer(layer, args, kwargs, training)
             return [lower.resolve(leaf) for leaf in leaves]
+        except RangerError:
+            raise
         except Exception as error:
             refusal = _reason(error)
     kwargs = with_training(layer, kwargs, training)
@@ -125,18 +128,19 @@ def _declared(
 ) -> list[int]:
     function, inputs = bound(lower, layer, args, with_training(layer, kwargs, training))
     if len(inputs) != 1 or len(outs) != 1:
-        raise ValueError(
+        raise LayerError(
             f"{type(layer).__name__} {layer.name!r} is declared with {rule}, which is for one input and one output; it is "
-            f"called with {len(inputs)} inputs and gives {len(outs)}. Leave the declaration out: the layer then stays whole."
+            f"called with {len(inputs)} inputs and gives {len(outs)}. Leave the declaration out: the layer then stays whole. "
+            f"Config: {config_of(layer)}"
         )
     shape, specs = lower.shape(inputs[0]), lower.specs(layer.call, args, kwargs, outs)
     out = tuple(specs[0].shape)
     last = lower.channels_last
     space = range(1, max(2, len(shape) - 1)) if last else range(2, len(shape))
     if len(out) != len(shape) or any(out[d] != shape[d] for d in space):
-        raise ValueError(
+        raise LayerError(
             f"{type(layer).__name__} {layer.name!r} is declared with {rule}, which is for results of the input's size; it "
-            f"makes {out} of {shape}. Config: {layer.get_config()}"
+            f"makes {out} of {shape}. Config: {config_of(layer)}"
         )
     reach = Reach(1, -rule.before, rule.after)
     row = tuple(Link(d, reach) if d in space else Link(d) if d == 0 else None for d in range(len(shape)))

@@ -150,7 +150,7 @@ def _concatenate(call: Call) -> Any:
     rank = len(call.out)
     axis = call.op.axis % rank
     shapes = [call.shape(v) for v in inputs]
-    if any(not len(s) == rank for s in shapes):
+    if any(len(s) != rank for s in shapes):
         return None
     along = axis in range(1, rank - 1) if call.lower.channels_last else axis > 1
     links = movement.concatenate(shapes, axis).links
