@@ -315,7 +315,7 @@ def _real_dtypes(graph: Graph) -> dict[int, str]:
             known |= zip(node.outputs, found if len(node.outputs) > 1 else (found,), strict=True)
         return [known[v] for v in sorted(made)]
 
-    specs = keras.backend.compute_output_spec(every, *[KerasTensor(v.shape, dtype=v.dtype) for v in outside])
+    specs = keras.src.backend.compute_output_spec(every, *[KerasTensor(v.shape, dtype=v.dtype) for v in outside])
     return {v: keras.backend.standardize_dtype(s.dtype) for v, s in zip(sorted(made), specs, strict=True)}
 
 
