@@ -67,6 +67,8 @@ class _Parameter(KerasTensor):  # type: ignore[misc]
 
     def assign(self, value: Any) -> None:
         """Record the update."""
+        if self.variable.trainable:
+            raise _Untraceable(f"assigns to {self.variable.path}, which is trained")
         self._updates.append((self.variable, value))
 
     def assign_add(self, value: Any) -> None:
@@ -628,7 +630,10 @@ def _eagerly() -> Iterator[None]:
         with jax.ensure_compile_time_eval():
             yield
     else:
-        yield
+        from keras.src.backend.torch import core
+
+        with core.device_scope(core.DEFAULT_DEVICE):  # Keras may be on the meta device, where it only builds
+            yield
 
 
 def _pruned(graph: Graph) -> Graph:
