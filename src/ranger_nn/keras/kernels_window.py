@@ -98,6 +98,26 @@ class Window(Kernel):
         return 2 * in_bytes[0] + 2 * sum(in_bytes[1:])
 
 
+class Convolution(Window):
+    """A convolution: the call pads the other dimensions itself."""
+
+    def __init__(self, function: Any, padded: Any, sides: Sequence[Side]) -> None:
+        """`padded(x, weights, pads)`: the convolution with (before, after) zeros along each dimension."""
+        super().__init__(function, None, sides, 0.0)
+        self.padded = padded
+
+    def region(self, dim: int | None, rows: int, start: int = 0) -> Local:
+        """No padding along the cut dimension."""
+        if all(s.dim != dim for s in self.sides):
+            return self.function
+        pads = [(0, 0) if s.dim == dim else (s.before, s.after) for s in self.sides]
+        return lambda x, w: self.padded(x, w, pads)
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """What the back end reorders: input and weights."""
+        return in_bytes[0] + 2 * sum(in_bytes[1:])
+
+
 class AveragePool(Window):
     """Average over what is inside: sums over zeros, divided by the number of indices inside."""
 

@@ -21,6 +21,7 @@ from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link
 from ranger_nn.keras import kernels_window as W
 from ranger_nn.keras.capture import Lower, Ref, bound
+from ranger_nn.keras.convolve import convolve, pool
 from ranger_nn.keras.kernels import Kernel
 from ranger_nn.keras.kernels_reduce import Reduce
 from ranger_nn.ops import contraction, reduction
@@ -243,9 +244,9 @@ def emit_call(call: Call) -> list[Any]:
 
 def _pointwise(call: Call) -> list[int]:
     function, inputs = call.function()
-    if call.name in {"Cast", "ConvertToTensor", "Copy"} and len(inputs) == 1:
-        if call.lower.values[inputs[0]].dtype == call.dtype:
-            return [inputs[0]]
+    copies = call.name in {"Cast", "ConvertToTensor", "Copy"} and len(inputs) == 1
+    if copies and call.lower.values[inputs[0]].dtype == call.dtype:
+        return [inputs[0]]
     return call.emit(inputs, pointwise([call.shape(v) for v in inputs], call.out), Kernel(function))
 
 
@@ -312,13 +313,15 @@ def convolution(call: Call, x: int, weight: int, operator: Any, out: Sequence[in
     def whole(inputs: Any, weights: Any) -> Any:
         return operator(inputs, weights, padding=op.padding, **common)
 
-    def valid(inputs: Any, weights: Any) -> Any:
-        return operator(inputs, weights, padding="valid", **common)
+    last, depthwise = call.channels_last(), operator is ops.depthwise_conv
 
-    kern = W.Window(whole, valid, sides, 0.0)
+    def padded(inputs: Any, weights: Any, pads: Any) -> Any:
+        return convolve(inputs, weights, ints(stride, rank), ints(dilation, rank), pads, last, depthwise)
+
+    kern = W.Convolution(whole, padded, sides)
     region = windowed(call, x, sides, [s.reach for s in sides], [weight])
-    name = "depthwise_conv" if operator is ops.depthwise_conv else "conv"
-    work = prod(kernel) if operator is ops.depthwise_conv else prod(call.shape(weight)[:-1])
+    name = "depthwise_conv" if depthwise else "conv"
+    work = prod(kernel) if depthwise else prod(call.shape(weight)[:-1])
     return call.lower.emit(name, [x, weight], [(tuple(out), call.dtype)], region, kern, macs=prod(out) * work)
 
 
@@ -371,13 +374,12 @@ def _pool(call: Call) -> Any:
     stride = size if op.strides is None else ints(op.strides, rank)
     sides = _sides(call, x, size, stride, 1, call.out)
     function, _ = call.function()
-    data_format = "channels_last" if call.channels_last() else "channels_first"
-    operator = ops.max_pool if call.name == "MaxPool" else ops.average_pool
+    last, average = call.channels_last(), call.name == "AveragePool"
 
     def valid(inputs: Any) -> Any:
-        return operator(inputs, size, stride, "valid", data_format)
+        return pool(inputs, size, stride, last, average)
 
-    if call.name == "MaxPool":
+    if not average:
         kern: W.Window = W.Window(function, valid, sides, -float("inf"))
     else:
         uneven = any(s.before != s.after for s in sides) and keras.backend.backend() == "torch"
