@@ -105,6 +105,7 @@ class TensorFlowLoops:
 
     def differentiable(self, forward: Forward, backward: Backward, args: Sequence[Any]) -> list[Any]:
         """`tf.custom_gradient`."""
+        args = [tf.convert_to_tensor(a) for a in args]
         wanted = _wanted(args)
 
         @tf.custom_gradient
