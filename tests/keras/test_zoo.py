@@ -1,0 +1,89 @@
+"""Whole networks region by region: what they give, and what three steps of training make of their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import applications, ops, tree
+
+from ranger_nn.keras.model import regionalize
+from tests.keras.nets import MODELS, Subclassed, shaken
+from tests.keras.regions import error, inputs_for
+
+FEW = ("MobileNetV2", "ResNet50", "EfficientNetB0")
+"""One with inverted residuals, one with padding layers, one with squeeze-and-excitation."""
+
+ALL = sorted(
+    name
+    for name in dir(applications)
+    if name[0].isupper() and callable(getattr(applications, name)) and name not in FEW
+)
+if keras.backend.backend() == "torch":
+    ALL = [name for name in ALL if not name.startswith("NASNet")]  # Keras itself refuses these on PyTorch
+
+
+def forward_error(model: keras.Model, shape: Any, rows: int) -> float:
+    """Largest relative error, region by region against untouched."""
+    x = inputs_for(shaken(model), shape)
+    ours, theirs = (tree.flatten(run(x)) for run in (regionalize(model, regions=(rows,)), model))
+    return max(error(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward(name: str) -> None:
+    """U-Nets, a TCN, two inputs, 3-D, subclassed, attention, layers that stay whole."""
+    keras.utils.set_random_seed(0)
+    assert forward_error(*MODELS[name](), 4) < 1e-5
+
+
+def twin(model: keras.Model, name: str) -> keras.Model:
+    """The same network again, with the same weights."""
+    again = MODELS[name]()[0] if isinstance(model, Subclassed) else keras.models.clone_model(model)
+    again.set_weights(model.get_weights())
+    return again
+
+
+@pytest.mark.parametrize("name", ["u-net", "tcn", "two inputs", "3-d", "subclassed", "foreign layer"])
+def test_three_steps_of_training(name: str) -> None:
+    """Weights, momentum's work on them, and running statistics, as untouched."""
+    keras.utils.set_random_seed(0)
+    model, shape = MODELS[name]()
+    shaken(model)
+    other = twin(model, name)
+    rng = np.random.default_rng(0)
+    given = tree.map_structure(lambda t: ops.convert_to_numpy(t).astype("float32"), inputs_for(model, shape))
+    results = model(tree.map_structure(ops.convert_to_tensor, given))
+    wanted = tree.map_structure(lambda t: rng.standard_normal(t.shape).astype("float32"), results)
+    before = [np.array(w) for w in model.get_weights()]
+    for run in (model, regionalize(other, regions=(4,))):
+        run.compile(keras.optimizers.SGD(0.01, momentum=0.9), tree.map_structure(lambda _: "mse", results))
+        for _ in range(3):
+            run.train_on_batch(given, wanted)
+    pairs = list(zip(other.get_weights(), model.get_weights(), before, strict=True))
+    assert max(error(b, c) for _, b, c in pairs) > 1e-4
+    assert max(error(a, b) for a, b, _ in pairs) < 1e-5
+
+
+def application(name: str) -> float:
+    """An application without weights or top, at an odd size."""
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    make = getattr(applications, name)
+    model = make(weights=None, include_top=False, input_shape=(79, 77, 3))
+    return forward_error(model, (1, 79, 77, 3), 16)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_applications(name: str) -> None:
+    """Exact to rounding."""
+    assert application(name) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_all_other_applications(name: str) -> None:
+    """All of `keras.applications` that the back end offers."""
+    assert application(name) < 1e-5
