@@ -93,6 +93,27 @@ LOCAL: dict[str, Callable[[], tuple[keras.Model, Shape]]] = {
 if keras.backend.backend() != "tensorflow":  # TensorFlow runs convolutions in groups in XLA alone
     LOCAL["conv in groups"] = lambda: chain(L.Conv2D(6, 3, groups=2, padding="same"))
 
+FIRST = {"data_format": "channels_first"}
+LOCAL |= {
+    "channels first": lambda: chain(
+        L.Conv2D(6, 3, padding="same", **FIRST),
+        L.BatchNormalization(axis=1),
+        L.MaxPooling2D(3, 2, "same", **FIRST),
+        L.DepthwiseConv2D(3, padding="same", **FIRST),
+        L.UpSampling2D(2, **FIRST),
+        L.Conv2DTranspose(4, 3, 2, "same", **FIRST),
+        L.AveragePooling2D(3, 1, "same", **FIRST),
+        L.ZeroPadding2D(1, **FIRST),
+        L.Cropping2D(((1, 0), (0, 1)), **FIRST),
+        L.GroupNormalization(2, axis=1),
+        L.PReLU(shared_axes=[2, 3]),
+        shape=(1, 4, 13, 11),
+    ),
+    "channels first, 1-d": lambda: chain(
+        L.Conv1D(6, 3, padding="same", **FIRST), L.SeparableConv1D(4, 3, **FIRST), L.MaxPooling1D(2, **FIRST), shape=(1, 4, 17)
+    ),
+}
+
 
 class Block(L.Layer):
     """A residual block, as users write them: its own weight, inner layers, and plain operators."""
