@@ -60,7 +60,9 @@ def child(module: str, chosen: argparse.Namespace, side: str) -> dict[str, Any]:
     command = [sys.executable, "-m", module, "--backend", chosen.backend, "--size", str(chosen.size), "--side", side]
     command += ["--repeats", str(chosen.repeats)] + (["--memory", chosen.memory] if chosen.memory else [])
     environment = {**os.environ, "KERAS_BACKEND": chosen.backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
+    )
     for line in done.stdout.splitlines():
         if line.startswith(MARK):
             return dict(json.loads(line[len(MARK) :]))
@@ -111,7 +113,9 @@ def judged(value: float, target: float | None, form: str = "{:.3f}") -> str:
 
 def table(work: str, chosen: argparse.Namespace, plain: Any, ours: Any, both: Any, limits: Limits) -> None:
     """The printed row."""
-    print("| work | back end | peak untouched | peak ours | ratio (target) | first call ratio | time untouched | time ratio | max diff |")
+    print(
+        "| work | back end | peak untouched | peak ours | ratio (target) | first call ratio | time untouched | time ratio | max diff |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     cells = (
         f"{work}, {chosen.size} x {chosen.size}",

@@ -1,6 +1,6 @@
 """A U-Net, one `fit` step on one large image: untouched against region by region.
 
-    python -m benchmarks.keras_unet_training --backend jax         (tensorflow, torch)
+python -m benchmarks.keras_unet_training --backend jax         (tensorflow, torch)
 """
 
 from __future__ import annotations

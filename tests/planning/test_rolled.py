@@ -44,7 +44,9 @@ class Net:
         self.values = [Value(0, "x", (1, rows, 64, 8), "float32", 4, INPUT, layout=NHWC)]
         self.nodes: list[Node] = []
 
-    def local(self, *inputs: int, rows: int | None = None, reach: Reach = IDENTITY, border: Border = Border.FILL) -> int:
+    def local(
+        self, *inputs: int, rows: int | None = None, reach: Reach = IDENTITY, border: Border = Border.FILL
+    ) -> int:
         """A node that reads all inputs through `reach`; with a reach, rows outside are zero."""
         index = len(self.values)
         shape = self.values[inputs[0]].shape
@@ -123,7 +125,11 @@ def test_what_is_taken_is_at_hand(rows: int, steps: int, first: int, last: int) 
     verify_loop(loop, graph, bounds, [c.node for c in loop.calls])
     for v in loop.sinks:
         flow = loop.flows[v]
-        made = [r for t in range(flow.start, flow.stop) for r in range(flow.rate * t + flow.ahead, flow.rate * (t + 1) + flow.ahead)]
+        made = [
+            r
+            for t in range(flow.start, flow.stop)
+            for r in range(flow.rate * t + flow.ahead, flow.rate * (t + 1) + flow.ahead)
+        ]
         assert set(range(rows)) <= set(made)
         assert len(made) == len(set(made))
 

@@ -96,9 +96,7 @@ class Sweep:
     def _exports(self, group: Group) -> dict[int, bool]:
         """Values of a group that are used beyond it: True where with their windows, False where the new rows alone."""
         own = {self.graph.nodes[c.node].outputs[0] for c in group.calls if not c.lifts}
-        beyond = {
-            t.value for g in self.groups if g is not group for c in g.calls if not c.lifts for t in c.takes
-        } & own
+        beyond = {t.value for g in self.groups if g is not group for c in g.calls if not c.lifts for t in c.takes} & own
         rows = (set(self.rolled.sinks) | {c.takes[0].value for c in self.lifts}) & own
         return {v: v in beyond for v in sorted(beyond | rows)}
 
@@ -252,9 +250,7 @@ class Sweep:
     # ---- forward ------------------------------------------------------------------------------------------
 
     def _fetch(self, t: Any, by_value: Mapping[int, Any]) -> list[Any]:
-        return [
-            self.on.take(by_value[v], dim, rate * t + first, length) for v, dim, rate, first, length in self.slices
-        ]
+        return [self.on.take(by_value[v], dim, rate * t + first, length) for v, dim, rate, first, length in self.slices]
 
     def _forward(self, args: Sequence[Any], saving: bool) -> tuple[list[Any], Any]:
         loop, on = self.rolled, self.on
@@ -286,7 +282,9 @@ class Sweep:
             return windows, results, states, stacks
 
         _, results, states, stacks = on.loop(loop.start, loop.stop, body, carry)
-        found = [on.close(r, f.dim or 0, f.rate * f.start + f.ahead, f.size) for r, f in zip(results, sinks, strict=True)]
+        found = [
+            on.close(r, f.dim or 0, f.rate * f.start + f.ahead, f.size) for r, f in zip(results, sinks, strict=True)
+        ]
         return found + [part for state in states for part in state], [on.full(s) for s in stacks]
 
     def _open(self, flow: Flow) -> Any:
@@ -354,7 +352,9 @@ class Sweep:
         loop, on = self.rolled, self.on
         by_value = dict(zip(self.reads, args, strict=True))
         asked = {v for v, w in zip(self.reads, wanted, strict=True) if w}
-        grads = [ops.zeros_like(r) if g is None and _floating(r.dtype) else g for g, r in zip(grads, results, strict=True)]
+        grads = [
+            ops.zeros_like(r) if g is None and _floating(r.dtype) else g for g, r in zip(grads, results, strict=True)
+        ]
         sinks = [(n, loop.flows[v]) for n, v in enumerate(loop.sinks) if _floating(self.graph.values[v].dtype)]
         states = self._states(results[len(loop.sinks) :])
         state_grads = self._states(grads[len(loop.sinks) :])
@@ -386,12 +386,17 @@ class Sweep:
             found, pull = on.vjp(again, chosen)
             lifted = found[len(found) - len(self.lifts) :]
             given = [
-                on.mask(on.take(grads[n], f.dim or 0, f.rate * t + f.ahead, f.rate), f.dim or 0, f.rate * t + f.ahead, f.size, 0.0)
+                on.mask(
+                    on.take(grads[n], f.dim or 0, f.rate * t + f.ahead, f.rate),
+                    f.dim or 0,
+                    f.rate * t + f.ahead,
+                    f.size,
+                    0.0,
+                )
                 for n, f in sinks
             ]
             down = [
-                self._unlift(c, t, x, s, g)
-                for c, x, s, g in zip(self.lifts, lifted, states, state_grads, strict=True)
+                self._unlift(c, t, x, s, g) for c, x, s, g in zip(self.lifts, lifted, states, state_grads, strict=True)
             ]
             pulled = pull([*onward, *given, *down])
             onward = pulled[: len(moving)]

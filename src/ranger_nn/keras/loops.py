@@ -74,7 +74,9 @@ class Loops(Protocol):
         """The stack, after the loop."""
         ...
 
-    def vjp(self, function: Callable[..., list[Any]], args: Sequence[Any]) -> tuple[list[Any], Callable[..., list[Any]]]:
+    def vjp(
+        self, function: Callable[..., list[Any]], args: Sequence[Any]
+    ) -> tuple[list[Any], Callable[..., list[Any]]]:
         """Results of function(*args), and the function from their gradients to those of the arguments."""
         ...
 

@@ -86,7 +86,9 @@ class JaxLoops:
         """As it is."""
         return stack
 
-    def vjp(self, function: Callable[..., list[Any]], args: Sequence[Any]) -> tuple[list[Any], Callable[..., list[Any]]]:
+    def vjp(
+        self, function: Callable[..., list[Any]], args: Sequence[Any]
+    ) -> tuple[list[Any], Callable[..., list[Any]]]:
         """`jax.vjp`."""
         results, pull = jax.vjp(lambda *a: tuple(function(*a)), *args)
         return list(results), lambda grads: list(
@@ -111,9 +113,7 @@ class JaxLoops:
             args, saved, results = kept
             known = [None if _no_gradient(g) else g for g in grads]
             found = backward(args, saved, results, known, wanted)
-            return tuple(
-                None if g is None else g.astype(a.dtype) for g, a in zip(found, args, strict=True)
-            )
+            return tuple(None if g is None else g.astype(a.dtype) for g, a in zip(found, args, strict=True))
 
         run.defvjp(ahead, back, symbolic_zeros=True)
         return list(run(*args))

@@ -90,7 +90,9 @@ class TensorFlowLoops:
         """Slices."""
         return [stack[i + j] for j in range(n)]
 
-    def vjp(self, function: Callable[..., list[Any]], args: Sequence[Any]) -> tuple[list[Any], Callable[..., list[Any]]]:
+    def vjp(
+        self, function: Callable[..., list[Any]], args: Sequence[Any]
+    ) -> tuple[list[Any], Callable[..., list[Any]]]:
         """A tape."""
         args = [tf.identity(a) for a in args]
         with tf.GradientTape(watch_accessed_variables=False) as tape:

@@ -80,7 +80,9 @@ class TorchLoops:
         """As it is."""
         return stack
 
-    def vjp(self, function: Callable[..., list[Any]], args: Sequence[Any]) -> tuple[list[Any], Callable[..., list[Any]]]:
+    def vjp(
+        self, function: Callable[..., list[Any]], args: Sequence[Any]
+    ) -> tuple[list[Any], Callable[..., list[Any]]]:
         """Autograd of one step."""
         leaves = [a.detach().requires_grad_() for a in args]
         with torch.enable_grad():

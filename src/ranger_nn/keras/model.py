@@ -10,7 +10,7 @@ have are found out beforehand and the trace has a branch for each; without them 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from keras import KerasTensor, ops, tree
 
 from ranger_nn.core.graph import Graph
-from ranger_nn.errors import InputError
+from ranger_nn.errors import InputError, VerificationError
 from ranger_nn.keras.capture import ITEMSIZE, Captured, capture
 from ranger_nn.keras.execute import Runner
 from ranger_nn.planning.budget import parse_memory
@@ -47,7 +47,8 @@ def regionalize(
             count. None: the fastest plan, which says what it needs.
         regions: input rows (steps of a series, slices of a volume) of one region, such as (256,); overrides the planner.
         schedule: "slide", the only one.
-        verify: compare each new plan with the untouched model on random numbers, once, where it is first called eagerly.
+        verify: compare the first result of each plan for inference with the untouched model's, where the model is called
+            eagerly; this once it needs the untouched model's memory.
 
     Raises:
         BudgetError: `memory` is not a positive amount, or nothing fits: it names the least that does.
@@ -87,6 +88,7 @@ class Ready:
 
     captured: Captured
     runner: Runner
+    checked: bool = False
 
 
 @keras.saving.register_keras_serializable(package="ranger_nn")
@@ -154,7 +156,11 @@ class Regional(keras.Model):  # type: ignore[misc]
         leaves = tree.flatten(inputs)
         if any(n is None for x in leaves for n in x.shape):
             return _any_batch(self, inputs, training)
-        return self._run(self._prepare(inputs, training), inputs)
+        ready = self._prepare(inputs, training)
+        found = self._run(ready, inputs)
+        if self._given.value["verify"] and not training:
+            _check(self, ready, inputs, found)
+        return found
 
     def _prepare(self, inputs: Any, training: bool) -> Ready:
         leaves = tree.flatten(inputs)
@@ -169,8 +175,6 @@ class Regional(keras.Model):  # type: ignore[misc]
             captured = _captured(self.untouched, inputs, training)
             found = Ready(captured, Runner(make_rolled(captured.graph, self._options.value, training)))
             self._plans.value[key] = found
-            if self._given.value["verify"]:
-                _verify(self, found, inputs)
         return found
 
     def _run(self, ready: Ready, inputs: Any) -> Any:
@@ -245,7 +249,11 @@ def _batch_sizes(x: Any, batch_size: int, split: float) -> tuple[int, ...]:
     total = int(leaves[0].shape[0])
     total = int(np.floor(total * (1.0 - split))) if split else total
     rest = total % batch_size
-    return tuple(n for n in (min(batch_size, total), rest) if n) if rest and total > batch_size else (min(batch_size, total),)
+    return (
+        tuple(n for n in (min(batch_size, total), rest) if n)
+        if rest and total > batch_size
+        else (min(batch_size, total),)
+    )
 
 
 def _any_batch(model: Regional, inputs: Any, training: bool) -> Any:
@@ -278,7 +286,11 @@ def _any_batch(model: Regional, inputs: Any, training: bool) -> Any:
         return tf.map_fn(each, inputs, fn_output_signature=spec, parallel_iterations=1)
     if len(sizes) == 1:
         return sized(sizes[0])
-    return open_batch(tf.cond(tf.shape(leaves[0])[0] == sizes[0], lambda: open_batch(sized(sizes[0])), lambda: open_batch(sized(sizes[1]))))
+    return open_batch(
+        tf.cond(
+            tf.shape(leaves[0])[0] == sizes[0], lambda: open_batch(sized(sizes[0])), lambda: open_batch(sized(sizes[1]))
+        )
+    )
 
 
 def _batch_of_one(model: Regional, sample: Any, training: bool) -> Any:
@@ -327,8 +339,32 @@ def _external(graph: Graph, v: int, kind: str, source: Any, leaves: Sequence[Any
     return ops.convert_to_tensor(source)
 
 
-def _verify(model: Regional, ready: Ready, inputs: Any) -> None:
-    raise NotImplementedError
+def _check(model: Regional, ready: Ready, inputs: Any, found: Any) -> None:
+    """Compare a plan's first eager result with the untouched model's; it needs the untouched model's memory."""
+    if ready.checked or not _eager(tree.flatten(inputs)):
+        return
+    ready.checked = True
+    expected = model.untouched(inputs, **_accepted(model.untouched, False, None))
+    for ours, theirs in zip(tree.flatten(found), tree.flatten(expected), strict=True):
+        a, b = (np.asarray(ops.convert_to_numpy(ops.cast(x, "float64"))) for x in (ours, theirs))
+        apart = float(np.abs(a - b).max(initial=0.0) / max(np.abs(b).max(initial=0.0), 1e-30))
+        limit = {8: 1e-9, 4: 1e-4}.get(ITEMSIZE.get(keras.backend.standardize_dtype(theirs.dtype), 4), 5e-2)
+        if apart > limit:
+            raise VerificationError(
+                f"{model.name} differs from the untouched model by {apart:.1e} of its largest value, more than {limit:.0e}, "
+                f"for inputs of shape {[tuple(x.shape) for x in tree.flatten(inputs)]}: use the untouched model, and report this"
+            )
 
 
-Call = Callable[..., Any]
+def _eager(leaves: Sequence[Any]) -> bool:
+    """Whether these are numbers, not what a trace stands for."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return bool(tf.executing_eagerly())
+    if backend == "jax":
+        import jax
+
+        return not any(isinstance(x, jax.core.Tracer) for x in leaves)
+    return True

@@ -364,8 +364,6 @@ def grouped(calls: Sequence[tuple[Call, tuple[int, int]]], weights: Sequence[int
     j = n
     while j:
         part = calls[back[j] : j]
-        found.append(
-            Group(tuple(c for c, _ in part), min(a for _, (a, _) in part), max(b for _, (_, b) in part))
-        )
+        found.append(Group(tuple(c for c, _ in part), min(a for _, (a, _) in part), max(b for _, (_, b) in part)))
         j = back[j]
     return tuple(reversed(found))

@@ -61,9 +61,7 @@ def held(graph: Graph, stages: Stages, demand: Demand) -> list[set[int]]:
     ]
 
 
-def cost(
-    graph: Graph, stages: Stages, demand: Demand, loops: Sequence[Loop | None], training: bool
-) -> Cost:
+def cost(graph: Graph, stages: Stages, demand: Demand, loops: Sequence[Loop | None], training: bool) -> Cost:
     """Bytes and multiply-adds of a rolled plan; a sweep without a loop runs in one step."""
     values = graph.values
     keep = held(graph, stages, demand)
@@ -84,9 +82,7 @@ def cost(
         return Cost(tuple(peaks), tuple(saved), binding, macs)
     everything = set().union(*keep) if keep else set()
     stored = sum(values[v].nbytes for v in everything)
-    whole = sum(
-        values[v].nbytes for level in stages.levels for k in level.prologue for v in graph.nodes[k].outputs
-    )
+    whole = sum(values[v].nbytes for level in stages.levels for k in level.prologue for v in graph.nodes[k].outputs)
     back, last = [], last_levels(graph, stages, demand)
     for at, (sweep, loop) in enumerate(zip(demand.sweeps, loops, strict=True)):
         crossing = sum(values[v].nbytes for v in keep[at] if v in sweep.sinks or last.get(v, at) >= at)

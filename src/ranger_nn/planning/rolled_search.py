@@ -171,7 +171,9 @@ def _cut_positions(graph: Graph, best: Candidate) -> list[int]:
     last = {v: k for k, node in enumerate(graph.nodes) for v in node.inputs}
     found: dict[int, tuple[int, int]] = {}
     for n, k in enumerate(nodes[:-1]):
-        over = sum(graph.values[v].nbytes for j in nodes[: n + 1] for v in graph.nodes[j].outputs if last.get(v, -1) > k)
+        over = sum(
+            graph.values[v].nbytes for j in nodes[: n + 1] for v in graph.nodes[j].outputs if last.get(v, -1) > k
+        )
         part = 8 * n // len(nodes)
         found[part] = min(found.get(part, (over, k + 1)), (over, k + 1))
     return [position for _, position in found.values() if position not in best.choice.cuts]

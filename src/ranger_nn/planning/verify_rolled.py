@@ -36,7 +36,9 @@ def _at_hand(loop: Loop, name: str, v: int, rate: int, first: int, length: int, 
     flow = loop.flows[v]
     lowest, highest = flow.ahead - flow.kept, flow.ahead + flow.rate
     if v not in seen or rate != flow.rate or first < lowest or first + length > highest:
-        raise PlanError(f"{name} takes rows [{first}, {first + length}) of value {v}; at hand are [{lowest}, {highest})")
+        raise PlanError(
+            f"{name} takes rows [{first}, {first + length}) of value {v}; at hand are [{lowest}, {highest})"
+        )
 
 
 def _asked_for(loop: Loop, graph: Graph, bounds: Bounds, k: int, i: int) -> None:
@@ -60,4 +62,6 @@ def _covers(loop: Loop, v: int, start: int, stop: int) -> None:
     if v in loop.sinks and (flow.rate * start + flow.ahead > 0 or flow.rate * stop + flow.ahead < flow.size):
         raise PlanError(f"value {v} of {flow.size} rows is made in steps [{start}, {stop}) only")
     if start > flow.start or stop < flow.stop:
-        raise PlanError(f"value {v} is needed in steps [{flow.start}, {flow.stop}), its group runs in [{start}, {stop})")
+        raise PlanError(
+            f"value {v} is needed in steps [{flow.start}, {flow.stop}), its group runs in [{start}, {stop})"
+        )
