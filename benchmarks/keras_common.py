@@ -61,7 +61,7 @@ def child(module: str, chosen: argparse.Namespace, side: str) -> dict[str, Any]:
     command += ["--repeats", str(chosen.repeats)] + (["--memory", chosen.memory] if chosen.memory else [])
     environment = {**os.environ, "KERAS_BACKEND": chosen.backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
+        command, env=environment, capture_output=True, text=True, check=False
     )
     for line in done.stdout.splitlines():
         if line.startswith(MARK):

@@ -202,7 +202,7 @@ def test_verify() -> None:
 
 def test_errors() -> None:
     """The rule, the value, the way out."""
-    with pytest.raises(InputError, match="a torch.nn.Module or a keras.Model, got int"):
+    with pytest.raises(InputError, match=r"a torch\.nn\.Module or a keras\.Model, got int"):
         ranger_nn.regionalize(3)
     with pytest.raises(InputError, match="slid along, not tiled"):
         ranger_nn.plan(net(), (1, 64, 64, 3), schedule="tile")

@@ -19,7 +19,7 @@ from keras import ops
 
 from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import Graph
-from ranger_nn.keras.loops import Loops, inside, loops
+from ranger_nn.keras.loops import inside, loops
 from ranger_nn.planning.rolled import SLICE, WHOLE, WINDOW, Call, Flow, Group, Loop, Take
 from ranger_nn.planning.rolled_search import Rolled
 from ranger_nn.planning.stages import REDUCE
