@@ -93,6 +93,21 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert apart(again.predict(x, verbose=0), expected) < 1e-6
 
 
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="Keras writes a SavedModel of the other back ends through jax2tf or torch_xla"
+)
+def test_exported(tmp_path: Path) -> None:
+    """A SavedModel, which TensorFlow runs without this package."""
+    import tensorflow as tf
+
+    model = net()
+    small = ranger_nn.regionalize(model, regions=(8,))
+    small(images())
+    small.export(tmp_path / "small", verbose=False)
+    served = tf.saved_model.load(tmp_path / "small").serve
+    assert apart(served(images(2)), model(images(2))) < 1e-5
+
+
 def test_inside_another_model() -> None:
     """It is a layer like others, in functional models too."""
     model = net()

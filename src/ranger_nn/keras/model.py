@@ -144,6 +144,18 @@ class Regional(keras.Model):  # type: ignore[misc]
         model = keras.saving.deserialize_keras_object(config.pop("model"), custom_objects)
         return cls(model, **config)
 
+    def export(self, filepath: Any, format: str = "tf_saved_model", verbose: Any = None, **kwargs: Any) -> None:
+        """As `keras.Model.export`; without an `input_signature` for the size of the first call (on JAX and PyTorch with
+        a batch of one).
+        """
+        shapes = self._build_shapes_dict
+        if "input_signature" not in kwargs and shapes and keras.backend.backend() != "tensorflow":
+            like = tree.map_shape_structure(
+                lambda s: keras.InputSpec(shape=(1, *s[1:]), dtype=self.input_dtype), tuple(shapes.values())[0]
+            )
+            kwargs["input_signature"] = [like]
+        super().export(filepath, format, verbose, **kwargs)
+
     def plan_for(self, inputs: Any, training: bool = False) -> Plan:
         """The plan used for inputs like these."""
         return self._prepare(tree.map_structure(ops.convert_to_tensor, inputs), training).runner.rolled.plan
@@ -154,7 +166,9 @@ class Regional(keras.Model):  # type: ignore[misc]
         """As the untouched model."""
         training = bool(training)
         leaves = tree.flatten(inputs)
-        if any(n is None for x in leaves for n in x.shape):
+        if self._build_shapes_dict is None:  # what `export` goes by
+            self._build_shapes_dict = {"inputs": tree.map_structure(lambda x: tuple(x.shape), inputs)}
+        if any(not isinstance(n, int) for x in leaves for n in x.shape):
             return _any_batch(self, inputs, training)
         ready = self._prepare(inputs, training)
         found = self._run(ready, inputs)
@@ -258,15 +272,14 @@ def _batch_sizes(x: Any, batch_size: int, split: float) -> tuple[int, ...]:
 
 def _any_batch(model: Regional, inputs: Any, training: bool) -> Any:
     """Inputs whose batch is not known (TensorFlow's traces)."""
-    import tensorflow as tf
-
     leaves = tree.flatten(inputs)
     for x in leaves:
-        if any(n is None for n in x.shape[1:]):
+        if keras.backend.backend() != "tensorflow" or any(n is None for n in x.shape[1:]):
             raise InputError(
                 f"{model.name} runs region by region on inputs of known size, got shape {tuple(x.shape)}: only the "
-                "batch may be open. Call it on arrays, or export it with an input_signature of the size you need"
+                "batch may be open, on TensorFlow. Call it on arrays, or export it with an input_signature of the size you need"
             )
+    import tensorflow as tf
 
     def sized(n: int) -> Any:
         fixed = tree.map_structure(lambda x: tf.ensure_shape(x, [n, *x.shape[1:]]), inputs)
