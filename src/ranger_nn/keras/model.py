@@ -151,7 +151,7 @@ class Regional(keras.Model):  # type: ignore[misc]
         shapes = self._build_shapes_dict
         if "input_signature" not in kwargs and shapes and keras.backend.backend() != "tensorflow":
             like = tree.map_shape_structure(
-                lambda s: keras.InputSpec(shape=(1, *s[1:]), dtype=self.input_dtype), tuple(shapes.values())[0]
+                lambda s: keras.InputSpec(shape=(1, *s[1:]), dtype=self.input_dtype), next(iter(shapes.values()))
             )
             kwargs["input_signature"] = [like]
         super().export(filepath, format, verbose, **kwargs)
