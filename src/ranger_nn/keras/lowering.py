@@ -247,7 +247,20 @@ def _pointwise(call: Call) -> list[int]:
     copies = call.name in {"Cast", "ConvertToTensor", "Copy"} and len(inputs) == 1
     if copies and call.lower.values[inputs[0]].dtype == call.dtype:
         return [inputs[0]]
+    if call.name == "Add" and len(inputs) == 2 and _taken_for_bias(call, inputs):
+        function = _swapped
     return call.emit(inputs, pointwise([call.shape(v) for v in inputs], call.out), Kernel(function))
+
+
+def _taken_for_bias(call: Call, inputs: Sequence[int]) -> bool:
+    """Keras on TensorFlow takes a vector in any dimension for a bias of the last, where the lengths are the same."""
+    shape = call.shape(inputs[1])
+    long = [d for d, n in enumerate(shape) if n > 1]
+    return keras.backend.backend() == "tensorflow" and len(long) == 1 and long[0] != len(shape) - 1
+
+
+def _swapped(x: Any, y: Any) -> Any:
+    return ops.add(y, x)
 
 
 def ints(value: Any, rank: int) -> tuple[int, ...]:
