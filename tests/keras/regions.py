@@ -80,6 +80,15 @@ def rows_of(x: np.ndarray, dim: int, lo: int, hi: int, fill: float | None, rng: 
     return made
 
 
+def compiled(function: Any) -> Any:
+    """In one piece on JAX, where every operator alone would be compiled for each shape."""
+    if keras.backend.backend() != "jax":
+        return function
+    import jax
+
+    return jax.jit(function)
+
+
 def check_region(found: Captured, node: Node, known: dict[int, Any], dim: int, start: int, rows: int) -> float | None:
     """Error of one node on rows [start, start + rows) of its output; None where no input follows that dimension."""
     out = node.outputs[0]
@@ -100,7 +109,7 @@ def check_region(found: Captured, node: Node, known: dict[int, Any], dim: int, s
                 x = ops.cast(ops.convert_to_tensor(part), wide)
         xs.append(x)
     options = {"position": ops.convert_to_tensor(start, "int32")} if node.kernel.positional else {}
-    y = node.kernel.region(dim, rows, start)(*xs, **options)
+    y = compiled(node.kernel.region(dim, rows, start))(*xs, **options)
     size = found.graph.values[out].shape[dim]
     a, b = max(start, 0), min(start + rows, size)
     if b <= a:

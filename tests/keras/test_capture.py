@@ -33,8 +33,8 @@ def test_each_layer_on_regions(name: str) -> None:
     nodes = [n for n in found.graph.nodes if n.outputs[0] in axis.dims and not n.rule.reduces]
     assert nodes
 
-    @settings(max_examples=3, deadline=None, derandomize=True, database=None)
-    @given(st.integers(-3, 12), st.integers(1, 6))
+    @settings(max_examples=1 if keras.backend.backend() == "jax" else 3, deadline=None, derandomize=True, database=None)
+    @given(st.integers(-3, 12), st.integers(2, 6))
     def rows(start: int, count: int) -> None:
         for node in nodes:
             wrong = check_region(found, node, known, axis.dims[node.outputs[0]], start, count)
