@@ -285,8 +285,12 @@ def _any_batch(model: Regional, inputs: Any, training: bool) -> Any:
         fixed = tree.map_structure(lambda x: tf.ensure_shape(x, [n, *x.shape[1:]]), inputs)
         return model._run(model._prepare(fixed, training), fixed)
 
-    def open_batch(result: Any) -> Any:
-        return tree.map_structure(lambda x: tf.ensure_shape(x, [None, *x.shape[1:]]), result)
+    def one_of(n: int) -> Any:
+        """The branch for n samples. XLA compiles the other one too, for shapes that it must never see: samples repeat."""
+        total = tf.shape(leaves[0])[0]
+        fixed = tree.map_structure(lambda x: tf.gather(x, tf.range(n) % total), inputs)
+        found = model._run(model._prepare(fixed, training), fixed)
+        return tree.map_structure(lambda y: tf.gather(y, tf.range(total) % n), found)
 
     sizes = model._sizes.value
     if not sizes:
@@ -299,11 +303,8 @@ def _any_batch(model: Regional, inputs: Any, training: bool) -> Any:
         return tf.map_fn(each, inputs, fn_output_signature=spec, parallel_iterations=1)
     if len(sizes) == 1:
         return sized(sizes[0])
-    return open_batch(
-        tf.cond(
-            tf.shape(leaves[0])[0] == sizes[0], lambda: open_batch(sized(sizes[0])), lambda: open_batch(sized(sizes[1]))
-        )
-    )
+    first = tf.shape(leaves[0])[0] == sizes[0]
+    return tf.cond(first, lambda: one_of(sizes[0]), lambda: one_of(sizes[1]))
 
 
 def _batch_of_one(model: Regional, sample: Any, training: bool) -> Any:
