@@ -110,7 +110,10 @@ LOCAL |= {
         shape=(1, 4, 13, 11),
     ),
     "channels first, 1-d": lambda: chain(
-        L.Conv1D(6, 3, padding="same", **FIRST), L.SeparableConv1D(4, 3, **FIRST), L.MaxPooling1D(2, **FIRST), shape=(1, 4, 17)
+        L.Conv1D(6, 3, padding="same", **FIRST),
+        L.SeparableConv1D(4, 3, **FIRST),
+        L.MaxPooling1D(2, **FIRST),
+        shape=(1, 4, 17),
     ),
 }
 
@@ -147,6 +150,18 @@ class Subclassed(keras.Model):
         x = self.block(x, training=training)
         x = self.shared(ops.gelu(self.shared(x)))
         return {"map": x, "class": self.head(x)}
+
+
+class Running(L.Layer):
+    """Takes away a running mean, which it updates while it trains and reads again at once."""
+
+    def build(self, shape: Any) -> None:
+        self.mean = self.add_weight(shape=(shape[-1],), trainable=False, initializer="zeros", name="mean")
+
+    def call(self, x: Any, training: Any = None) -> Any:
+        if training:
+            self.mean.assign(0.9 * self.mean + 0.1 * ops.mean(x, axis=(0, 1, 2)))
+        return x - self.mean
 
 
 class Foreign(L.Layer):
@@ -255,6 +270,15 @@ def vision_transformer(shape: Shape = (1, 16, 12, 3)) -> Any:
     return functional(build, shape)
 
 
+def words(shape: Shape = (2, 20)) -> Any:
+    """Numbers of words in, embedded; a shared convolution; a constant for each place."""
+    places = np.random.default_rng(0).standard_normal((1, 20, 6)).astype("float32")
+    start = L.Input(shape[1:])
+    x = L.Embedding(11, 6)(ops.cast(ops.clip(start * 3 + 5, 0, 10), "int32")) + places
+    shared = L.Conv1D(6, 3, padding="same")
+    return keras.Model(start, [x, shared(ops.relu(shared(x)))]), shape
+
+
 MODELS: dict[str, Callable[[], tuple[keras.Model, Any]]] = {
     "u-net": unet,
     "u-net, linear": lambda: unet("linear"),
@@ -265,6 +289,8 @@ MODELS: dict[str, Callable[[], tuple[keras.Model, Any]]] = {
     "vision transformer": vision_transformer,
     "foreign layer": lambda: chain(L.Conv2D(4, 3, padding="same"), Foreign(), L.Conv2D(4, 3, padding="same")),
     "recurrent": lambda: chain(L.Conv1D(4, 3, padding="same"), L.LSTM(3, return_sequences=True), shape=SERIES),
+    "state": lambda: chain(L.Conv2D(4, 3, padding="same"), Running(), L.Conv2D(2, 3), shape=(1, 20, 9, 4)),
+    "words": words,
     "sequential": lambda: chain(
         keras.Sequential([L.Conv2D(4, 3), keras.Sequential([L.ReLU(), L.Flatten(), L.Dense(3)])])
     ),

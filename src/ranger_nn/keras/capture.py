@@ -54,11 +54,12 @@ class Ref(int):
     """A value index among an operator's arguments."""
 
 
-class _Parameter(KerasTensor):  # type: ignore[misc]
+class _Parameter(KerasTensor):
     """A Variable while its layer is traced; `assign` is recorded."""
 
-    def bind(self, variable: Any, updates: list[tuple[Any, Any]]) -> None:
-        self.variable, self._updates = variable, updates
+    def bind(self, variable: Any, dtype: str, record: Callable[[Any, Any], None]) -> None:
+        """`record(parameter, value)` is called by `assign`."""
+        self.variable, self.seen, self._record = variable, dtype, record
 
     @property
     def value(self) -> Any:
@@ -69,7 +70,9 @@ class _Parameter(KerasTensor):  # type: ignore[misc]
         """Record the update."""
         if self.variable.trainable:
             raise _Untraceable(f"assigns to {self.variable.path}, which is trained")
-        self._updates.append((self.variable, value))
+        if not isinstance(value, KerasTensor):
+            raise _Untraceable(f"assigns a number to {self.variable.path}")
+        self._record(self, value)
 
     def assign_add(self, value: Any) -> None:
         """Record the update."""
@@ -80,7 +83,7 @@ class _Parameter(KerasTensor):  # type: ignore[misc]
         self.assign(self - value)
 
 
-class Conv(keras.Operation):  # type: ignore[misc]
+class Conv(keras.Operation):
     """A convolution in groups: the operation of `keras.ops` refuses these on symbolic tensors."""
 
     def __init__(
@@ -132,7 +135,7 @@ class _Untraceable(Exception):
     """The trace of a layer would not be what the layer does."""
 
 
-class _Scope(keras.StatelessScope):  # type: ignore[misc]
+class _Scope(keras.StatelessScope):
     """Nothing is written while tracing, and no Variable's number may enter the trace."""
 
     def get_current_value(self, variable: Any) -> Any:
@@ -373,9 +376,19 @@ def _symbolic(layer: Any, lower: Lower, updates: list[tuple[Any, Any]]) -> Itera
             return leaf
         if id(leaf) not in made:
             tensor = _Parameter(tuple(leaf.shape), dtype=_seen_dtype(leaf, layer), name=leaf.name)
-            tensor.bind(leaf, updates)
+            tensor.bind(leaf, _seen_dtype(leaf, layer), record)
             made[id(leaf)] = tensor
         return made[id(leaf)]
+
+    def record(parameter: _Parameter, value: Any) -> None:
+        places = [key for key, attribute in held.items() if attribute is parameter]
+        if not places:
+            raise _Untraceable(f"assigns to {parameter.variable.path}, which it holds in a list")
+        if keras.backend.backend() != "jax":  # what is assigned is a number there, and no gradient comes back from it
+            value = ops.stop_gradient(value)
+        updates.append((parameter.variable, value))
+        for key in places:  # from here on the layer reads the new value
+            held[key] = ops.cast(value, parameter.seen)
 
     held = vars(layer)
     swapped = {}

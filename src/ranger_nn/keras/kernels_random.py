@@ -19,7 +19,7 @@ SPREAD = 7919
 """Between the counters of neighbouring positions, so that few steps of training share a seed."""
 
 
-class Fixed(keras.random.SeedGenerator):  # type: ignore[misc]
+class Fixed(keras.random.SeedGenerator):
     """A generator whose next seed is given: it has no state."""
 
     def __init__(self, seed: Any) -> None:

@@ -90,7 +90,7 @@ class Window(Kernel):
             return self.function
         widths, valid, border = self._widths(dim or 0), self.valid, self.given or 0.0
         if not widths:
-            return valid  # type: ignore[no-any-return]
+            return valid
         return lambda x, *rest: valid(pad(x, widths, border), *rest)
 
     def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:

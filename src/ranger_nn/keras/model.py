@@ -286,11 +286,11 @@ def _any_batch(model: Regional, inputs: Any, training: bool) -> Any:
         return model._run(model._prepare(fixed, training), fixed)
 
     def one_of(n: int) -> Any:
-        """The branch for n samples. XLA compiles the other one too, for shapes that it must never see: samples repeat."""
+        """The branch for n samples. XLA compiles the other one too, for a shape that it must never see: zeros fill up."""
         total = tf.shape(leaves[0])[0]
-        fixed = tree.map_structure(lambda x: tf.gather(x, tf.range(n) % total), inputs)
+        fixed = tree.map_structure(lambda x: _first(x, n, n), inputs)
         found = model._run(model._prepare(fixed, training), fixed)
-        return tree.map_structure(lambda y: tf.gather(y, tf.range(total) % n), found)
+        return tree.map_structure(lambda y: _first(y, total, max(sizes)), found)
 
     sizes = model._sizes.value
     if not sizes:
@@ -305,6 +305,15 @@ def _any_batch(model: Regional, inputs: Any, training: bool) -> Any:
         return sized(sizes[0])
     first = tf.shape(leaves[0])[0] == sizes[0]
     return tf.cond(first, lambda: one_of(sizes[0]), lambda: one_of(sizes[1]))
+
+
+def _first(x: Any, count: Any, more: int) -> Any:
+    """The first `count` samples of x and, where it has fewer, up to `more` of zeros."""
+    import tensorflow as tf
+
+    padded = tf.pad(x, [[0, more]] + [[0, 0]] * (len(x.shape) - 1))
+    found = tf.slice(padded, [0] * len(x.shape), tf.concat([[count], tf.shape(x)[1:]], 0))
+    return tf.ensure_shape(found, [count if isinstance(count, int) else None, *x.shape[1:]])
 
 
 def _batch_of_one(model: Regional, sample: Any, training: bool) -> Any:
