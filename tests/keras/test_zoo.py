@@ -25,6 +25,16 @@ if keras.backend.backend() == "torch":
     ALL = [name for name in ALL if not name.startswith("NASNet")]  # Keras itself refuses these on PyTorch
 
 
+QUICK = {"u-net", "tcn", "3-d", "two inputs", "vision transformer", "MobileNetV2"}
+TRAINED = ("u-net", "tcn", "two inputs", "3-d", "subclassed", "state", "words")
+
+
+def chosen(names: Any, quick: Any = QUICK) -> list[Any]:
+    """All names; on JAX, which compiles each network twice, those that are not quick are marked slow."""
+    slow = [] if keras.backend.backend() != "jax" else [n for n in names if n not in quick]
+    return [pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in names]
+
+
 def forward_error(model: keras.Model, shape: Any, rows: int) -> float:
     """Largest relative error, region by region against untouched."""
     x = inputs_for(shaken(model), shape)
@@ -40,7 +50,7 @@ def _difference(ours: Any, theirs: Any) -> float:
     return max(error(a, b) for a, b in zip(tree.flatten(ours), tree.flatten(theirs), strict=True))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", chosen(MODELS))
 def test_forward(name: str) -> None:
     """U-Nets, a TCN, two inputs, 3-D, subclassed, attention, layers that stay whole."""
     keras.utils.set_random_seed(0)
@@ -54,7 +64,7 @@ def twin(model: keras.Model, name: str) -> keras.Model:
     return again
 
 
-@pytest.mark.parametrize("name", ["u-net", "tcn", "two inputs", "3-d", "subclassed", "state", "words"])
+@pytest.mark.parametrize("name", chosen(TRAINED, {"u-net", "state"}))
 def test_three_steps_of_training(name: str) -> None:
     """Weights, momentum's work on them, and running statistics, as untouched."""
     keras.utils.set_random_seed(0)
@@ -67,7 +77,7 @@ def test_three_steps_of_training(name: str) -> None:
     wanted = tree.map_structure(lambda t: rng.standard_normal(t.shape).astype("float32"), results)
     before = [np.array(w) for w in model.get_weights()]
     for run in (model, regionalize(other, regions=(4,))):
-        run.compile(keras.optimizers.SGD(0.01, momentum=0.9), tree.map_structure(lambda _: "mse", results))
+        run.compile(keras.optimizers.SGD(0.002, momentum=0.9), tree.map_structure(lambda _: "mse", results))
         for _ in range(3):
             run.train_on_batch(given, wanted)
     pairs = list(zip(other.get_weights(), model.get_weights(), before, strict=True))
@@ -84,7 +94,7 @@ def application(name: str) -> float:
     return forward_error(model, (1, 79, 77, 3), 16)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", chosen(FEW))
 def test_applications(name: str) -> None:
     """Exact to rounding."""
     assert application(name) < 1e-5
