@@ -34,6 +34,15 @@ def captured(model: keras.Model, x: Any, training: bool = False) -> Captured:
     return capture(model, like, training)
 
 
+def compiled(function: Any) -> Any:
+    """In one piece on JAX, where every operator alone would be compiled for each shape."""
+    if keras.backend.backend() != "jax":
+        return function
+    import jax
+
+    return jax.jit(function)
+
+
 def evaluate(found: Captured, x: Any) -> dict[int, Any]:
     """Every value, by the untouched operators."""
     flat = tree.flatten(x)
@@ -42,15 +51,20 @@ def evaluate(found: Captured, x: Any) -> dict[int, Any]:
         dtype = found.graph.values[v].dtype
         tensor = flat[source] if kind == "input" else source.value if kind == "variable" else source
         known[v] = ops.convert_to_tensor(tensor, dtype) if kind == "constant" else ops.cast(tensor, dtype)
-    for node in found.graph.nodes:
-        result = node.kernel.whole(*[known[v] for v in node.inputs])
-        results = result if len(node.outputs) > 1 else [result]
-        for v, y in zip(node.outputs, results, strict=True):
-            value = found.graph.values[v]
-            assert tuple(y.shape) == value.shape, (node.name, tuple(y.shape), value.shape)
-            assert keras.backend.standardize_dtype(y.dtype) == value.dtype, (node.name, y.dtype, value.dtype)
-            known[v] = y
-    return known
+
+    def run(known: dict[int, Any]) -> dict[int, Any]:
+        known = dict(known)
+        for node in found.graph.nodes:
+            result = node.kernel.whole(*[known[v] for v in node.inputs])
+            results = result if len(node.outputs) > 1 else [result]
+            for v, y in zip(node.outputs, results, strict=True):
+                value = found.graph.values[v]
+                assert tuple(y.shape) == value.shape, (node.name, tuple(y.shape), value.shape)
+                assert keras.backend.standardize_dtype(y.dtype) == value.dtype, (node.name, y.dtype, value.dtype)
+                known[v] = y
+        return known
+
+    return compiled(run)(known)
 
 
 def error(a: Any, b: Any) -> float:
@@ -64,7 +78,7 @@ def error(a: Any, b: Any) -> float:
 def whole_error(found: Captured, model: Any, x: Any) -> float:
     """The captured graph, run whole, against the model."""
     known = evaluate(found, x)
-    theirs = tree.flatten(model(x, training=False))
+    theirs = tree.flatten(compiled(model)(x))
     return max(error(known[o], t) for o, t in zip(found.outputs, theirs, strict=True) if o is not None)
 
 
@@ -78,15 +92,6 @@ def rows_of(x: np.ndarray, dim: int, lo: int, hi: int, fill: float | None, rng: 
     if b > a:
         made[(slice(None),) * dim + (slice(a - lo, b - lo),)] = x[(slice(None),) * dim + (slice(a, b),)]
     return made
-
-
-def compiled(function: Any) -> Any:
-    """In one piece on JAX, where every operator alone would be compiled for each shape."""
-    if keras.backend.backend() != "jax":
-        return function
-    import jax
-
-    return jax.jit(function)
 
 
 def check_region(found: Captured, node: Node, known: dict[int, Any], dim: int, start: int, rows: int) -> float | None:

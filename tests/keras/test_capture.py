@@ -19,6 +19,8 @@ from ranger_nn.keras.capture import Captured, capture
 from tests.keras.nets import LOCAL, MODELS, Blur, Foreign, chain, shaken
 from tests.keras.regions import captured, check_region, evaluate, inputs_for, whole_error
 
+pytestmark = pytest.mark.usefixtures("numpy_weights")
+
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_each_layer_on_regions(name: str) -> None:

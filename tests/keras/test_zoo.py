@@ -13,6 +13,8 @@ from ranger_nn.keras.model import regionalize
 from tests.keras.nets import MODELS, Subclassed, shaken
 from tests.keras.regions import compiled, error, inputs_for
 
+pytestmark = pytest.mark.usefixtures("numpy_weights")
+
 FEW = ("MobileNetV2", "ResNet50", "EfficientNetB0")
 """One with inverted residuals, one with padding layers, one with squeeze-and-excitation."""
 
