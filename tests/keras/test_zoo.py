@@ -66,7 +66,7 @@ def twin(model: keras.Model, name: str) -> keras.Model:
     return again
 
 
-@pytest.mark.parametrize("name", chosen(TRAINED, {"u-net", "state"}))
+@pytest.mark.parametrize("name", chosen(TRAINED, {"two inputs", "state"}))
 def test_three_steps_of_training(name: str) -> None:
     """Weights, momentum's work on them, and running statistics, as untouched."""
     keras.utils.set_random_seed(0)
