@@ -104,8 +104,8 @@ def test_exported(tmp_path: Path) -> None:
     small = ranger_nn.regionalize(model, regions=(8,))
     small(images())
     small.export(tmp_path / "small", verbose=False)
-    served = tf.saved_model.load(tmp_path / "small").serve
-    assert apart(served(images(2)), model(images(2))) < 1e-5
+    served = tf.saved_model.load(tmp_path / "small")
+    assert apart(served.serve(images(2)), model(images(2))) < 1e-5
 
 
 def test_inside_another_model() -> None:
