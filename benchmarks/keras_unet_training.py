@@ -49,7 +49,7 @@ def build(chosen: Any) -> tuple[Any, Any, Any, Any]:
     source = np.random.default_rng(0)
     x = source.standard_normal((1, chosen.size, chosen.size, 3), dtype="float32")
     y = source.standard_normal((1, chosen.size, chosen.size, 1), dtype="float32")
-    allowed = chosen.memory or int(0.17 * ranger_nn.plan(twin, x.shape, training=True).untouched)
+    allowed = chosen.memory or int(0.185 * ranger_nn.plan(twin, x.shape, training=True).untouched)
     regional = ranger_nn.regionalize(twin, memory=allowed)
     for side in (model, regional):
         side.compile(keras.optimizers.SGD(0.01), "mse")

@@ -20,8 +20,9 @@ from keras import KerasTensor, ops, tree
 
 from ranger_nn.core.graph import Graph
 from ranger_nn.errors import InputError, VerificationError
-from ranger_nn.keras.capture import ITEMSIZE, Captured, capture
+from ranger_nn.keras.capture import Captured, capture
 from ranger_nn.keras.execute import Runner
+from ranger_nn.keras.lower import ITEMSIZE
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.planning.report import Plan
 from ranger_nn.planning.rolled_search import make_rolled
@@ -164,7 +165,13 @@ class Regional(keras.Model):  # type: ignore[misc]
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """As the untouched model."""
-        training = bool(training)
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf  # whose conversion of Python branches would go through all of the executor
+
+            return tf.autograph.experimental.do_not_convert(self._call)(inputs, bool(training))
+        return self._call(inputs, bool(training))
+
+    def _call(self, inputs: Any, training: bool) -> Any:
         leaves = tree.flatten(inputs)
         if self._build_shapes_dict is None:  # what `export` goes by
             self._build_shapes_dict = {"inputs": tree.map_structure(lambda x: tuple(x.shape), inputs)}

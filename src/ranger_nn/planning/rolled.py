@@ -29,8 +29,9 @@ from ranger_nn.planning.stages import REDUCE, Stages
 
 MOST_PARTS = 16
 """Largest denominator of a reach that is slid along; beyond it a step would need too many rows."""
-GROUP_COST = 0.01
-"""Share of a sweep's work that a group of nodes with a condition of its own must save."""
+GROUP_COST = {False: 0.01, True: 0.03}
+"""Share of a sweep's work that a group of nodes with a condition of its own must save, in inference and in training,
+where conditions cost more of the back end's compiler."""
 
 WHOLE, WINDOW, SLICE = "whole", "window", "slice"
 
@@ -199,9 +200,9 @@ def _whole(graph: Graph, node: Node, reason: str) -> Node:
     return replace(node, rule=opaque([graph.values[v].shape for v in node.inputs], reason))
 
 
-def roll(bounds: Bounds, stages: Stages, sweep: Sweep, steps: int) -> Loop:
+def roll(bounds: Bounds, stages: Stages, sweep: Sweep, steps: int, training: bool = False) -> Loop:
     """The sweep in about `steps` steps (as near as even rates allow)."""
-    return _Roller(bounds, stages, sweep, steps).loop()
+    return _Roller(bounds, stages, sweep, steps).loop(GROUP_COST[training])
 
 
 class _Roller:
@@ -251,7 +252,7 @@ class _Roller:
         assert link is not None
         return link.reach.needs(self.ahead[out], self.ahead[out] + self.rate[out])
 
-    def loop(self) -> Loop:
+    def loop(self, price: float) -> Loop:
         """All of it."""
         needed = self._needed()
         flows = {}
@@ -259,7 +260,7 @@ class _Roller:
             v = self.graph.nodes[k].outputs[0]
             flows[v] = self._flow(v, needed[v])
         calls = [(self._call(k, flows), self._active(k, flows)) for k in self.sweep.nodes]
-        groups = grouped(calls, self._weights())
+        groups = grouped(calls, self._weights(), price)
         stops = [-(-self.bounds.size(v, 0) // self.rate[v]) for v in self.made if not self._readers(v)]
         reduces = tuple(k for k in self.sweep.nodes if self.stages.kind[k] == REDUCE)
         start, stop = min(g.start for g in groups), max(g.stop for g in groups)
@@ -342,11 +343,11 @@ class _Roller:
         ]
 
 
-def grouped(calls: Sequence[tuple[Call, tuple[int, int]]], weights: Sequence[int]) -> tuple[Group, ...]:
+def grouped(calls: Sequence[tuple[Call, tuple[int, int]]], weights: Sequence[int], price: float) -> tuple[Group, ...]:
     """Calls in groups that each run in the steps that any of theirs needs: least idle work and few groups."""
     n = len(calls)
     lengths = [b - a for _, (a, b) in calls]
-    price = GROUP_COST * sum(w * length for w, length in zip(weights, lengths, strict=True))
+    price *= sum(w * length for w, length in zip(weights, lengths, strict=True))
     best: list[float] = [0.0] + [float("inf")] * n
     back = [0] * (n + 1)
     for j in range(1, n + 1):

@@ -25,6 +25,8 @@ from ranger_nn.planning.verify_rolled import verify_loop
 
 LIGHT = 4
 """A sweep runs in one step where its largest value has at most this many blocks."""
+LONGER = 8
+"""How much longer the first steps of training are."""
 FINEST = 9
 """How often the block is halved."""
 CUTS = 6
@@ -74,7 +76,7 @@ def lower(graph: Graph, axes: Sequence[Axis], choice: Choice, training: bool) ->
     loops: list[Loop | None] = []
     for sweep in wanted.sweeps:
         steps = _steps(bounds, sweep.nodes, choice) if sweep.nodes and axes else 1
-        loop = roll(bounds, stages, sweep, steps) if steps > 1 else None
+        loop = roll(bounds, stages, sweep, steps, training) if steps > 1 else None
         loops.append(loop if loop is not None and loop.stop - loop.start > 1 else None)
     return Candidate(choice, bounds, stages, wanted, tuple(loops), cost(graph, stages, wanted, loops, training))
 
@@ -91,8 +93,10 @@ def _steps(bounds: Bounds, nodes: Sequence[int], choice: Choice) -> int:
     return 1 if heaviest <= LIGHT * choice.block else -(-heaviest // choice.block)
 
 
-def choices(graph: Graph, axes: Sequence[Axis], options: Options) -> Iterator[Choice]:
-    """Ever shorter steps, each without a cut and with the light end cut off."""
+def choices(graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> Iterator[Choice]:
+    """Ever shorter steps, each without a cut and with the light end cut off. Training begins with longer ones: what it
+    saves is so many rows for each step.
+    """
     if options.regions is not None:
         if len(options.regions) > 1 and any(
             r < _largest(graph, axis) for r, axis in zip(options.regions[1:], axes[1:], strict=False)
@@ -103,7 +107,7 @@ def choices(graph: Graph, axes: Sequence[Axis], options: Options) -> Iterator[Ch
             )
         yield Choice(STEP_BYTES, rows=options.regions[0])
         return
-    block = STEP_BYTES
+    block = STEP_BYTES * (LONGER if training else 1)
     for _ in range(FINEST):
         found = Choice(block)
         end = _light_end(graph, LIGHT * block)
@@ -145,7 +149,7 @@ class Search:
         """The choice."""
         if not self.axes:
             return lower(self.graph, self.axes, Choice(1), self.training)
-        if any(self.attempt(choice) for choice in choices(self.graph, self.axes, self.options)):
+        if any(self.attempt(choice) for choice in choices(self.graph, self.axes, self.options, self.training)):
             assert self.best is not None
             return self.best
         assert self.best is not None
