@@ -20,10 +20,10 @@ from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link
 from ranger_nn.keras import kernels_window as W
-from ranger_nn.keras.capture import Lower, Ref, bound
 from ranger_nn.keras.convolve import convolve, pool
 from ranger_nn.keras.kernels import Kernel
 from ranger_nn.keras.kernels_reduce import Reduce
+from ranger_nn.keras.lower import Lower, Ref, bound
 from ranger_nn.ops import contraction, reduction
 from ranger_nn.ops.pointwise import local_except, pointwise
 

@@ -20,10 +20,11 @@ from keras import KerasTensor
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link, Reach
 from ranger_nn.errors import LayerError, RangerError
-from ranger_nn.keras.capture import Lower, Ref, _reason, bound, config_of, with_training
 from ranger_nn.keras.kernels import Kernel
 from ranger_nn.keras.kernels import Local as Function
 from ranger_nn.keras.kernels_random import NOISE, Noise
+from ranger_nn.keras.lower import Lower, Ref, bound
+from ranger_nn.keras.trace import config_of, reason_of, with_training
 
 WHOLE = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.TimeDistributed)
 SPATIAL = (keras.layers.SpatialDropout1D, keras.layers.SpatialDropout2D, keras.layers.SpatialDropout3D)
@@ -97,7 +98,7 @@ def lower_layer(lower: Lower, layer: Any, args: Any, kwargs: Any, outs: Sequence
         except RangerError:
             raise
         except Exception as error:
-            refusal = _reason(error)
+            refusal = reason_of(error)
     kwargs = with_training(layer, kwargs, training)
     name, reason = type(layer).__name__.lower(), f"its call {refusal}"
     random = any("seed_generator" in v.path for v in layer.variables)
