@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ranger_nn.core.graph import COMPUTED, Graph
+from ranger_nn.core.graph import COMPUTED, PARAMETER, Graph
 from ranger_nn.planning.forward import Demand
 from ranger_nn.planning.rolled import SLICE, WINDOW, Call, Flow, Loop
 from ranger_nn.planning.stages import Stages
@@ -87,7 +87,9 @@ def cost(graph: Graph, stages: Stages, demand: Demand, loops: Sequence[Loop | No
     for at, (sweep, loop) in enumerate(zip(demand.sweeps, loops, strict=True)):
         crossing = sum(values[v].nbytes for v in keep[at] if v in sweep.sinks or last.get(v, at) >= at)
         again = _all_rows(graph, sweep.nodes, loop)
-        back.append(stored + whole + crossing + sum(saved) + again)
+        weights = {v for k in sweep.nodes for v in graph.nodes[k].inputs if values[v].kind == PARAMETER}
+        sums = 2 * sum(values[v].nbytes for v in weights) if loop is not None else 0  # this step's, and so far
+        back.append(stored + whole + crossing + sum(saved) + again + sums)
     peaks = [max(a + sum(saved[: n + 1]), b) for n, (a, b) in enumerate(zip(peaks, back, strict=True))]
     return Cost(tuple(peaks), tuple(saved), binding, 4 * macs)
 
