@@ -253,10 +253,15 @@ def _pointwise(call: Call) -> list[int]:
 
 
 def _taken_for_bias(call: Call, inputs: Sequence[int]) -> bool:
-    """Keras on TensorFlow takes a vector in any dimension for a bias of the last, where the lengths are the same."""
-    shape = call.shape(inputs[1])
+    """Keras on TensorFlow takes a vector in any dimension for a bias of the last, where the lengths are the same.
+
+    False where the untouched operator does so as well, in a dimension that is not cut: that is what it gives.
+    """
+    shape, out = call.shape(inputs[1]), call.out
     long = [d for d, n in enumerate(shape) if n > 1]
-    return keras.backend.backend() == "tensorflow" and len(long) == 1 and long[0] != len(shape) - 1
+    if keras.backend.backend() != "tensorflow" or len(long) != 1 or long[0] == len(shape) - 1:
+        return False
+    return len(out) < 4 or out[-1] != shape[long[0]]
 
 
 def _swapped(x: Any, y: Any) -> Any:
