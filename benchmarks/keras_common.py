@@ -8,7 +8,6 @@ First call: tracing, compiling and running. Time: median of interleaved calls, b
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import os
@@ -81,31 +80,27 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measured(work: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of the first call, its peak of resident memory (compiler included), and that of a second call."""
-    found: dict[str, float] = {}
-    for name in ("compiling", "peak"):
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(
-            0
-        )  # what was freed goes back to the system, or it would hide the next peak
-        before = resident("VmRSS")
-        reset_peak()
-        seconds = timed(work)
-        found[name] = resident("VmHWM") - before
-        found.setdefault("first", seconds)
-    return found
+def measured(warm: Callable[[], Any], work: Callable[[], Any]) -> int:
+    """Peak of resident memory during a call over that before it, after a call of the same model on a small input, which
+    takes what a process needs once: threads, kernels, the compiler. (A second call would show less than the truth, since
+    TensorFlow keeps what it freed.)
+    """
+    warm()
+    gc.collect()
+    before = resident("VmRSS")
+    reset_peak()
+    work()
+    return resident("VmHWM") - before
 
 
 def interleaved(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each; they take turns."""
+    """Median seconds of each, in turns, after the first call of each ("first NAME")."""
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values():
-        work()
+    found = {f"first {name}": timed(work) for name, work in works.items()}
     for _ in range(repeats):
         for name, work in works.items():
             taken[name].append(timed(work))
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+    return found | {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def judged(value: float, target: float | None, form: str = "{:.3f}") -> str:
@@ -127,7 +122,7 @@ def table(work: str, chosen: argparse.Namespace, plain: Any, ours: Any, both: An
         f"{plain['peak'] / 1e6:.0f} MB",
         f"{ours['peak'] / 1e6:.0f} MB",
         judged(ours["peak"] / plain["peak"], limits.memory),
-        judged(ours["first"] / plain["first"], limits.first, "{:.2f}"),
+        judged(both["first regional"] / both["first untouched"], limits.first, "{:.2f}"),
         f"{both['untouched']:.2f} s",
         judged(both["regional"] / both["untouched"], limits.steady, "{:.2f}"),
         judged(both["apart"], limits.apart, "{:.1e}"),

@@ -186,8 +186,9 @@ def test_memory_falls_in_the_compiled_program() -> None:
     results = 1024 * 16 * 2 * 4
     assert temporary(small, False) - 2 * results <= small.plan_for(x).projected
     assert temporary(small, False) < temporary(model, False) / 3
-    share = ranger_nn.regionalize(model, ranger_nn.plan(model, x.shape, training=True).untouched // 3)
-    assert temporary(share, True) < temporary(model, True) / 2
+    share = ranger_nn.regionalize(model, ranger_nn.plan(model, x.shape, training=True).untouched * 2 // 5)
+    assert temporary(share, True) - 2 * results <= share.plan_for(x, training=True).projected
+    assert temporary(share, True) < temporary(model, True) / 1.5
 
 
 def test_the_plan_of_a_shape() -> None:
