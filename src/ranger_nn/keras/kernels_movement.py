@@ -113,7 +113,7 @@ class Mirror(Kernel):
         lo, hi = self.reach(before, after).needs(start, start + rows)
 
         def local(x: Any, position: Any) -> Any:
-            source = ops.arange(rows) + position - before
+            source = ops.arange(rows, dtype="int32") + position - before
             source = ops.where(source < 0, -source - again, source)
             source = ops.where(source >= n, 2 * (n - 1) + again - source, source)
             index = ops.clip(source - (position - before - 2 * after), 0, hi - lo - 1)
@@ -170,7 +170,7 @@ class Concatenate(Kernel):
             return lambda *xs, position=None: function(*xs)
 
         def local(*xs: Any, position: Any) -> Any:
-            place = ops.arange(rows) + position
+            place = ops.arange(rows, dtype="int32") + position
             place = ops.reshape(place, [-1 if d == dim else 1 for d in range(len(xs[0].shape))])
             found = xs[0]
             for offset, x in zip(self.offsets[1:], xs[1:], strict=True):
@@ -209,7 +209,7 @@ class Resize(Kernel):
 
         def local(x: Any, position: Any) -> Any:
             x = self.other(x, dim)
-            place = ops.cast(ops.arange(rows) + position, "int32")
+            place = ops.cast(ops.arange(rows, dtype="int32") + position, "int32")
             numerator = (2 * place + 1) * size - (out if self.linear else 0)
             below = numerator // (2 * out)
             first = ((2 * position + 1) * size - (out if self.linear else 0)) // (2 * out)

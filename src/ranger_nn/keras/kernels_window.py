@@ -138,12 +138,12 @@ class AveragePool(Window):
         if self.repeats:
             return lambda x, position: self._repeated(x, side, position)
         widths = self._widths(side.dim)
-        fixed = [self._inside(s, ops.arange(s.out)) for s in self.sides if s.dim in widths]
+        fixed = [self._inside(s, ops.arange(s.out, dtype="int32")) for s in self.sides if s.dim in widths]
         others = [s for s in self.sides if s.dim in widths]
 
         def local(x: Any, position: Any) -> Any:
             y = self.valid(pad(x, widths))
-            counts = [(side, self._inside(side, ops.arange(rows) + position)), *zip(others, fixed)]
+            counts = [(side, self._inside(side, ops.arange(rows, dtype="int32") + position)), *zip(others, fixed)]
             for s, inside in counts:
                 shape = [-1 if d == s.dim else 1 for d in range(len(x.shape))]
                 y = y * ops.reshape(ops.cast(s.kernel / inside, y.dtype), shape)
@@ -163,7 +163,7 @@ class AveragePool(Window):
             n = x.shape[s.dim] if s is side else s.size + s.before + s.after
             first = position * s.stride - s.before if s is side else -s.before
             start = first if s is side else 0
-            x = ops.take(x, inside(ops.arange(n) + first, s.size, start, x.shape[s.dim]), axis=s.dim)
+            x = ops.take(x, inside(ops.arange(n, dtype="int32") + first, s.size, start, x.shape[s.dim]), axis=s.dim)
         return self.valid(x)
 
 

@@ -106,7 +106,7 @@ def loops() -> Loops:
 
 def inside(first: Any, length: int, size: int, dim: int, rank: int) -> Any:
     """Which of `length` rows from `first` on lie in [0, size): bool, broadcast along `dim` of `rank` dimensions."""
-    rows = ops.arange(length) + first
+    rows = ops.arange(length, dtype="int32") + first
     return ops.reshape(ops.logical_and(rows >= 0, rows < size), [-1 if d == dim else 1 for d in range(rank)])
 
 
@@ -118,4 +118,4 @@ def where_inside(x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
 
 def clipped(start: Any, length: int, size: int) -> Any:
     """Indices of rows, the nearest inside for those outside."""
-    return ops.clip(ops.arange(length) + start, 0, size - 1)
+    return ops.clip(ops.arange(length, dtype="int32") + start, 0, size - 1)
