@@ -112,6 +112,22 @@ def test_double_precision() -> None:
         keras.config.set_dtype_policy(before)
 
 
+def test_masks_reach_the_loss() -> None:
+    """Steps that an embedding masks do not count."""
+    start = keras.layers.Input((9,), dtype="int32")
+    x = keras.layers.Embedding(5, 4, mask_zero=True)(start)
+    model = keras.Model(start, keras.layers.Dense(2)(keras.layers.LSTM(3, return_sequences=True)(x)))
+    given = np.random.default_rng(0).integers(0, 5, (3, 9)).astype("int32")
+    wanted = np.random.default_rng(1).standard_normal((3, 9, 2)).astype("float32")
+    losses = []
+    for run in (model, regionalize(model, regions=(4,))):
+        run.compile("sgd", "mse")
+        losses.append(run.test_on_batch(given, wanted))
+    assert abs(losses[0] - losses[1]) < 1e-6
+    unmasked = np.mean((ops.convert_to_numpy(model(given)) - wanted) ** 2)
+    assert abs(losses[0] - unmasked) > 1e-3
+
+
 def application(name: str) -> float:
     """An application without weights or top, at an odd size."""
     keras.utils.clear_session()

@@ -24,7 +24,7 @@ from ranger_nn.core.graph import INPUT, NHWC, Graph
 from ranger_nn.errors import InputError, LayerError, RangerError
 from ranger_nn.keras.kernels import Fused
 from ranger_nn.keras.lower import Lower
-from ranger_nn.keras.trace import config_of, reason_of
+from ranger_nn.keras.trace import config_of, get_mask, reason_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Captured:
 
     `sources[v]`: ("input", position among the flattened inputs), ("variable", keras.Variable) or ("constant", array).
     `outputs`: for each flattened output the value index, or a constant as it is; `pack` puts flattened outputs into the
-    model's structure. `updates`: (Variable, value index) to be assigned once after the forward pass.
+    model's structure. `updates`: (Variable, value index) to be assigned once after the forward pass. `masks`: the value of
+    the mask that Keras attaches to each output, for the loss; None where there is none.
     """
 
     graph: Graph
@@ -41,6 +42,7 @@ class Captured:
     outputs: tuple[Any, ...]
     pack: Callable[[Sequence[Any]], Any]
     updates: tuple[tuple[Any, int], ...] = ()
+    masks: tuple[int | None, ...] = ()
 
 
 def capture(model: keras.Model, inputs: Any, training: bool = False) -> Captured:
@@ -67,10 +69,15 @@ def capture(model: keras.Model, inputs: Any, training: bool = False) -> Captured
             lower.values[v] = replace(lower.values[v], layout=NHWC)
     outputs = tuple(None if leaf is None else int(lower.resolve(leaf)) for leaf in leaves)
     updates = tuple(lower.updated.values())
-    kept = dict.fromkeys([o for o in outputs if o is not None] + [v for _, v in updates])
+    masks = tuple(None if get_mask(leaf) is None else int(lower.resolve(get_mask(leaf))) for leaf in leaves)
+    kept = dict.fromkeys([v for v in (*outputs, *masks) if v is not None] + [v for _, v in updates])
     graph = Graph(model.name, tuple(lower.values), tuple(lower.nodes), tuple(found), tuple(kept))
     graph = fuse(_pruned(graph), Fused)
-    return Captured(graph, lower.sources, outputs, lambda given: tree.pack_sequence_as(structure, list(given)), updates)
+
+    def pack(given: Sequence[Any]) -> Any:
+        return tree.pack_sequence_as(structure, list(given))
+
+    return Captured(graph, lower.sources, outputs, pack, updates, masks)
 
 
 def _lower_model(lower: Lower, model: Any, inputs: Any, training: bool) -> tuple[list[Any], Any]:

@@ -202,10 +202,13 @@ class Regional(keras.Model):  # type: ignore[misc]
         captured = ready.captured
         leaves = tree.flatten(inputs)
         known = {v: _external(captured.graph, v, *source, leaves) for v, source in captured.sources.items()}
-        external = {v: known[v] for v in captured.outputs if v in known}
+        external = {v: known[v] for v in (*captured.outputs, *captured.masks) if v in known}
         found = external | ready.runner(known)
         for variable, v in captured.updates:
             variable.assign(found[v])
+        for v, mask in zip(captured.outputs, captured.masks, strict=True):
+            if mask is not None:
+                keras.src.backend.set_keras_mask(found[v], found[mask])
         return captured.pack([None if v is None else found[v] for v in captured.outputs])
 
     # ---- sizes of batches, for TensorFlow -----------------------------------------------------------------

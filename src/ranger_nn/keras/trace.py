@@ -157,6 +157,7 @@ def trace(
         if not isinstance(leaf, KerasTensor) and leaf is not None:
             raise Untraceable("gives something that does not depend on its inputs")
     roots = [leaf for leaf in leaves if leaf is not None] + [value for _, value in updates]
+    roots += [get_mask(leaf) for leaf in leaves if get_mask(leaf) is not None]
     return _recorded(known, roots), result, updates
 
 
