@@ -62,6 +62,8 @@ def test_predict_with_a_last_batch_that_is_smaller() -> None:
     x = images(5)
     assert apart(small.predict(x, batch_size=2, verbose=0), model.predict(x, verbose=0)) < 1e-5
     assert apart(small.predict(x, batch_size=5, verbose=0), model.predict(x, verbose=0)) < 1e-5
+    taller = images(2, rows=40)
+    assert apart(small.predict(taller, verbose=0), model.predict(taller, verbose=0)) < 1e-5
 
 
 def test_fit_as_the_untouched_model() -> None:

@@ -187,7 +187,7 @@ class Sweep:
             first = flow.rate * t + flow.ahead
             options = {"position": first} if node.kernel.positional else {}
             y = self.functions[call.node](*xs, **options)
-            xs = None
+            del xs
             if flow.masked and self._hangs_over(flow, group):
                 y = self.on.mask(y, flow.dim or 0, first, flow.size, 0.0)
             joined, y = self._join(flow, before, y), None
@@ -272,7 +272,7 @@ class Sweep:
                 on.put(r, f.dim or 0, t - f.start, f.stop - f.start, x, f.rate * t + f.ahead)
                 for r, f, x in zip(results, sinks, rows, strict=True)
             ]
-            rows = None
+            del rows
             states = [self._lift(c, t, s, x) for c, s, x in zip(self.lifts, states, lifted, strict=True)]
             if saving:
                 stacks = [
@@ -376,10 +376,10 @@ class Sweep:
             chosen = [windows[n] for n in moving] + [slices[n] for n in cut] + [wholes[n] for n in whole]
 
             def again(*chosen: Any) -> list[Any]:
-                w, s, p = list(windows), list(slices), list(wholes)
+                w, s, p, given = list(windows), list(slices), list(wholes), iter(chosen)
                 for target, places in ((w, moving), (s, cut), (p, whole)):
                     for n in places:
-                        target[n], *chosen = chosen
+                        target[n] = next(given)
                 after, rows, lifted = self.step(t, w, s, p)
                 return [after[n] for n in moving] + [rows[n] for n, _ in sinks] + lifted
 

@@ -93,7 +93,7 @@ class Ready:
 
 
 @keras.saving.register_keras_serializable(package="ranger_nn")
-class Regional(keras.Model):  # type: ignore[misc]
+class Regional(keras.Model):
     """`untouched`, region by region. Use `regionalize`."""
 
     def __init__(
@@ -173,8 +173,8 @@ class Regional(keras.Model):  # type: ignore[misc]
 
     def _call(self, inputs: Any, training: bool) -> Any:
         leaves = tree.flatten(inputs)
-        if self._build_shapes_dict is None:  # what `export` goes by
-            self._build_shapes_dict = {"inputs": tree.map_structure(lambda x: tuple(x.shape), inputs)}
+        if getattr(self, "_build_shapes_dict", None) is None:  # what `export` goes by
+            self._build_shapes_dict: Any = {"inputs": tree.map_structure(lambda x: tuple(x.shape), inputs)}
         if any(not isinstance(n, int) for x in leaves for n in x.shape):
             return _any_batch(self, inputs, training)
         ready = self._prepare(inputs, training)
@@ -231,14 +231,17 @@ class Regional(keras.Model):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _expecting(self, x: Any, batch_size: int | None, function: str, split: float = 0.0) -> Iterator[None]:
-        """Batches of arrays have one of two sizes; a function that was traced for others is traced again."""
+        """Batches of arrays have one of two sizes; a function that was traced for others, or for images of another size
+        (TensorFlow would trace it for any size), is traced again.
+        """
         before = self._sizes.value
         sizes = _batch_sizes(x, batch_size or 32, split)
+        shapes = tuple(tuple(leaf.shape[1:]) for leaf in tree.flatten(x)) if sizes else ()
         traced = getattr(self, "_traced_sizes", None) or _Quiet({})
         self._traced_sizes = traced
-        if traced.value.get(function, sizes) != sizes:
+        if traced.value.get(function, (sizes, shapes)) != (sizes, shapes):
             setattr(self, function, None)
-        traced.value[function] = sizes
+        traced.value[function] = sizes, shapes
         self._sizes.value = sizes
         try:
             yield
