@@ -21,6 +21,7 @@ from ranger_nn.errors import (
 from ranger_nn.lazy import exporter
 
 if TYPE_CHECKING:
+    from ranger_nn.doors import plan, regionalize
     from ranger_nn.io.pixels import Pixels
     from ranger_nn.partition.blocks import Blocks
     from ranger_nn.partition.graph import GraphParts
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ranger_nn.partition.show import show
     from ranger_nn.partition.time import TimeSlices
     from ranger_nn.torch.measure import measure
-    from ranger_nn.torch.module import plan, regionalize
     from ranger_nn.torch.run import run
 
 __version__ = "0.1.0"
@@ -67,8 +67,8 @@ __getattr__, __dir__ = exporter(
         "TimeSlices": "ranger_nn.partition.time",
         "show": "ranger_nn.partition.show",
         "measure": "ranger_nn.torch.measure",
-        "plan": "ranger_nn.torch.module",
-        "regionalize": "ranger_nn.torch.module",
+        "plan": "ranger_nn.doors",
+        "regionalize": "ranger_nn.doors",
         "run": "ranger_nn.torch.run",
     },
 )

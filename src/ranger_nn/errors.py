@@ -62,6 +62,13 @@ class CaptureError(RangerError, RuntimeError):
     """
 
 
+class LayerError(CaptureError, ValueError):
+    """A Keras model or layer cannot be captured: it leaves `keras.ops`, or its declared rule does not fit it.
+
+    The message names the layer and its config. It is a ValueError, as Keras's own errors are.
+    """
+
+
 class PlanError(RangerError, RuntimeError):
     """A plan cannot be made or does not suit what it is applied to.
 

@@ -74,3 +74,13 @@ def test_nan_wins() -> None:
     monoid = Extremum(1)
     a, b = states(monoid, [torch.tensor([[1.0]]), torch.tensor([[float("nan")]])])
     assert torch.isnan(result(monoid, merged(monoid, a, b)))
+
+
+@pytest.mark.parametrize("monoid", [Sum(mean=True), Moments()])
+def test_a_mask_of_rows_stands_for_all_of_their_elements(monoid: Monoid) -> None:
+    """A mask that has size 1 along a reduced axis counts every element of a row."""
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    valid = (torch.arange(5) < 3).reshape(1, 5, 1, 1)
+    over, kept = (1, 2), x[:, :3]
+    for ours, theirs in zip(monoid.lift(xp, x, over, valid), monoid.lift(xp, kept, over), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

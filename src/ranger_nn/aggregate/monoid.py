@@ -105,7 +105,7 @@ class Moments:
         if where is None:
             mean = xp.mean(x, axis=axis, keepdims=True)
         else:
-            n = xp.sum(xp.astype(where, x.dtype), axis=axis, keepdims=True)
+            n = xp.sum(xp.astype(where, x.dtype), axis=axis, keepdims=True) * _repeats(where.shape, x.shape, axis)
             x = present(xp, x, where, 0.0)  # also for the gradient: zero times NaN is NaN
             mean = xp.sum(x, axis=axis, keepdims=True) / at_least_one(xp, n)
         return mean, xp.sum(present(xp, (x - mean) ** 2, where, 0.0), axis=axis, keepdims=True)
@@ -131,6 +131,12 @@ def present(xp: Any, x: Any, where: Any, other: float) -> Any:
 def at_least_one(xp: Any, n: Any) -> Any:
     """A divisor: n, or 1 where there is nothing to divide."""
     return max(n, 1) if isinstance(n, int) else xp.maximum(n, xp.zeros_like(n) + 1)
+
+
+def _repeats(mask: Sequence[int], shape: Sequence[int], axis: Sequence[int]) -> int:
+    """Elements of `shape` for which one entry of a mask stands, over `axis`."""
+    full = (1,) * (len(shape) - len(mask)) + tuple(mask)
+    return count(shape, [d for d in axis if full[d] == 1 and shape[d] != 1])
 
 
 def count(shape: Sequence[int], axis: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ranger_nn.core.graph import COMPUTED, INPUT, PARAMETER, Graph
+from ranger_nn.core.graph import COMPUTED, INPUT, NHWC, PARAMETER, Graph, Value
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ def _contracted(graph: Graph) -> list[tuple[int, int]]:
         for d, link in enumerate(node.rule.links[0])
         if link is None
     ]
+
+
+def _channel(value: Value) -> int:
+    """The dimension of an image's channels; -1 where the value is none."""
+    rank = len(value.shape)
+    return -1 if rank < 4 else rank - 1 if value.layout == NHWC else 1
 
 
 def find_axes(graph: Graph) -> list[Axis]:
@@ -75,7 +81,7 @@ def find_axes(graph: Graph) -> list[Axis]:
         return []
     heaviest = max(w for w, _, _, _ in found)
     kept = sorted(((free, first, -w, dims) for w, first, free, dims in found if w * 4 >= heaviest), key=lambda f: f[:3])
-    spatial = [k for k in kept if not k[0] or k[1][0] != 1 or len(values[k[1][1]].shape) < 4] or kept
+    spatial = [k for k in kept if not k[0] or k[1][0] != _channel(values[k[1][1]])] or kept
     return [
         Axis(name, dims, max(values[v].shape[d] for v, d in dims.items()))
         for name, (_, _, _, dims) in zip(_names([not free for free, *_ in spatial[:3]]), spatial[:3], strict=True)

@@ -13,6 +13,8 @@ from typing import Any
 from ranger_nn.core.reach import Link
 
 INPUT, PARAMETER, CONSTANT, COMPUTED = "input", "parameter", "constant", "computed"
+NHWC = "nhwc"
+"""Layout of an input whose channels are its last dimension, in any number of spatial ones; else they come after the batch."""
 
 
 @dataclass(frozen=True, slots=True)

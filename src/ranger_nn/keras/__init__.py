@@ -1,6 +1,7 @@
 """Keras 3 adapter (TensorFlow, JAX and PyTorch back ends). Only this room imports keras.
 
-The layers of `keras/layers` have the same names and arguments as those of `ranger_nn.torch`.
+The layers of `keras/layers` have the same names and arguments as those of `ranger_nn.torch`. `declare` gives a layer of
+your own, which the capture cannot trace, a rule for regions: `declare(MyBlur, Local(before=1, after=1))`.
 """
 
 from __future__ import annotations
@@ -19,5 +20,11 @@ _LAYERS = {
     "RegionExperts": "experts",
 }
 
-__all__ = [*_LAYERS]
-__getattr__, __dir__ = exporter(__name__, {n: f"ranger_nn.keras.layers.{m}" for n, m in _LAYERS.items()})
+_EXACT = {"declare": "lowering_layers", "Local": "lowering_layers"}
+
+__all__ = [*_LAYERS, *_EXACT]
+__getattr__, __dir__ = exporter(
+    __name__,
+    {n: f"ranger_nn.keras.layers.{m}" for n, m in _LAYERS.items()}
+    | {n: f"ranger_nn.keras.{m}" for n, m in _EXACT.items()},
+)

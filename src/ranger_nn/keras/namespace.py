@@ -6,9 +6,10 @@ Only what is called is here. A function missing here is added here, never worked
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
-from keras import ops
+from keras import backend, ops
 
 abs = ops.abs
 all = ops.all
@@ -26,10 +27,8 @@ logical_and = ops.logical_and
 logical_not = ops.logical_not
 matmul = ops.matmul
 max = ops.max
-maximum = ops.maximum
 mean = ops.mean
 min = ops.min
-minimum = ops.minimum
 ones_like = ops.ones_like
 reshape = ops.reshape
 searchsorted = ops.searchsorted
@@ -37,7 +36,6 @@ sqrt = ops.sqrt
 sum = ops.sum
 take = ops.take
 take_along_axis = ops.take_along_axis
-where = ops.where
 zeros = ops.zeros
 zeros_like = ops.zeros_like
 
@@ -45,6 +43,33 @@ zeros_like = ops.zeros_like
 def arange(stop: Any, dtype: Any = None, **_: Any) -> Any:
     """0 ... stop - 1; devices are Keras's affair."""
     return ops.arange(stop, dtype=dtype)
+
+
+def _double(x: Any) -> bool:
+    return bool(ops.is_tensor(x)) and backend.standardize_dtype(x.dtype) == "float64"
+
+
+def _native(x: Any, y: Any) -> Any:
+    """The back end's own namespace for two arrays of float64: where two arrays meet, Keras takes it for float32."""
+    name = backend.backend()
+    if name == "tensorflow" or not (_double(x) and _double(y)):
+        return ops
+    return import_module("torch" if name == "torch" else "jax.numpy")
+
+
+def maximum(x: Any, y: Any) -> Any:
+    """The larger of each two."""
+    return _native(x, y).maximum(x, y)
+
+
+def minimum(x: Any, y: Any) -> Any:
+    """The smaller of each two."""
+    return _native(x, y).minimum(x, y)
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """x where the condition holds, y elsewhere."""
+    return _native(x, y).where(condition, x, y)
 
 
 def asarray(x: Any, dtype: Any = None, **_: Any) -> Any:

@@ -1,0 +1,105 @@
+"""Convolution with any padding, and pooling without, on each back end's own call.
+
+`keras.ops.conv` pads all dimensions or none ("same", "valid"). A region pads the dimensions that are not cut and none
+along the one that is, and a padded copy of each region would cost more memory and time than the call itself. On
+PyTorch the channels stay last in memory: Keras copies the input to have them first. Enter at `convolve`
+and `pool`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import keras
+from keras import ops
+
+Pads = Sequence[tuple[int, int]]
+
+
+def convolve(x: Any, w: Any, strides: Any, dilation: Any, pads: Pads, channels_last: bool, depthwise: bool) -> Any:
+    """Convolution of `x` with (*kernel, in, out) weights, or depthwise with (*kernel, in, multiplier).
+
+    Args:
+        pads: zeros (before, after) along each spatial dimension.
+    """
+    if depthwise:
+        w = ops.reshape(w, (*w.shape[:-2], 1, prod(w.shape[-2:])))
+    groups = x.shape[-1 if channels_last else 1] // w.shape[-2]
+    run = {"jax": _jax, "torch": _torch}.get(keras.backend.backend(), _tensorflow)
+    return run(x, w, tuple(strides), tuple(dilation), tuple(pads), channels_last, groups)
+
+
+def pool(x: Any, size: Any, strides: Any, channels_last: bool, average: bool) -> Any:
+    """Maximum or average over windows, without padding."""
+    name = "channels_last" if channels_last else "channels_first"
+    if keras.backend.backend() != "torch":
+        return (ops.average_pool if average else ops.max_pool)(x, size, strides, "valid", name)
+    from torch.nn import functional
+
+    rank = len(size)
+    kind = "avg" if average else "max"
+    run = getattr(functional, f"{kind}_pool{rank}d")
+    if not channels_last:
+        return run(x, size, strides)
+    return run(x.permute(0, rank + 1, *range(1, rank + 1)), size, strides).permute(0, *range(2, rank + 2), 1)
+
+
+def _jax(x: Any, w: Any, strides: Any, dilation: Any, pads: Any, channels_last: bool, groups: int) -> Any:
+    from jax import lax
+
+    rank = len(pads)
+    space = tuple(range(1, rank + 1)) if channels_last else tuple(range(2, rank + 2))
+    data = (0, rank + 1 if channels_last else 1, *space)
+    numbers = lax.ConvDimensionNumbers(data, (rank + 1, rank, *range(rank)), data)
+    return lax.conv_general_dilated(
+        ops.cast(x, w.dtype),
+        w,
+        strides,
+        pads,
+        rhs_dilation=dilation,
+        dimension_numbers=numbers,
+        feature_group_count=groups,
+    )
+
+
+def _torch(x: Any, w: Any, strides: Any, dilation: Any, pads: Any, channels_last: bool, groups: int) -> Any:
+    import torch
+    from torch.nn import functional
+
+    rank = len(pads)
+    w = w.permute(rank + 1, rank, *range(rank))
+    if channels_last:
+        x = x.permute(0, rank + 1, *range(1, rank + 1))
+    even = all(a == b for a, b in pads)
+    if not even:
+        x = functional.pad(x, [n for pair in reversed(pads) for n in pair])
+    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[rank - 1]
+    y = conv(x, w, None, strides, [a for a, _ in pads] if even else 0, dilation, groups)
+    return y.permute(0, *range(2, rank + 2), 1) if channels_last else y
+
+
+def _tensorflow(x: Any, w: Any, strides: Any, dilation: Any, pads: Any, channels_last: bool, groups: int) -> Any:
+    import tensorflow as tf
+
+    rank, name = len(pads), "channels_last" if channels_last else "channels_first"
+    depthwise = groups > 1 and groups == x.shape[-1 if channels_last else 1]
+    planar = rank == 2 and channels_last and (groups == 1 or (depthwise and not _both(strides, dilation)))
+    if not planar:
+        around = [(0, 0), *pads, (0, 0)] if channels_last else [(0, 0), (0, 0), *pads]
+        x = ops.pad(x, around) if any(n for pair in pads for n in pair) else x
+        if depthwise and rank < 3:
+            w = ops.reshape(w, (*w.shape[:-2], groups, w.shape[-1] // groups))
+            return ops.depthwise_conv(x, w, strides, "valid", name, dilation)
+        return ops.conv(x, w, strides, "valid", name, dilation)
+    explicit: Any = [[0, 0], *map(list, pads), [0, 0]] if any(n for pair in pads for n in pair) else "VALID"
+    if groups == 1:
+        return tf.nn.conv2d(x, w, [1, *strides, 1], explicit, dilations=dilation)
+    w = tf.reshape(w, (*w.shape[:-2], groups, w.shape[-1] // groups))
+    return tf.nn.depthwise_conv2d(x, w, [1, *strides, 1], explicit, dilations=dilation)
+
+
+def _both(strides: Sequence[int], dilation: Sequence[int]) -> bool:
+    """TensorFlow has no depthwise convolution with both, nor with uneven strides."""
+    return (max(strides) > 1 and max(dilation) > 1) or len(set(strides)) > 1

@@ -1,0 +1,203 @@
+"""Kernels with a window: convolution, transposed convolution, pooling.
+
+the window's rows           [ lo ............ hi )       given with their border already filled
+the layer's own padding     on every other dimension, put on before the call, which pads nothing itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from ranger_nn.core.reach import Reach
+from ranger_nn.keras.kernels import Kernel, Local
+from ranger_nn.ops import window
+
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One windowed dimension: `dim` of input and output, and the integers of its window."""
+
+    dim: int
+    size: int
+    out: int
+    kernel: int
+    stride: int
+    dilation: int
+    before: int
+    after: int
+
+    @property
+    def span(self) -> int:
+        """Indices from the first to the last that a window reads."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def reach(self) -> Reach:
+        """The four integers of a window that slides over the input."""
+        return window.window_reach(self.kernel, self.stride, self.dilation, self.before)
+
+
+def padding(size: int, kernel: int, stride: int, dilation: int, mode: str) -> tuple[int, int]:
+    """What Keras puts before and after: nothing, or ("same") half each, the odd one after."""
+    if mode != "same":
+        return 0, 0
+    span = dilation * (kernel - 1) + 1
+    total = max((-(-size // stride) - 1) * stride + span - size, 0)
+    return total // 2, total - total // 2
+
+
+def pad(x: Any, widths: dict[int, tuple[int, int]], value: float = 0.0) -> Any:
+    """`x` with (before, after) filled along dimensions; negative widths are cut off."""
+    rank = len(x.shape)
+    if any(w < 0 for pair in widths.values() for w in pair):
+        cut = [slice(None)] * rank
+        for d, (a, b) in widths.items():
+            cut[d] = slice(max(0, -a), x.shape[d] - max(0, -b))
+        x = x[tuple(cut)]
+    full = [(max(0, widths[d][0]), max(0, widths[d][1])) if d in widths else (0, 0) for d in range(rank)]
+    if not any(w for pair in full for w in pair):
+        return x
+    # without a value TensorFlow and PyTorch take the short way
+    return ops.pad(x, full) if value == 0.0 else ops.pad(x, full, constant_values=value)
+
+
+def inside(rows: Any, size: int, first: Any, count: int) -> Any:
+    """Where the nearest of [0, size) to each row stands among `count` rows given from `first` on."""
+    return ops.clip(ops.clip(rows, 0, size - 1) - first, 0, count - 1)
+
+
+class Window(Kernel):
+    """A window over `sides`; `valid` is the operator without padding."""
+
+    def __init__(self, function: Any, valid: Any, sides: Sequence[Side], border: float) -> None:
+        """`border`: what padding holds."""
+        super().__init__(function)
+        self.valid, self.sides, self.given = valid, tuple(sides), border
+
+    def _widths(self, dim: int) -> dict[int, tuple[int, int]]:
+        return {s.dim: (s.before, s.after) for s in self.sides if s.dim != dim and (s.before or s.after)}
+
+    def region(self, dim: int | None, rows: int, start: int = 0) -> Local:
+        """Pad the other dimensions, then the operator without padding."""
+        if all(s.dim != dim for s in self.sides):
+            return self.function
+        widths, valid, border = self._widths(dim or 0), self.valid, self.given or 0.0
+        if not widths:
+            return valid
+        return lambda x, *rest: valid(pad(x, widths, border), *rest)
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """The padded input, and as much again where the back end reorders it."""
+        return 2 * in_bytes[0] + 2 * sum(in_bytes[1:])
+
+
+class Convolution(Window):
+    """A convolution: the call pads the other dimensions itself."""
+
+    def __init__(self, function: Any, padded: Any, sides: Sequence[Side]) -> None:
+        """`padded(x, weights, pads)`: the convolution with (before, after) zeros along each dimension."""
+        super().__init__(function, None, sides, 0.0)
+        self.padded = padded
+
+    def region(self, dim: int | None, rows: int, start: int = 0) -> Local:
+        """No padding along the cut dimension."""
+        if all(s.dim != dim for s in self.sides):
+            return self.function
+        pads = [(0, 0) if s.dim == dim else (s.before, s.after) for s in self.sides]
+        return lambda x, w: self.padded(x, w, pads)
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """What the back end reorders: input and weights."""
+        return in_bytes[0] + 2 * sum(in_bytes[1:])
+
+
+class AveragePool(Window):
+    """Average over what is inside: sums over zeros, divided by the number of indices inside."""
+
+    positional = True
+
+    def __init__(self, function: Any, valid: Any, sides: Sequence[Side], repeats: bool) -> None:
+        """`repeats`: padding repeats the edge and counts (the PyTorch back end, where it is uneven)."""
+        super().__init__(function, valid, sides, 0.0)
+        self.repeats = repeats
+        self.positional = any(s.before or s.after for s in sides)
+
+    def region(self, dim: int | None, rows: int, start: int = 0) -> Local:
+        """The operator without padding, corrected where the window hangs over an edge."""
+        side = next((s for s in self.sides if s.dim == dim), None)
+        if side is None or not self.positional:
+            run = self.function if side is None else self.valid
+            return lambda x, position=None: run(x)
+        if self.repeats:
+            return lambda x, position: self._repeated(x, side, position)
+        widths = self._widths(side.dim)
+        fixed = [self._inside(s, ops.arange(s.out, dtype="int32")) for s in self.sides if s.dim in widths]
+        others = [s for s in self.sides if s.dim in widths]
+
+        def local(x: Any, position: Any) -> Any:
+            y = self.valid(pad(x, widths))
+            counts = [(side, self._inside(side, ops.arange(rows, dtype="int32") + position)), *zip(others, fixed)]
+            for s, inside in counts:
+                shape = [-1 if d == s.dim else 1 for d in range(len(x.shape))]
+                y = y * ops.reshape(ops.cast(s.kernel / inside, y.dtype), shape)
+            return y
+
+        return local
+
+    @staticmethod
+    def _inside(side: Side, out: Any) -> Any:
+        first = out * side.stride - side.before
+        last = ops.minimum(first + side.kernel, side.size)
+        wide = "float64" if keras.config.floatx() == "float64" else "float32"
+        return ops.cast(ops.maximum(last - ops.maximum(first, 0), 1), wide)
+
+    def _repeated(self, x: Any, side: Side, position: Any) -> Any:
+        for s in self.sides:
+            n = x.shape[s.dim] if s is side else s.size + s.before + s.after
+            first = position * s.stride - s.before if s is side else -s.before
+            start = first if s is side else 0
+            x = ops.take(x, inside(ops.arange(n, dtype="int32") + first, s.size, start, x.shape[s.dim]), axis=s.dim)
+        return self.valid(x)
+
+
+class Transposed(Kernel):
+    """Transposed convolution of the rows given, cropped to the rows asked for; `before` is what the layer cuts off."""
+
+    given = 0.0
+
+    def __init__(self, function: Any, valid: Any, sides: Sequence[Side]) -> None:
+        """`valid`: the operator that cuts nothing off."""
+        super().__init__(function)
+        self.valid, self.sides = valid, tuple(sides)
+
+    @staticmethod
+    def reach(side: Side) -> Reach:
+        """The four integers of one dimension."""
+        return window.transposed_reach(side.kernel, side.stride, side.dilation, side.before)
+
+    def region(self, dim: int | None, rows: int, start: int = 0) -> Local:
+        """Nothing cut off by the operator itself; what is asked for is cut out of its result."""
+        side = next((s for s in self.sides if s.dim == dim), None)
+        if side is None:
+            return self.function
+        lo, hi = self.reach(side).needs(start, start + rows)
+        widths = {}
+        for s in self.sides:
+            n, first, count = (
+                (hi - lo, start - lo * s.stride + s.before, rows) if s is side else (s.size, s.before, s.out)
+            )
+            natural = (n - 1) * s.stride + max(s.span, s.stride)
+            widths[s.dim] = (-first, first + count - natural)
+        valid = self.valid
+        return lambda x, *rest: pad(valid(x, *rest), widths)
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """The result before it is cropped."""
+        return 2 * out_bytes + in_bytes[0] + 2 * sum(in_bytes[1:])

@@ -1,0 +1,121 @@
+"""What the three back ends do in their own way: loops, conditions, rows in place, gradients written by hand.
+
+                 jax                         tensorflow                  torch
+    loop         lax.fori_loop               tf.while_loop               a Python loop; steps are integers
+    branch       lax.cond                    tf.cond                     `if`
+    results      dynamic_update_slice        TensorArray                 copy_ into a view
+    gradient     jax.custom_vjp              tf.custom_gradient          torch.autograd.Function
+
+Nothing here knows of plans. Enter at `loops`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import keras
+from keras import ops
+
+Body = Callable[[Any, Any], Any]
+Forward = Callable[[Sequence[Any], bool], tuple[list[Any], Any]]
+Backward = Callable[[Sequence[Any], Any, Sequence[Any], Sequence[Any], Sequence[bool]], list[Any]]
+
+
+class Loops(Protocol):
+    """A back end's loop and what goes with it."""
+
+    def loop(self, start: int, stop: int, body: Body, carry: Any) -> Any:
+        """carry = body(t, carry) for t in [start, stop)."""
+        ...
+
+    def branch(self, on: Any, then: Callable[[], list[Any]], other: Callable[[], list[Any]]) -> list[Any]:
+        """Arrays of one of two functions."""
+        ...
+
+    def take(self, x: Any, dim: int, start: Any, length: int) -> Any:
+        """Rows [start, start + length) of x; outside of it the nearest row."""
+        ...
+
+    def mask(self, x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
+        """x, whose first row is row `first` of [0, size), with `fill` in the rows outside."""
+        ...
+
+    def add(self, x: Any, dim: int, start: Any, rows: Any) -> Any:
+        """x with `rows` added at `start`; rows outside of x are zero."""
+        ...
+
+    def open(self, shape: Sequence[int], dtype: str, dim: int, rate: int, count: int, size: int) -> Any:
+        """A value of `size` rows that comes `rate` rows at a time, `count` times."""
+        ...
+
+    def put(self, sink: Any, dim: int, i: Any, count: int, rows: Any, first: Any) -> Any:
+        """The i-th part (none unless 0 <= i < count), which begins at row `first` of the value."""
+        ...
+
+    def close(self, sink: Any, dim: int, first: int, size: int) -> Any:
+        """The value, whose first part began at row `first`."""
+        ...
+
+    def stack(self, count: int, shape: Sequence[int], dtype: str) -> Any:
+        """Room for `count` blocks, zero to begin with."""
+        ...
+
+    def push(self, stack: Any, i: Any, block: Any) -> Any:
+        """Block i."""
+        ...
+
+    def blocks(self, stack: Any, i: Any, n: int) -> list[Any]:
+        """Blocks i to i + n - 1 of a stack that is full."""
+        ...
+
+    def full(self, stack: Any) -> Any:
+        """The stack, after the loop."""
+        ...
+
+    def vjp(
+        self, function: Callable[..., list[Any]], args: Sequence[Any]
+    ) -> tuple[list[Any], Callable[..., list[Any]]]:
+        """Results of function(*args), and the function from their gradients to those of the arguments."""
+        ...
+
+    def differentiable(self, forward: Forward, backward: Backward, args: Sequence[Any]) -> list[Any]:
+        """forward(args, saving) with the gradient of `backward(args, saved, results, gradients, wanted)`."""
+        ...
+
+
+@functools.cache
+def loops() -> Loops:
+    """Those of the running back end."""
+    name = keras.backend.backend()
+    if name == "jax":
+        from ranger_nn.keras.loops_jax import JaxLoops
+
+        return JaxLoops()
+    if name == "tensorflow":
+        from ranger_nn.keras.loops_tensorflow import TensorFlowLoops
+
+        return TensorFlowLoops()
+    if name == "torch":
+        from ranger_nn.keras.loops_torch import TorchLoops
+
+        return TorchLoops()
+    raise RuntimeError(f"Keras back ends jax, tensorflow and torch run region by region; this is {name!r}")
+
+
+def inside(first: Any, length: int, size: int, dim: int, rank: int) -> Any:
+    """Which of `length` rows from `first` on lie in [0, size): bool, broadcast along `dim` of `rank` dimensions."""
+    rows = ops.arange(length, dtype="int32") + first
+    return ops.reshape(ops.logical_and(rows >= 0, rows < size), [-1 if d == dim else 1 for d in range(rank)])
+
+
+def where_inside(x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
+    """`Loops.mask` in `keras.ops`."""
+    valid = inside(first, x.shape[dim], size, dim, len(x.shape))
+    return ops.where(valid, x, ops.cast(fill, x.dtype))
+
+
+def clipped(start: Any, length: int, size: int) -> Any:
+    """Indices of rows, the nearest inside for those outside."""
+    return ops.clip(ops.arange(length, dtype="int32") + start, 0, size - 1)

@@ -1,0 +1,146 @@
+"""Loops on TensorFlow: see `loops.Loops`. The same in eager mode, in graphs and under XLA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from ranger_nn.keras.loops import Backward, Body, Forward, clipped, where_inside
+
+
+class TensorFlowLoops:
+    """`tf.while_loop`, one step at a time: steps that run together would need memory together."""
+
+    def loop(self, start: int, stop: int, body: Body, carry: Any) -> Any:
+        """The body is traced once."""
+        found = tf.while_loop(
+            lambda t, _: t < stop,
+            lambda t, c: (t + 1, body(t, c)),
+            (tf.constant(start), carry),
+            parallel_iterations=1,
+            maximum_iterations=stop - start,
+        )
+        return found[1]
+
+    def branch(self, on: Any, then: Callable[[], list[Any]], other: Callable[[], list[Any]]) -> list[Any]:
+        """`tf.cond`."""
+        found = tf.cond(on, lambda: tuple(then()), lambda: tuple(other()))
+        return list(found) if isinstance(found, tuple | list) else [found]
+
+    def take(self, x: Any, dim: int, start: Any, length: int) -> Any:
+        """A slice; a gather where it hangs over."""
+        size = x.shape[dim]
+        shape = [length if d == dim else n for d, n in enumerate(x.shape)]
+        if size < length:
+            return tf.gather(x, clipped(start, length, size), axis=dim)
+        found = tf.cond(
+            tf.logical_and(start >= 0, start + length <= size),
+            lambda: _slice(x, dim, start, length),
+            lambda: tf.gather(x, clipped(start, length, size), axis=dim),
+        )
+        return tf.ensure_shape(found, shape)
+
+    def mask(self, x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
+        """Where."""
+        return where_inside(x, dim, first, size, fill)
+
+    def add(self, x: Any, dim: int, start: Any, rows: Any) -> Any:
+        """By scatter: TensorFlow updates in place where no one else holds x."""
+        lead = [tf.range(n) for n in x.shape[:dim]]
+        index = tf.meshgrid(*lead, clipped(start, rows.shape[dim], x.shape[dim]), indexing="ij")
+        return tf.tensor_scatter_nd_add(x, tf.stack(index, -1), tf.cast(rows, x.dtype))
+
+    def open(self, shape: Sequence[int], dtype: str, dim: int, rate: int, count: int, size: int) -> Any:
+        """A TensorArray."""
+        part = [rate if d == dim else n for d, n in enumerate(shape)]
+        return tf.TensorArray(dtype, size=count, element_shape=part)
+
+    def put(self, sink: Any, dim: int, i: Any, count: int, rows: Any, first: Any) -> Any:
+        """Written at most once in a loop; what does not count writes what stands there."""
+        dtype = sink.dtype
+        ok = tf.logical_and(i >= 0, i < count)
+        flow = tf.cond(ok, lambda: sink.write(i, tf.cast(rows, dtype)).flow, lambda: sink.flow)
+        return _rebuilt(sink, flow)
+
+    def close(self, sink: Any, dim: int, first: int, size: int) -> Any:
+        """Parts joined along `dim`."""
+        x = sink.stack()
+        rank = len(x.shape) - 1
+        if any(n != 1 for n in x.shape[1 : dim + 1]):
+            x = tf.transpose(x, [*range(1, dim + 1), 0, *range(dim + 1, rank + 1)])
+        part = sink.element_shape.as_list()
+        x = tf.reshape(x, [*part[:dim], -1, *part[dim + 1 :]])
+        return _slice(x, dim, -first, size)
+
+    def stack(self, count: int, shape: Sequence[int], dtype: str) -> Any:
+        """A TensorArray; what is not written is zero."""
+        return tf.TensorArray(dtype, size=count, element_shape=list(shape))
+
+    def push(self, stack: Any, i: Any, block: Any) -> Any:
+        """Written."""
+        return stack.write(i, tf.cast(block, stack.dtype))
+
+    def full(self, stack: Any) -> Any:
+        """One tensor."""
+        return stack.stack()
+
+    def blocks(self, stack: Any, i: Any, n: int) -> list[Any]:
+        """Slices."""
+        return [stack[i + j] for j in range(n)]
+
+    def vjp(
+        self, function: Callable[..., list[Any]], args: Sequence[Any]
+    ) -> tuple[list[Any], Callable[..., list[Any]]]:
+        """A tape."""
+        args = [tf.identity(a) for a in args]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(args)
+            results = function(*args)
+
+        def pull(grads: Sequence[Any]) -> list[Any]:
+            given = [tf.cast(g, r.dtype) for g, r in zip(grads, results, strict=True)]
+            return list(tape.gradient(results, args, given, unconnected_gradients=tf.UnconnectedGradients.ZERO))
+
+        return results, pull
+
+    def differentiable(self, forward: Forward, backward: Backward, args: Sequence[Any]) -> list[Any]:
+        """`tf.custom_gradient`."""
+        args = [tf.convert_to_tensor(a) for a in args]
+        wanted = _wanted(args)
+
+        @tf.custom_gradient
+        def run(*args: Any) -> Any:
+            results, saved = forward(args, True)
+
+            def back(*grads: Any) -> Any:
+                found = backward(args, saved, results, grads, wanted)
+                return tuple(None if g is None else tf.cast(g, a.dtype) for g, a in zip(found, args, strict=True))
+
+            return tuple(results), back
+
+        found = run(*args)
+        return list(found) if isinstance(found, tuple | list) else [found]
+
+
+def _slice(x: Any, dim: int, start: Any, length: int) -> Any:
+    begin = [start if d == dim else 0 for d in range(len(x.shape))]
+    shape = tf.shape(x)
+    size = [length if d == dim else (n if n is not None else shape[d]) for d, n in enumerate(x.shape)]
+    return tf.slice(x, begin, size)
+
+
+def _rebuilt(sink: Any, flow: Any) -> Any:
+    from tensorflow.python.ops import tensor_array_ops
+
+    return sink if tf.executing_eagerly() else tensor_array_ops.build_ta_with_new_flow(sink, flow)
+
+
+def _wanted(args: Sequence[Any]) -> list[bool]:
+    """Gradients that an active tape asks for; all, where none is active here (a function may be differentiated later)."""
+    from tensorflow.python.eager import record
+
+    floating = [a.dtype.is_floating for a in args]
+    watched = [record.should_record_backprop([a]) for a in args]
+    return [f and (w or not any(watched)) for f, w in zip(floating, watched, strict=True)]

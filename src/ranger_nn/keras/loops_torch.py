@@ -1,0 +1,128 @@
+"""Loops on PyTorch: see `loops.Loops`. Nothing is traced: steps are integers, and a branch is an `if`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from keras import ops
+from torch import Tensor
+
+from ranger_nn.keras.loops import Backward, Body, Forward, where_inside
+
+
+class TorchLoops:
+    """A Python loop; results are written into place."""
+
+    def loop(self, start: int, stop: int, body: Body, carry: Any) -> Any:
+        """One step after the other."""
+        for t in range(start, stop):
+            carry = body(t, carry)
+        return carry
+
+    def branch(self, on: Any, then: Callable[[], list[Any]], other: Callable[[], list[Any]]) -> list[Any]:
+        """`if`."""
+        return then() if on else other()
+
+    def take(self, x: Any, dim: int, start: Any, length: int) -> Any:
+        """A view; copied where it hangs over."""
+        size = x.shape[dim]
+        if start >= 0 and start + length <= size:
+            return x.narrow(dim, start, length)
+        index = (torch.arange(length, device=x.device) + start).clamp_(0, size - 1)
+        return x.index_select(dim, index)
+
+    def mask(self, x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
+        """x itself where all of it is inside."""
+        if first >= 0 and first + x.shape[dim] <= size:
+            return x
+        return where_inside(x, dim, first, size, fill)
+
+    def add(self, x: Any, dim: int, start: Any, rows: Any) -> Any:
+        """In place."""
+        lo, hi = max(start, 0), min(start + rows.shape[dim], x.shape[dim])
+        if hi > lo:
+            x.narrow(dim, lo, hi - lo).add_(rows.narrow(dim, lo - start, hi - lo))
+        return x
+
+    def open(self, shape: Sequence[int], dtype: str, dim: int, rate: int, count: int, size: int) -> Any:
+        """The value itself."""
+        full = [size if d == dim else n for d, n in enumerate(shape)]
+        return ops.zeros(full, dtype)
+
+    def put(self, sink: Any, dim: int, i: Any, count: int, rows: Any, first: Any) -> Any:
+        """Copied into place, without the rows outside."""
+        lo, hi = max(first, 0), min(first + rows.shape[dim], sink.shape[dim])
+        if 0 <= i < count and hi > lo:
+            sink.narrow(dim, lo, hi - lo).copy_(rows.narrow(dim, lo - first, hi - lo))
+        return sink
+
+    def close(self, sink: Any, dim: int, first: int, size: int) -> Any:
+        """As it is."""
+        return sink
+
+    def stack(self, count: int, shape: Sequence[int], dtype: str) -> Any:
+        """A list."""
+        zero = ops.zeros(shape, dtype)
+        return [zero] * count
+
+    def push(self, stack: Any, i: Any, block: Any) -> Any:
+        """A copy: a view would keep what it was cut from."""
+        stack[i] = block.clone()
+        return stack
+
+    def blocks(self, stack: Any, i: Any, n: int) -> list[Any]:
+        """From the list."""
+        return list(stack[i : i + n])
+
+    def full(self, stack: Any) -> Any:
+        """As it is."""
+        return stack
+
+    def vjp(
+        self, function: Callable[..., list[Any]], args: Sequence[Any]
+    ) -> tuple[list[Any], Callable[..., list[Any]]]:
+        """Autograd of one step."""
+        leaves = [a.detach().requires_grad_() for a in args]
+        with torch.enable_grad():
+            results = function(*leaves)
+
+        def pull(grads: Sequence[Any]) -> list[Any]:
+            pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
+            if not pairs:
+                return [torch.zeros_like(a) for a in leaves]
+            outs, given = zip(*pairs, strict=True)
+            given = tuple(g.to(r.dtype) for r, g in pairs)
+            found = torch.autograd.grad(outs, leaves, given, allow_unused=True)
+            return [torch.zeros_like(a) if g is None else g for g, a in zip(found, leaves, strict=True)]
+
+        return [r.detach() for r in results], pull
+
+    def differentiable(self, forward: Forward, backward: Backward, args: Sequence[Any]) -> list[Any]:
+        """An autograd function, where gradients are on."""
+        if not (torch.is_grad_enabled() and any(a.requires_grad for a in args)):
+            return forward(args, False)[0]
+        return list(_Run.apply(forward, backward, *args))
+
+
+class _Run(torch.autograd.Function):
+    """One sweep."""
+
+    @staticmethod
+    def forward(ctx: Any, forward: Forward, backward: Backward, *args: Tensor) -> Any:
+        results, ctx.saved = forward([a.detach() for a in args], True)
+        ctx.pull, ctx.count = backward, len(args)
+        ctx.save_for_backward(*args, *results)
+        ctx.mark_non_differentiable(*[r for r in results if not r.is_floating_point()])
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        kept = ctx.saved_tensors
+        args, results = kept[: ctx.count], kept[ctx.count :]
+        wanted = ctx.needs_input_grad[2:]
+        found = ctx.pull([a.detach() for a in args], ctx.saved, results, grads, wanted)
+        ctx.saved = None
+        return (None, None, *found)

@@ -1,0 +1,301 @@
+"""What a layer's `call` does, recorded: the calls of inner layers and operations that it makes on symbolic tensors.
+
+Variables are replaced by symbolic tensors while a layer is traced, so that what is computed from weights is recorded as
+well. Nothing is written: assignments are given as updates, and a trace that would depend on a Variable's number is
+refused. What Keras itself cannot do on symbolic tensors is worked around here. Enter at `trace`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import traceback
+from collections.abc import Callable, Container, Iterator, Sequence
+from types import FunctionType
+from typing import Any
+
+import keras
+import numpy as np
+from keras import KerasTensor, ops, tree
+
+
+class Parameter(KerasTensor):
+    """A Variable while its layer is traced; `assign` is recorded."""
+
+    def bind(self, variable: Any, dtype: str, record: Callable[[Any, Any], None]) -> None:
+        """`record(parameter, value)` is called by `assign`."""
+        self.variable, self.seen, self._record = variable, dtype, record
+
+    @property
+    def value(self) -> Any:
+        """The tensor itself."""
+        return self
+
+    def assign(self, value: Any) -> None:
+        """Record the update."""
+        if self.variable.trainable:
+            raise Untraceable(f"assigns to {self.variable.path}, which is trained")
+        if not isinstance(value, KerasTensor):
+            raise Untraceable(f"assigns a number to {self.variable.path}")
+        self._record(self, value)
+
+    def assign_add(self, value: Any) -> None:
+        """Record the update."""
+        self.assign(self + value)
+
+    def assign_sub(self, value: Any) -> None:
+        """Record the update."""
+        self.assign(self - value)
+
+
+class Conv(keras.Operation):
+    """A convolution in groups: the operation of `keras.ops` refuses these on symbolic tensors."""
+
+    def __init__(
+        self, strides: Any, padding: str, data_format: str, dilation_rate: Any, out: Callable[[Any], Any]
+    ) -> None:
+        """As in `keras.ops.conv`; `out`: shape of the result."""
+        super().__init__()
+        self.strides, self.padding, self.data_format, self.dilation_rate = strides, padding, data_format, dilation_rate
+        self.out = out
+
+    @classmethod
+    def of(cls, layer: Any) -> Callable[[Any, Any], Any]:
+        """What the layer's own `convolution_op` does."""
+
+        def run(inputs: Any, kernel: Any) -> Any:
+            shape = tuple(layer.compute_output_shape(inputs.shape))
+            mode = layer.padding
+            if mode == "causal":
+                inputs, mode = ops.pad(inputs, layer._compute_causal_padding()), "valid"
+            return cls(layer.strides, mode, layer.data_format, layer.dilation_rate, lambda _: shape)(inputs, kernel)
+
+        return run
+
+    def call(self, inputs: Any, kernel: Any) -> Any:
+        """The convolution."""
+        return ops.conv(inputs, kernel, self.strides, self.padding, self.data_format, self.dilation_rate)
+
+    def compute_output_spec(self, inputs: Any, kernel: Any) -> Any:
+        """Shape and dtype."""
+        return KerasTensor(self.out(inputs), dtype=inputs.dtype)
+
+
+class _Functions:
+    """`keras.ops` under the names by which preprocessing layers call their back end."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ops, name, self)
+
+
+ACTIVATIONS: dict[Any, Any] = {
+    keras.activations.hard_silu: ops.hard_silu,
+    keras.activations.sparsemax: ops.sparsemax,
+    keras.activations.mish: lambda x: x * ops.tanh(ops.softplus(x)),
+}
+"""Activations that Keras itself cannot apply to symbolic tensors, in its operations."""
+
+
+class Untraceable(Exception):
+    """The trace of a layer would not be what the layer does."""
+
+
+class _Scope(keras.StatelessScope):
+    """Nothing is written while tracing, and no Variable's number may enter the trace."""
+
+    def get_current_value(self, variable: Any) -> Any:
+        raise Untraceable(f"reads the value of {variable.path}")
+
+    def add_update(self, update: Any) -> None:
+        raise Untraceable(f"assigns to {update[0].path}")
+
+    def add_loss(self, loss: Any) -> None:
+        raise Untraceable("adds a loss")
+
+
+_TRACKED = {"_trainable_variables", "_non_trainable_variables", "_tracker", "_torch_params", "_metrics", "_parameters"}
+"""Where Keras keeps Variables beside the attributes that a layer reads."""
+
+
+def seen_dtype(variable: Any, layer: Any) -> str:
+    """The dtype in which a layer's `call` sees a Variable: cast to the compute dtype of a mixed policy."""
+    own = keras.backend.standardize_dtype(variable.dtype)
+    if layer is None or not layer.autocast or not variable._autocast or not own.startswith(("float", "bfloat")):
+        return str(own)
+    compute = layer.compute_dtype
+    return str(compute if compute is not None and compute.startswith(("float", "bfloat")) else own)
+
+
+def trace(
+    layer: Any, args: Any, kwargs: Any, training: bool, known: Container[int]
+) -> tuple[list[Any], Any, list[Any]]:
+    """Calls that `layer.call` makes, in order; its outputs; updates (Variable, symbolic value).
+
+    Args:
+        args, kwargs: of the call, with symbolic tensors.
+        known: ids of the symbolic tensors at which the calls begin.
+
+    Raises Untraceable, or what the layer itself raises, where the trace would not be what the layer does.
+    """
+    updates: list[tuple[Any, Any]] = []
+    policy = layer.dtype_policy
+    cast_scope = keras.src.backend.AutocastScope(layer.compute_dtype) if _mixed(layer) else contextlib.nullcontext()
+    with _Scope(), _symbolic(layer, updates), cast_scope:
+        if layer._convert_input_args:
+            args, kwargs = tree.map_structure(
+                lambda leaf: (
+                    policy.convert_input(leaf, layer.autocast, layer.input_dtype)
+                    if isinstance(leaf, KerasTensor)
+                    else leaf
+                ),
+                (args, kwargs),
+            )
+        kwargs = with_training(layer, kwargs, training)
+        result = layer.call(*args, **kwargs)
+    leaves = tree.flatten(result)
+    for leaf in leaves:
+        if not isinstance(leaf, KerasTensor) and leaf is not None:
+            raise Untraceable("gives something that does not depend on its inputs")
+    roots = [leaf for leaf in leaves if leaf is not None] + [value for _, value in updates]
+    roots += [get_mask(leaf) for leaf in leaves if get_mask(leaf) is not None]
+    return _recorded(known, roots), result, updates
+
+
+@contextlib.contextmanager
+def _symbolic(layer: Any, updates: list[tuple[Any, Any]]) -> Iterator[None]:
+    """The layer's own Variables are symbolic tensors while this is open."""
+    made: dict[int, Parameter] = {}
+
+    def stand_in(leaf: Any) -> Any:
+        if not isinstance(leaf, keras.Variable) or leaf.dtype == "string":
+            return leaf
+        if id(leaf) not in made:
+            tensor = Parameter(tuple(leaf.shape), dtype=seen_dtype(leaf, layer), name=leaf.name)
+            tensor.bind(leaf, seen_dtype(leaf, layer), record)
+            made[id(leaf)] = tensor
+        return made[id(leaf)]
+
+    def record(parameter: Parameter, value: Any) -> None:
+        places = [key for key, attribute in held.items() if attribute is parameter]
+        if not places:
+            raise Untraceable(f"assigns to {parameter.variable.path}, which it holds in a list")
+        if keras.backend.backend() != "jax":  # what is assigned is a number there, and no gradient comes back from it
+            value = ops.stop_gradient(value)
+        updates.append((parameter.variable, value))
+        for key in places:  # from here on the layer reads the new value
+            held[key] = ops.cast(value, parameter.seen)
+
+    held = vars(layer)
+    swapped = {}
+    if "backend" in held:  # preprocessing layers: the back end's functions under the names of keras.ops
+        swapped["backend"], held["backend"] = held["backend"], _Functions()
+    if isinstance(held.get("activation"), FunctionType) and held["activation"] in ACTIVATIONS:
+        swapped["activation"], held["activation"] = held["activation"], ACTIVATIONS[held["activation"]]
+    if isinstance(layer, keras.layers.BatchNormalization) and layer.center and not layer.scale:
+        # Keras refuses a shift without a scale on symbolic tensors; a scale of one gives the same numbers
+        swapped |= {"scale": layer.scale, "gamma": layer.gamma}
+        held |= {"scale": True, "gamma": np.ones(layer.beta.shape, "float32")}
+    grouped = getattr(layer, "groups", 1) != 1 and isinstance(
+        getattr(type(layer), "convolution_op", None), FunctionType
+    )
+    if grouped:
+        held["convolution_op"] = lambda inputs, kernel: Conv.of(layer)(inputs, kernel)
+    for key, attribute in list(held.items()):
+        if key in _TRACKED:
+            continue
+        if isinstance(attribute, keras.Variable):
+            swapped[key], held[key] = attribute, stand_in(attribute)
+        elif isinstance(attribute, (list, tuple)) and any(isinstance(a, keras.Variable) for a in attribute):
+            swapped[key], held[key] = attribute, type(attribute)([stand_in(a) for a in attribute])
+        elif isinstance(attribute, dict) and any(isinstance(a, keras.Variable) for a in attribute.values()):
+            swapped[key], held[key] = attribute, {k: stand_in(a) for k, a in attribute.items()}
+    try:
+        yield
+    finally:
+        held.update(swapped)
+        if grouped:
+            del held["convolution_op"]
+
+
+def with_training(layer: Any, kwargs: Any, training: bool) -> dict[str, Any]:
+    """Arguments of `layer.call`, with the mode where it takes one."""
+    rest = {k: v for k, v in kwargs.items() if k != "training"}
+    return {**rest, "training": training} if "training" in inspect.signature(layer.call).parameters else rest
+
+
+def _mixed(layer: Any) -> bool:
+    return bool(layer.autocast and layer.compute_dtype != layer.variable_dtype and "float" in layer.compute_dtype)
+
+
+def _recorded(known: Container[int], roots: Sequence[Any]) -> list[Any]:
+    """The calls that made `roots`, in order; those before `known` tensors are left out."""
+    order: list[Any] = []
+    seen: set[int] = set()
+    pending = [(root, False) for root in reversed(roots)]
+    while pending:
+        tensor, done = pending.pop()
+        if id(tensor) in known or isinstance(tensor, Parameter):
+            continue
+        history = getattr(tensor, "_keras_history", None)
+        if history is None or history.operation is None:
+            raise Untraceable("uses a tensor that is neither an input nor a weight")
+        node = history.operation._inbound_nodes[history.node_index]
+        if id(node) in seen:
+            continue
+        if done:
+            seen.add(id(node))
+            order.append(node)
+            continue
+        pending.append((tensor, True))
+        pending += [(t, False) for t in reversed([*node.arguments.keras_tensors, *_masks(node)])]
+    return order
+
+
+def _masks(node: Any) -> list[Any]:
+    """Masks that the called layer takes from its inputs."""
+    return [m for m in tree.flatten(masked(node)) if isinstance(m, KerasTensor)]
+
+
+def masked(node: Any) -> dict[str, Any]:
+    """Masks that Keras hands to a layer beside its inputs."""
+    layer, args, kwargs = node.operation, node.arguments.args, node.arguments.kwargs
+    if not isinstance(layer, keras.Layer) or not any(get_mask(t) is not None for t in node.arguments.keras_tensors):
+        return {}
+    parameters = inspect.signature(layer.call).parameters
+    given = inspect.signature(layer.call).bind_partial(*args, **{k: v for k, v in kwargs.items() if k in parameters})
+    tensors = {k: v for k, v in given.arguments.items() if any(isinstance(t, KerasTensor) for t in tree.flatten(v))}
+    single = len(tensors) == 1
+    names = {k: "mask" if single else f"{k}_mask" for k in tensors}
+    return {
+        name: tree.map_structure(get_mask, tensors[k])
+        for k, name in names.items()
+        if name in parameters and given.arguments.get(name) is None
+    }
+
+
+def get_mask(tensor: Any) -> Any:
+    """The mask that Keras attached to a tensor."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+def config_of(layer: Any) -> str:
+    """The layer's config, as far as it has one."""
+    try:
+        return str(layer.get_config())
+    except Exception:  # subclassed models need not have one
+        return f"{type(layer).__name__} has none"
+
+
+def reason_of(error: BaseException) -> str:
+    if isinstance(error, Untraceable):
+        return str(error)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _inside(f.filename)]
+    line = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+    text = str(error).strip().splitlines()
+    return f"fails on symbolic tensors{line}: {type(error).__name__}: {text[0] if text else ''}"
+
+
+def _inside(filename: str) -> bool:
+    return any(
+        part in filename for part in ("/keras/src/", "/tensorflow/", "/jax/", "/torch/", "/ranger_nn/", "/optree/")
+    )

@@ -1,0 +1,271 @@
+"""Choose a rolled slide: the longest steps, and the fewest cuts, whose projected peak is within what is allowed.
+
+Two things are chosen: `block`, the bytes of a sweep's largest value that a step may make, and where sweeps end early.
+A sweep whose values are all light runs in one step, so the first cuts to try are those that part the network's
+light end (small feature maps, heavy weights) from its large beginning. Enter at `make_rolled`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ranger_nn.bounds.axes import Axis, find_axes
+from ranger_nn.bounds.infer import Bounds
+from ranger_nn.core.graph import COMPUTED, PARAMETER, Graph
+from ranger_nn.errors import BudgetError, InputError
+from ranger_nn.planning.budget import format_bytes
+from ranger_nn.planning.forward import Demand, Schedule, demand
+from ranger_nn.planning.report import Plan, SweepRow
+from ranger_nn.planning.rolled import Loop, roll, rollable
+from ranger_nn.planning.rolled_cost import Cost, cost, last_levels
+from ranger_nn.planning.search import STEP_BYTES, Options, with_margin
+from ranger_nn.planning.stages import REGIONAL, Stages, stage
+from ranger_nn.planning.verify_rolled import verify_loop
+
+LIGHT = 4
+"""A sweep runs in one step where its largest value has at most this many blocks."""
+LONGER = 8
+"""How much longer the first steps of training are."""
+FINEST = 9
+"""How often the block is halved."""
+CUTS = 6
+"""How many cuts are added one after the other."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`block`: bytes of a sweep's largest value in one step; `rows`: input rows in one step (the user's)."""
+
+    block: int
+    cuts: tuple[int, ...] = ()
+    holds: tuple[tuple[int, int], ...] = ()
+    rows: int | None = None
+
+
+@dataclass
+class Rolled:
+    """A plan and all that the executor needs: a loop for each level, None where it runs in one step."""
+
+    plan: Plan
+    graph: Graph
+    stages: Stages
+    demand: Demand
+    loops: tuple[Loop | None, ...]
+    last: dict[int, int]
+    training: bool
+
+
+@dataclass
+class Candidate:
+    """One choice, rolled."""
+
+    choice: Choice
+    bounds: Bounds
+    stages: Stages
+    demand: Demand
+    loops: tuple[Loop | None, ...]
+    cost: Cost
+
+
+def lower(graph: Graph, axes: Sequence[Axis], choice: Choice, training: bool) -> Candidate:
+    """Roll a choice and count its bytes."""
+    bounds = Bounds(graph, tuple(axes[:1]))
+    stages = stage(bounds, choice.cuts)
+    wanted = demand(bounds, stages, Schedule(1, (1,) * len(axes[:1]), choice.cuts, choice.holds))
+    loops: list[Loop | None] = []
+    for sweep in wanted.sweeps:
+        steps = _steps(bounds, sweep.nodes, choice) if sweep.nodes and axes else 1
+        loop = roll(bounds, stages, sweep, steps, training) if steps > 1 else None
+        loops.append(loop if loop is not None and loop.stop - loop.start > 1 else None)
+    return Candidate(choice, bounds, stages, wanted, tuple(loops), cost(graph, stages, wanted, loops, training))
+
+
+def _steps(bounds: Bounds, nodes: Sequence[int], choice: Choice) -> int:
+    values = bounds.graph.values
+    touched = {v for k in nodes for v in (*bounds.graph.nodes[k].inputs, *bounds.graph.nodes[k].outputs)}
+    touched = {v for v in touched if bounds.dim(v, 0) is not None and values[v].kind != PARAMETER}
+    if choice.rows is not None:
+        first = max((bounds.size(v, 0) for v in bounds.graph.inputs if bounds.dim(v, 0) is not None), default=1)
+        share = max((bounds.size(v, 0) for v in touched), default=1)
+        return max(1, -(-share * -(-first // choice.rows) // first))
+    heaviest = max((values[v].nbytes for v in touched), default=0)
+    return 1 if heaviest <= LIGHT * choice.block else -(-heaviest // choice.block)
+
+
+def choices(graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> Iterator[Choice]:
+    """Ever shorter steps, each without a cut and with the light end cut off. Training begins with longer ones: what it
+    saves is so many rows for each step.
+    """
+    if options.regions is not None:
+        if len(options.regions) > 1 and any(
+            r < _largest(graph, axis) for r, axis in zip(options.regions[1:], axes[1:], strict=False)
+        ):
+            raise InputError(
+                f"a Keras model is slid along one axis ({axes[0].name}); got regions {options.regions}: "
+                f"give one size, such as ({options.regions[0]},)"
+            )
+        yield Choice(STEP_BYTES, rows=options.regions[0])
+        return
+    block = STEP_BYTES * (LONGER if training else 1)
+    for _ in range(FINEST):
+        found = Choice(block)
+        end = _light_end(graph, LIGHT * block)
+        if end:
+            yield replace(found, cuts=(end,))
+        yield found
+        block //= 2
+
+
+def _largest(graph: Graph, axis: Axis) -> int:
+    return max((graph.values[v].shape[axis.dims[v]] for v in graph.inputs if v in axis.dims), default=0)
+
+
+def _light_end(graph: Graph, limit: int) -> int:
+    """Position after the last node that makes more than `limit` bytes; 0 where that is no cut."""
+    heavy = [k for k, n in enumerate(graph.nodes) if any(graph.values[v].nbytes > limit for v in n.outputs)]
+    at = heavy[-1] + 2 if heavy else 0
+    return at if 0 < at < len(graph.nodes) else 0
+
+
+class Search:
+    """The first choice that fits; then cuts, one after the other; the least found where nothing does."""
+
+    def __init__(self, graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> None:
+        self.graph, self.axes, self.options, self.training = graph, axes, options, training
+        self.best: Candidate | None = None
+
+    def attempt(self, choice: Choice) -> bool:
+        """Roll it; True where it fits."""
+        found = lower(self.graph, self.axes, choice, self.training)
+        if self.best is None or found.cost.peak < self.best.cost.peak:
+            self.best = found
+        if self.options.allowed is None or with_margin(found.cost.peak) > self.options.allowed:
+            return self.options.allowed is None
+        self.best = found
+        return True
+
+    def run(self) -> Candidate:
+        """The choice."""
+        if not self.axes:
+            return lower(self.graph, self.axes, Choice(1), self.training)
+        if any(self.attempt(choice) for choice in choices(self.graph, self.axes, self.options, self.training)):
+            assert self.best is not None
+            return self.best
+        assert self.best is not None
+        for _ in range(CUTS):
+            start = self.best
+            if any(self.attempt(choice) for choice in self._moves(start)) or self.best is start:
+                break
+        return self.best
+
+    def _moves(self, start: Candidate) -> Iterator[Choice]:
+        for cut in _cut_positions(self.graph, start):
+            cuts = tuple(sorted({*start.choice.cuts, cut}))
+            yield replace(start.choice, cuts=cuts)
+            yield replace(start.choice, cuts=cuts, block=start.choice.block * 2)
+
+
+def _cut_positions(graph: Graph, best: Candidate) -> list[int]:
+    """One position in each eighth of the largest sweep: where the fewest bytes cross."""
+    at = max(range(len(best.loops)), key=lambda n: best.cost.peaks[n])
+    nodes = [k for k in best.demand.sweeps[at].nodes if best.stages.kind[k] == REGIONAL]
+    if len(nodes) < 4:
+        return []
+    last = {v: k for k, node in enumerate(graph.nodes) for v in node.inputs}
+    found: dict[int, tuple[int, int]] = {}
+    for n, k in enumerate(nodes[:-1]):
+        over = sum(
+            graph.values[v].nbytes for j in nodes[: n + 1] for v in graph.nodes[j].outputs if last.get(v, -1) > k
+        )
+        part = 8 * n // len(nodes)
+        found[part] = min(found.get(part, (over, k + 1)), (over, k + 1))
+    return [position for _, position in found.values() if position not in best.choice.cuts]
+
+
+def make_rolled(graph: Graph, options: Options, training: bool) -> Rolled:
+    """Plan of a graph; raises BudgetError where nothing fits."""
+    if options.schedule == "tile":
+        raise InputError('a Keras model is slid along, not tiled: leave schedule out, or give "slide"')
+    axes = find_axes(graph)
+    if axes:
+        graph = rollable(graph, Bounds(graph, tuple(axes[:1])))
+        axes = [a for a in find_axes(graph) if a.name == axes[0].name][:1] or find_axes(graph)[:1]
+    best = Search(graph, axes, options, training).run()
+    projected = with_margin(best.cost.peak)
+    if options.allowed is not None and projected > options.allowed:
+        raise _too_small(graph, options.allowed, projected, best)
+    for sweep, loop in zip(best.demand.sweeps, best.loops, strict=True):
+        if loop is not None:
+            verify_loop(loop, graph, best.bounds, sweep.nodes)
+    plan = _describe(best, options, projected, _untouched(graph, training), training)
+    last = last_levels(graph, best.stages, best.demand)
+    return Rolled(plan, graph, best.stages, best.demand, best.loops, last, training)
+
+
+def _untouched(graph: Graph, training: bool) -> int:
+    """Peak of the untouched network: all activations in training, else what is live node after node."""
+    if training:
+        return sum(graph.values[v].nbytes for n in graph.nodes for v in n.outputs)
+    last = {v: k for k, n in enumerate(graph.nodes) for v in n.inputs}
+    live = worst = 0
+    for k, node in enumerate(graph.nodes):
+        live += sum(graph.values[v].nbytes for v in node.outputs)
+        worst = max(worst, live)
+        done = {v for v in node.inputs if last[v] == k and graph.values[v].kind == COMPUTED}
+        live -= sum(graph.values[v].nbytes for v in done if v not in graph.outputs)
+    return worst
+
+
+def _describe(best: Candidate, options: Options, projected: int, untouched: int, training: bool) -> Plan:
+    graph, bounds = best.bounds.graph, best.bounds
+    rows = []
+    for at, (sweep, loop) in enumerate(zip(best.demand.sweeps, best.loops, strict=True)):
+        if not sweep.nodes:
+            continue
+        steps = loop.steps if loop is not None else 1
+        stored = sum(graph.values[v].nbytes for v in sweep.sinks if v not in graph.outputs)
+        largest = max(
+            sweep.sinks or {graph.nodes[k].inputs[0] for k in sweep.nodes}, key=lambda v: graph.values[v].nbytes
+        )
+        share = -(-bounds.size(largest, 0) // steps) if bounds.axes else 0
+        kept = max((f.kept for f in loop.flows.values()), default=0) if loop is not None else 0
+        kind = "slide" if loop is not None else "whole"
+        rows.append(SweepRow(at, len(sweep.nodes), kind, steps, str(share), str(kept), stored, best.cost.peaks[at]))
+    whole = []
+    for k, reason in sorted(best.stages.reasons.items()):
+        node = graph.nodes[k]
+        size = sum(graph.values[v].nbytes for v in node.outputs)
+        place = f"{node.name} ({node.where})" if node.where else node.name
+        whole.append(f"{place}: {reason}; {format_bytes(size)}")
+    if not bounds.axes:
+        whole.append("everything: no axis along which the network can be cut")
+    plain = graph.macs() * (3 if training else 1)
+    return Plan(
+        graph.name,
+        training,
+        options.allowed,
+        projected,
+        untouched,
+        round(max(0.0, best.cost.macs / plain - 1), 6) if plain else 0.0,
+        tuple(a.name for a in bounds.axes),
+        max((loop.steps for loop in best.loops if loop is not None), default=1),
+        (1,) * len(bounds.axes),
+        tuple(rows),
+        tuple(whole),
+        best.cost.peaks,
+    )
+
+
+def _too_small(graph: Graph, allowed: int, least: int, best: Candidate) -> BudgetError:
+    k = best.cost.binding
+    place = "what the sweeps store"
+    if k >= 0:
+        place = f"{graph.nodes[k].name} ({graph.nodes[k].where})" if graph.nodes[k].where else graph.nodes[k].name
+    return BudgetError(
+        f"{graph.name} does not fit in {format_bytes(allowed)} ({allowed} bytes): the least that a plan needs for this "
+        f"input is {format_bytes(least)} ({least} bytes), bound by {place}. Allow {least} bytes, or use a smaller input.",
+        allowed=allowed,
+        least=least,
+        binding=place,
+    )

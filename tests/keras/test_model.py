@@ -1,0 +1,259 @@
+"""`regionalize` as Keras users meet it: one model among others, in `fit`, `predict`, files, policies and errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+from keras import ops
+
+import ranger_nn
+from ranger_nn.errors import BudgetError, InputError, VerificationError
+from ranger_nn.keras.model import Regional
+from ranger_nn.planning.report import Plan
+
+BACKEND = keras.backend.backend()
+
+
+def net(width: int = 4) -> keras.Model:
+    """A network with a skip connection and batch statistics."""
+    inputs = keras.Input((None, None, 3))
+    x = skip = L.Conv2D(width, 3, padding="same", activation="relu")(inputs)
+    x = L.MaxPooling2D(2)(L.BatchNormalization()(x))
+    x = L.Conv2DTranspose(width, 2, strides=2, padding="same")(L.Conv2D(2 * width, 3, padding="same")(x))
+    return keras.Model(inputs, L.Conv2D(2, 1)(L.Concatenate()([x, skip])), name="net")
+
+
+def images(count: int = 1, rows: int = 24, seed: int = 0) -> Any:
+    """Seeded images."""
+    return np.random.default_rng(seed).standard_normal((count, rows, 16, 3)).astype("float32")
+
+
+def apart(a: Any, b: Any) -> float:
+    """Largest difference, relative to the largest value."""
+    a, b = (np.asarray(ops.convert_to_numpy(x)).astype("float64") for x in (a, b))
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def test_the_variables_are_the_same() -> None:
+    """Shared, under the same names, and no others."""
+    model = net()
+    small = ranger_nn.regionalize(model, regions=(8,))
+    assert isinstance(small, keras.Model)
+    assert [id(v) for v in small.variables] == [id(v) for v in model.variables]
+    assert small.count_params() == model.count_params()
+    x = images()
+    before = ops.convert_to_numpy(small(x))
+    model.layers[1].kernel.assign(2.0 * model.layers[1].kernel)
+    assert apart(small(x), before) > 1e-3
+    assert apart(small(x), model(x)) < 1e-5
+
+
+def test_predict_with_a_last_batch_that_is_smaller() -> None:
+    """Five images in batches of two, then all at once."""
+    model = net()
+    small = ranger_nn.regionalize(model, regions=(8,))
+    x = images(5)
+    assert apart(small.predict(x, batch_size=2, verbose=0), model.predict(x, verbose=0)) < 1e-5
+    assert apart(small.predict(x, batch_size=5, verbose=0), model.predict(x, verbose=0)) < 1e-5
+    taller = images(2, rows=40)
+    assert apart(small.predict(taller, verbose=0), model.predict(taller, verbose=0)) < 1e-5
+
+
+def test_fit_as_the_untouched_model() -> None:
+    """Weights, running statistics and losses of three steps, the last of them on a smaller batch."""
+    keras.utils.set_random_seed(0)
+    model = net()
+    twin = keras.models.clone_model(model)
+    twin.set_weights(model.get_weights())
+    x = images(5)
+    y = np.random.default_rng(1).standard_normal((5, 24, 16, 2)).astype("float32")
+    losses = []
+    for each in (model, ranger_nn.regionalize(twin, regions=(12,))):
+        each.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
+        losses.append(each.fit(x, y, batch_size=2, shuffle=False, verbose=0).history["loss"][0])
+    assert abs(losses[0] - losses[1]) < 1e-5
+    for a, b in zip(twin.get_weights(), model.get_weights(), strict=True):
+        assert np.abs(a - b).max() < 1e-5
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    """A `.keras` file holds the untouched model and the options."""
+    small = ranger_nn.regionalize(net(), regions=(8,))
+    x = images()
+    expected = small.predict(x, verbose=0)
+    small.save(tmp_path / "small.keras")
+    again = keras.saving.load_model(tmp_path / "small.keras")
+    assert isinstance(again, Regional)
+    assert again.get_config()["regions"] == (8,) or list(again.get_config()["regions"]) == [8]
+    assert apart(again.predict(x, verbose=0), expected) < 1e-6
+
+
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="Keras writes a SavedModel of the other back ends through jax2tf or torch_xla"
+)
+def test_exported(tmp_path: Path) -> None:
+    """A SavedModel, which TensorFlow runs without this package."""
+    import tensorflow as tf
+
+    model = net()
+    small = ranger_nn.regionalize(model, regions=(8,))
+    small(images())
+    small.export(tmp_path / "small", verbose=False)
+    served = tf.saved_model.load(tmp_path / "small")
+    assert apart(served.serve(images(2)), model(images(2))) < 1e-5
+
+
+def test_inside_another_model() -> None:
+    """It is a layer like others, in functional models too."""
+    model = net()
+    inputs = keras.Input((24, 16, 3))
+    outer = keras.Model(inputs, ranger_nn.regionalize(model, regions=(8,))(L.Rescaling(2.0)(inputs)))
+    assert outer.output_shape == (None, 24, 16, 2)
+    x = images()
+    assert apart(outer.predict(x, verbose=0), model.predict(2.0 * x, verbose=0)) < 1e-5
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
+def test_policies(policy: str) -> None:
+    """Results are in the dtype in which the untouched model gives them."""
+    if policy == "float64" and BACKEND == "jax":
+        pytest.skip("JAX computes in 64 bits only where jax_enable_x64 is set for the process")
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = net()
+        x = images().astype("float64" if policy == "float64" else "float32")
+        ours, theirs = ranger_nn.regionalize(model, regions=(8,))(x), model(x)
+        assert ours.dtype == theirs.dtype
+        assert apart(ops.cast(ours, "float32"), ops.cast(theirs, "float32")) < (1e-6 if policy == "float64" else 5e-2)
+        if policy == "float64":
+            assert apart(ours, theirs) < 1e-11
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras compiles nothing on PyTorch unless asked")
+@pytest.mark.parametrize("options", [{"jit_compile": True}, {"jit_compile": False}, {"run_eagerly": True}])
+def test_modes(options: dict[str, bool]) -> None:
+    """XLA, graphs, and line by line."""
+    model = net()
+    small = ranger_nn.regionalize(model, regions=(12,))
+    small.compile("sgd", "mse", **options)
+    x = images()
+    assert apart(small.predict(x, verbose=0), model.predict(x, verbose=0)) < 1e-5
+    y = np.zeros((1, 24, 16, 2), "float32")
+    assert np.isfinite(small.train_on_batch(x, y))
+
+
+def test_the_trace_does_not_grow_with_the_regions() -> None:
+    """One body for each sweep, whatever the number of steps."""
+    if BACKEND != "jax":
+        pytest.skip("counted on JAX's own representation")
+    import jax
+
+    model, x = net(), images(rows=128)
+    sizes = []
+    for rows in (32, 4):
+        small = ranger_nn.regionalize(model, regions=(rows,))
+        sizes.append(len(str(jax.make_jaxpr(lambda x, small=small: small(x))(x))))
+    assert sizes[1] < 1.3 * sizes[0]
+
+
+def test_memory_falls_in_the_compiled_program() -> None:
+    """XLA's own count of temporary bytes, forward and training, against the plan's."""
+    if BACKEND != "jax":
+        pytest.skip("XLA's analysis")
+    import jax
+    import jax.numpy as jnp
+
+    model, x = net(16), images(rows=1024)
+    allowed = ranger_nn.plan(model, x.shape).untouched // 6
+    small = ranger_nn.regionalize(model, allowed)
+    weights = [[v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables)]
+
+    def temporary(run: Any, training: bool) -> int:
+        def loss(t: Any, r: Any, x: Any) -> Any:
+            return jnp.mean(run.stateless_call(t, r, x, training=training)[0])
+
+        work = jax.value_and_grad(loss) if training else loss
+        return int(jax.jit(work).lower(*weights, x).compile().memory_analysis().temp_size_in_bytes)
+
+    results = 1024 * 16 * 2 * 4
+    assert temporary(small, False) - 2 * results <= small.plan_for(x).projected
+    assert temporary(small, False) < temporary(model, False) / 3
+    share = ranger_nn.regionalize(model, ranger_nn.plan(model, x.shape, training=True).untouched * 2 // 5)
+    assert temporary(share, True) - 2 * results <= share.plan_for(x, training=True).projected
+    assert temporary(share, True) < temporary(model, True) / 1.5
+
+
+def test_the_plan_of_a_shape() -> None:
+    """Printed without running anything."""
+    found = ranger_nn.plan(net(), (1, 256, 64, 3), regions=(16,))
+    assert found.steps == 16
+    assert "net, inference" in str(found)
+    assert Plan.from_json(found.to_json()) == found
+
+
+def test_verify() -> None:
+    """A model whose numbers depend on how often it was called is found out."""
+
+    class Counting(L.Layer):
+        def build(self, _: Any) -> None:
+            self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+        def call(self, x: Any) -> Any:
+            self.calls.assign_add(1.0)
+            return x + self.calls
+
+    ranger_nn.regionalize(net(), regions=(8,), verify=True)(images())
+    wrong = keras.Sequential([keras.Input((24, 16, 3)), L.Conv2D(2, 3), Counting()])
+    with pytest.raises(VerificationError, match="differs from the untouched model"):
+        ranger_nn.regionalize(wrong, regions=(8,), verify=True)(images())
+
+
+def test_errors() -> None:
+    """The rule, the value, the way out."""
+    with pytest.raises(InputError, match=r"a torch\.nn\.Module or a keras\.Model, got int"):
+        ranger_nn.regionalize(3)
+    with pytest.raises(InputError, match="slid along, not tiled"):
+        ranger_nn.plan(net(), (1, 64, 64, 3), schedule="tile")
+    with pytest.raises(BudgetError, match="the least that a plan needs") as caught:
+        ranger_nn.regionalize(net(), "1kB")(images())
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(BudgetError, match="positive amount"):
+        ranger_nn.regionalize(net(), "no memory")
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow traces open shapes")
+def test_open_shapes() -> None:
+    """A batch may be open: samples run one after the other. Rows may not."""
+    import tensorflow as tf
+
+    model = net()
+    small = ranger_nn.regionalize(model, regions=(8,))
+    run = tf.function(small, input_signature=[tf.TensorSpec((None, 24, 16, 3), "float32")], autograph=False)
+    assert apart(run(images(3)), model(images(3))) < 1e-5
+    with pytest.raises(InputError, match="only the batch may be open"):
+        tf.function(lambda x: small(x), autograph=False).get_concrete_function(
+            tf.TensorSpec((1, None, 16, 3), "float32")
+        )
+
+
+def test_torch_is_not_loaded_for_keras() -> None:
+    """The adapter of another framework stays on disk."""
+    if BACKEND == "torch":
+        pytest.skip("the back end itself is PyTorch")
+    code = (
+        "import sys, keras, ranger_nn\n"
+        "m = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(1, 3)])\n"
+        "ranger_nn.plan(m, (1, 8, 8, 1))\n"
+        "assert 'ranger_nn.torch.module' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
