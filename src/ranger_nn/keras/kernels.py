@@ -27,6 +27,9 @@ class Kernel:
     generates = False
     """Output dimensions that no input has a link to may be cut all the same."""
 
+    chunk = 0
+    """No operator works in chunks of its own here."""
+
     positional = False
     """The function of a region takes the keyword `position`."""
 
