@@ -10,7 +10,7 @@ import pytest
 from tests.pages import PAGES, blocks, run
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, keras=True)])
+@pytest.mark.parametrize("page", ["README.md", *(p for p in PAGES if blocks(p, keras=True))])
 def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     keras.utils.set_random_seed(0)
