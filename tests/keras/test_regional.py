@@ -394,3 +394,14 @@ def test_the_article_s_examples() -> None:
     assert len(losses) == 10
     assert losses[-1] < losses[0]
     assert article.blocks_of_five() < 1e-6
+
+
+def test_each_network_of_a_list_is_built_on_its_own_region() -> None:
+    """Five features in two blocks: 3 and 2."""
+    layer = RegionalAggregator(Blocks(2), "sum", local=[keras.layers.Dense(4), keras.layers.Dense(4)])
+    x = np.random.default_rng(0).normal(size=(2, 5)).astype("float32")
+    first, second = layer.locals[0], layer.locals[1]
+    y = ops.convert_to_numpy(layer(x))
+    assert (first.kernel.shape[0], second.kernel.shape[0]) == (3, 2)
+    by_hand = ops.convert_to_numpy(first(x[:, :3]) + second(x[:, 3:]))
+    np.testing.assert_allclose(y, by_hand, atol=1e-5)

@@ -3,7 +3,7 @@
 What is cut and joined is `ranger_nn.layers.regional`'s, called with `ranger_nn.keras.namespace`. The local network
 runs on a group of regions of one shape as in PyTorch: folded into the batch (shared), over stacked weights
 (`per_region`), or one layer after the other (a list). Under `memory` a group is a loop of the back end
-(`keras.ops.scan`), whose body is computed again in backward (`keras.remat`).
+(`keras.ops.scan`), whose body is computed again in backward: `ranger_nn.keras.layers.looped`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from ranger_nn import aggregate
 from ranger_nn.aggregate.names import aggregator as by_name
 from ranger_nn.aggregate.pieces import Call, Concat, Stitch
 from ranger_nn.aggregate.pooling import Softmax, WeightedMean
@@ -23,18 +22,15 @@ from ranger_nn.errors import PartitionError
 from ranger_nn.keras import namespace as xp
 from ranger_nn.keras.layers.clustered import clustered
 from ranger_nn.keras.layers.clusters import Clusters
-from ranger_nn.keras.layers.estimate import at_once
+from ranger_nn.keras.layers.configuration import configured, restored
+from ranger_nn.keras.layers.looped import looped
 from ranger_nn.keras.layers.stacked import Stacked, Untracked, has_state
-from ranger_nn.layers.regional import Group, Layout, Result, piecewise, reduce
+from ranger_nn.layers.regional import Group, Layout, Result, piecewise, reduce, without_absent
 from ranger_nn.partition.blocks import Blocks
-from ranger_nn.partition.config import from_config, to_config
 from ranger_nn.partition.grid import Grid
 from ranger_nn.partition.kmeans import KMeans
 from ranger_nn.partition.time import TimeSlices
 from ranger_nn.planning.budget import parse_memory
-
-_PARTITIONS: dict[str, type] = {"Grid": Grid, "TimeSlices": TimeSlices, "Blocks": Blocks, "KMeans": KMeans}
-_AGGREGATORS = {n: getattr(aggregate, n) for n in aggregate.__all__ if n not in {"aggregator", "Call"}}
 
 
 @keras.saving.register_keras_serializable(package="ranger_nn")
@@ -156,7 +152,7 @@ class RegionalAggregator(keras.layers.Layer):
         if self.clusters is not None:
             self._build_clusters(shape)
         elif self.described:
-            self._build_local(self._one_region(shape))
+            self._build_local(shape)
         over = self.aggregator
         if isinstance(over, WeightedMean) and over.weights == "learned":
             self.log_weight = self.add_weight(shape=(self.regions,), initializer="zeros", name="log_weight")
@@ -167,12 +163,14 @@ class RegionalAggregator(keras.layers.Layer):
     def _build_clusters(self, shape: Any) -> None:
         if self.clusters is not None and not self.clusters.built:
             self.clusters.build(shape)
-        self._build_local(self._one_region(shape))
+        self._build_local(shape)
 
-    def _build_local(self, one: Any) -> None:
-        for layer in [self.local, self.stacked, *(self.locals or [])]:
+    def _build_local(self, shape: Any) -> None:
+        self._one_region(shape)  # refuses shapes that cannot be cut, even where nothing is to be built
+        shared = [(layer, 0) for layer in (self.local, self.stacked)]
+        for layer, index in [*shared, *((layer, i) for i, layer in enumerate(self.locals or []))]:
             if isinstance(layer, keras.layers.Layer) and not layer.built:
-                layer.build(one)
+                layer.build(self._one_region(shape, index))
 
     def _build_score(self, kind: Softmax, shape: Any) -> None:
         self.hidden = self.gate = None
@@ -198,19 +196,19 @@ class RegionalAggregator(keras.layers.Layer):
         first = keras.config.image_data_format() == "channels_first" and len(result) > 3
         return int(result[1 if first else -1])
 
-    def _one_region(self, shape: Any) -> tuple[int | None, ...]:
-        """What the local network is given, batch first."""
+    def _one_region(self, shape: Any, index: int = 0) -> tuple[int | None, ...]:
+        """What the local network of a region is given, batch first."""
         if not isinstance(self.partition, KMeans):
-            return self._region_shape(self._layout(shape), shape)
+            return self._region_shape(self._layout(shape), shape, index)
         if len(shape) == 2 or not self.partition.balanced:
             return (None, shape[-1])
         if shape[1] is None:
             raise PartitionError(f"{self.partition} needs a known number of tokens; the input has shape {tuple(shape)}")
         return (shape[0], self.partition.capacity or -(-shape[1] // self.partition.clusters), shape[-1])
 
-    def _region_shape(self, layout: Layout, shape: Any) -> tuple[int | None, ...]:
+    def _region_shape(self, layout: Layout, shape: Any, index: int) -> tuple[int | None, ...]:
         one = list(shape)
-        for axis, (a, b) in zip(layout.axes, layout.regions[0].read):
+        for axis, (a, b) in zip(layout.axes, layout.regions[index].read):
             one[axis] = b - a
         if self.coordinates:
             one[self._feature_axis(layout)] += len(layout.axes)
@@ -238,7 +236,7 @@ class RegionalAggregator(keras.layers.Layer):
         over = self.aggregator
         if isinstance(over, Stitch | Concat | Call):
             return piecewise(xp, over, results, layout, present)
-        return reduce(xp, over, results, self._weights(results, layout), present)
+        return reduce(xp, over, results, self._weights(without_absent(xp, results, present), layout), present)
 
     def _layout(self, shape: Any) -> Layout:
         first = 2 if keras.config.image_data_format() == "channels_first" and len(shape) > 3 else 1
@@ -299,56 +297,7 @@ class RegionalAggregator(keras.layers.Layer):
         """A group in a loop of the back end."""
         taken = self._placed(layout.gather(xp, x, group), layout, group)
         place = f"{self.name}, regions of {self.partition}"
-        return Result(group.ids, self._loop(taken, group.ids, ops.shape(x)[0], place))
-
-    def _loop(self, taken: Any, ids: list[int], batch: Any, place: str) -> Any:
-        """Stacked regions in a loop of the back end, so many at once as `memory` allows."""
-        one = tuple(n if isinstance(n, int) else 1 for n in taken.shape[1:])
-        layer = self.local if self.stacked is None else self.stacked.template.held
-        k = at_once(
-            self.allowed or 0,
-            layer,
-            one,
-            len(ids),
-            place,
-            self.compute_dtype,
-        )
-        if self.locals is not None or (self.stacked is None and has_state(self.local)):
-            k = 1 if self.locals is not None else k
-            run = keras.remat(self._run)
-            parts = [run(taken[j : j + k], ids[j : j + k]) for j in range(0, len(ids), k)]
-            return ops.concatenate(parts, 0)
-        chunks = len(ids) // k
-
-        def split(a: Any) -> Any:
-            return ops.reshape(a, (chunks, k, *[-1 if n is None else n for n in a.shape[1:]]))
-
-        each = (
-            [] if self.stacked is None else [split(self.stacked.picked(w, ids)) for w in self.stacked.stacked_weights]
-        )
-        shared = _weights_of(self.local)
-
-        def local(*given: Any) -> Any:
-            *own, part = given
-            return self._stateless(own, part) if self.stacked is None else self.stacked.apply(own, part)
-
-        def body(before: Any, given: Any) -> Any:
-            # weights go in as arguments: TensorFlow's recomputation does not see variables inside a loop.
-            # What it carries has the shape of what it gives.
-            y = keras.remat(local)(*shared, *given)
-            return y, y
-
-        shape = self._result_shape((None, *taken.shape[2:]))[1:]
-        start = ops.zeros((k, batch, *shape), taken.dtype)
-        _, y = ops.scan(body, start, (*each, split(taken)))
-        return ops.reshape(y, (len(ids), -1, *y.shape[3:]))
-
-    def _stateless(self, weights: list[Any], stacked: Any) -> Any:
-        """The shared network with these weights, on stacked regions."""
-        if not weights or self.local is None:
-            return self._run(stacked, list(range(stacked.shape[0])))
-        folded = self.local.stateless_call(weights, [], ops.reshape(stacked, (-1, *stacked.shape[2:])))[0]
-        return ops.reshape(folded, (stacked.shape[0], -1, *folded.shape[1:]))
+        return Result(group.ids, looped(self, taken, group.ids, ops.shape(x)[0], place))
 
     def _result_shape(self, region: Any) -> Any:
         """Shape of the local network's result for regions of this shape (batch first)."""
@@ -436,36 +385,13 @@ class RegionalAggregator(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Partition, aggregator and local networks as plain data."""
-        given = dict(self._given.held)
         plain = self.described or self.clusters is not None
-        given["partition"] = to_config(self.partition) if plain else keras.saving.serialize_keras_object(self.partition)
-        over = given["aggregator"]
-        if not isinstance(over, str):
-            named = type(over) in _AGGREGATORS.values()
-            given["aggregator"] = to_config(over) if named else keras.saving.serialize_keras_object(over)
-        given["local"] = keras.saving.serialize_keras_object(given["local"])
-        return {**super().get_config(), **given}
+        return {**super().get_config(), **configured(dict(self._given.held), self.partition, plain)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RegionalAggregator:
         """The layer that `get_config` described."""
-        config = dict(config)
-        for key, known in (("partition", _PARTITIONS), ("aggregator", _AGGREGATORS)):
-            if isinstance(config[key], dict):
-                ours = "class" in config[key]
-                config[key] = from_config(config[key], known) if ours else _restored(config[key])
-        config["local"] = _restored(config["local"])
-        return cls(**config)
-
-
-def _restored(given: Any) -> Any:
-    return keras.saving.deserialize_keras_object(given)
-
-
-def _weights_of(layer: Any) -> list[Any]:
-    own = layer.trainable_variables if isinstance(layer, keras.layers.Layer) else []
-    # copies: given a variable itself, TensorFlow's recomputation would count its gradient twice
-    return [ops.copy(v) for v in own]
+        return cls(**restored(config))
 
 
 def _takes_mask(layer: Any) -> bool:

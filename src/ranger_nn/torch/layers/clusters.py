@@ -282,5 +282,6 @@ def _check_finite(best: np.ndarray, x: Tensor, mask: Tensor | None) -> None:
 
 def _from_numpy(routes: Routes) -> Routes:
     """The same routes as tensors."""
-    given = (routes.take, routes.used, routes.back, routes.owner, routes.region, routes.there)
-    return Routes(*(None if a is None else torch.from_numpy(a) for a in given), routes.shape)
+    given = ("take", "used", "back", "owner", "region", "there")
+    found = {n: getattr(routes, n) for n in given}
+    return Routes(**{n: None if a is None else torch.from_numpy(a) for n, a in found.items()}, shape=routes.shape)
