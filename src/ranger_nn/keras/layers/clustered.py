@@ -13,6 +13,7 @@ from ranger_nn.aggregate.pieces import Call, Concat, Stitch
 from ranger_nn.aggregate.pooling import WeightedMean
 from ranger_nn.keras import namespace as xp
 from ranger_nn.keras.layers.clusters import masked, put, taken
+from ranger_nn.keras.layers.looped import looped
 from ranger_nn.layers.clusters import Routes, check_join, check_kept
 from ranger_nn.layers.regional import Result, piecewise, reduce
 
@@ -52,7 +53,7 @@ def _run(layer: RegionalAggregator, together: Any, routes: Routes) -> Any:
     """Local results (*routes.shape, ...), or (regions, batch, ...) of sets."""
     if layer.allowed is not None and not layer._shapes_only:
         place = f"{layer.name}, regions of {layer.partition}"
-        return layer._loop(together, list(range(layer.partition.clusters)), routes.shape[1], place)
+        return looped(layer, together, list(range(layer.partition.clusters)), routes.shape[1], place)
     if routes.owner is not None:
         return layer.stacked(together, ids=routes.owner)  # type: ignore[misc]
     return layer._run(together, list(range(layer.partition.clusters)))

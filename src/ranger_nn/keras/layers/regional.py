@@ -167,10 +167,11 @@ class RegionalAggregator(keras.layers.Layer):
 
     def _build_local(self, shape: Any) -> None:
         self._one_region(shape)  # refuses shapes that cannot be cut, even where nothing is to be built
-        shared = [(layer, 0) for layer in (self.local, self.stacked)]
-        for layer, index in [*shared, *((layer, i) for i, layer in enumerate(self.locals or []))]:
+        regions = [(layer, self._one_region(shape)) for layer in (self.local, self.stacked)]
+        regions += [(layer, self._one_region(shape, i)) for i, layer in enumerate(self.locals or [])]
+        for layer, one in regions:
             if isinstance(layer, keras.layers.Layer) and not layer.built:
-                layer.build(self._one_region(shape, index))
+                layer.build(one)
 
     def _build_score(self, kind: Softmax, shape: Any) -> None:
         self.hidden = self.gate = None
