@@ -193,6 +193,52 @@ def test_memory_falls_in_the_compiled_program() -> None:
     assert temporary(share, True) < temporary(model, True) / 1.5
 
 
+def plain() -> keras.Model:
+    """Convolutions, one after the other."""
+    conv = [L.Conv2D(16, 3, padding="same", activation="relu") for _ in range(4)]
+    return keras.Sequential([keras.Input((256, 64, 3)), *conv], name="plain")
+
+
+def depthwise() -> keras.Model:
+    """Strides, expanded and depthwise, as in MobileNet."""
+    inputs = x = keras.Input((256, 64, 3))
+    for width, stride in ((16, 2), (24, 1), (24, 2)):
+        x = L.ReLU(6.0)(L.BatchNormalization()(L.Conv2D(4 * width, 1)(x)))
+        x = L.DepthwiseConv2D(3, stride, padding="same", activation="relu")(x)
+        x = L.Conv2D(width, 1)(x)
+    return keras.Model(inputs, x, name="depthwise")
+
+
+def wide_net() -> keras.Model:
+    """See `net`."""
+    return keras.Sequential([keras.Input((256, 64, 3)), net(16)])
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="counted by PyTorch's allocator")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("build", [plain, depthwise, wide_net])
+def test_measured_is_at_most_projected(build: Any, training: bool) -> None:
+    """Every byte of PyTorch's allocator, results left out."""
+    model = build()
+    x = ops.convert_to_tensor(np.ones((1, 256, 64, 3), "float32"))
+    untouched = ranger_nn.plan(model, x.shape, training=training).untouched
+    small = ranger_nn.regionalize(model, int(untouched * (0.9 if training else 0.5)))
+    projected = small.plan_for(x, training).projected
+
+    def once() -> int:
+        import torch
+
+        with torch.set_grad_enabled(training), ranger_nn.measure() as used:
+            y = small(x, training=training)
+            used.leave_out(y)
+            if training:
+                y.sum().backward()
+        return used.peak
+
+    once()
+    assert once() <= projected <= small.plan_for(x, training).allowed
+
+
 def test_the_plan_of_a_shape() -> None:
     """Printed without running anything."""
     found = ranger_nn.plan(net(), (1, 256, 64, 3), regions=(16,))
@@ -244,6 +290,36 @@ def test_open_shapes() -> None:
         tf.function(lambda x: small(x), autograph=False).get_concrete_function(
             tf.TensorSpec((1, None, 16, 3), "float32")
         )
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow traces open shapes")
+def test_batch_statistics_need_a_known_batch() -> None:
+    """One sample at a time would have its own statistics: refused, with the layer and the way out."""
+    import tensorflow as tf
+
+    x, y = images(5), np.zeros((5, 24, 16, 2), "float32")
+    data = tf.data.Dataset.from_tensor_slices((x, y))
+    small = ranger_nn.regionalize(net(), regions=(12,))
+    small.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"BatchNormalization.*statistics over the batch.*drop_remainder=True"):
+        small.fit(data.batch(2), verbose=0)
+    small.fit(data.batch(2, drop_remainder=True), verbose=0)
+    for layer in small.untouched.layers:
+        if isinstance(layer, L.BatchNormalization):
+            layer.trainable = False
+    small.compile("sgd", "mse")
+    small.fit(data.batch(2), verbose=0)
+
+
+def test_loaded_in_a_fresh_process(tmp_path: Path) -> None:
+    """Importing `ranger_nn.keras` is enough."""
+    ranger_nn.regionalize(net(), regions=(8,)).save(tmp_path / "small.keras")
+    code = (
+        "import sys, ranger_nn.keras, keras\n"
+        "m = keras.saving.load_model(sys.argv[1])\n"
+        "assert type(m).__name__ == 'Regional', type(m)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "small.keras")], check=True, timeout=120)
 
 
 def test_torch_is_not_loaded_for_keras() -> None:

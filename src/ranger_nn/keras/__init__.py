@@ -6,6 +6,8 @@ your own, which the capture cannot trace, a rule for regions: `declare(MyBlur, L
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from ranger_nn.lazy import exporter
 
 _LAYERS = {
@@ -28,3 +30,8 @@ __getattr__, __dir__ = exporter(
     {n: f"ranger_nn.keras.layers.{m}" for n, m in _LAYERS.items()}
     | {n: f"ranger_nn.keras.{m}" for n, m in _EXACT.items()},
 )
+
+if (
+    find_spec("keras") is not None
+):  # `keras.saving.load_model` finds the class of a regional model once it is registered
+    from ranger_nn.keras import model as _model  # noqa: F401

@@ -19,6 +19,7 @@ from keras import ops
 
 from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import Graph
+from ranger_nn.errors import PlanError
 from ranger_nn.keras.loops import inside, loops
 from ranger_nn.planning.rolled import SLICE, WHOLE, WINDOW, Call, Flow, Group, Loop, Take
 from ranger_nn.planning.rolled_search import Rolled
@@ -120,6 +121,7 @@ class Sweep:
     ) -> tuple[list[Any], list[Any], list[Any]]:
         """(windows after step t, new rows of each result, rows that each reduction takes)."""
         before = dict(zip([f.value for f in self.flows], windows, strict=True))
+        self.on.used_all(windows)
         outside: dict[Any, Any] = dict(zip(self.slices, slices, strict=True)) | dict(
             zip(self.wholes, wholes, strict=True)
         )
@@ -190,9 +192,9 @@ class Sweep:
             del xs
             if flow.masked and self._hangs_over(flow, group):
                 y = self.on.mask(y, flow.dim or 0, first, flow.size, 0.0)
-            joined, y = self._join(flow, before, y), None
+            joined, y = self._join(flow, before, y if flow.kept else self.on.own(y)), None
             if flow.kept:
-                after[flow.value] = _cut(joined, flow.dim or 0, flow.rate, flow.kept)
+                after[flow.value] = self.on.own(_cut(joined, flow.dim or 0, flow.rate, flow.kept))
             if flow.value in exports:
                 part = joined if exports[flow.value] else _cut(joined, flow.dim or 0, flow.kept, flow.rate)
                 given[flow.value] = part
@@ -213,7 +215,7 @@ class Sweep:
             flow = self.rolled.flows[self.graph.nodes[call.node].outputs[0]]
             if flow.kept or flow.value in exports:
                 made[flow.value] = self._join(flow, before, self._zeros(flow, flow.rate))
-        after = [_cut(made[f.value], f.dim or 0, f.rate, f.kept) for f in self._kept(group)]
+        after = [self.on.own(_cut(made[f.value], f.dim or 0, f.rate, f.kept)) for f in self._kept(group)]
         given = []
         for v, all_rows in exports.items():
             flow = self.rolled.flows[v]
@@ -221,7 +223,11 @@ class Sweep:
         return after + given
 
     def _join(self, flow: Flow, before: Mapping[int, Any], rows: Any) -> Any:
-        return ops.concatenate([before[flow.value], rows], axis=flow.dim or 0) if flow.kept else rows
+        if not flow.kept:
+            return rows
+        joined = ops.concatenate([before[flow.value], rows], axis=flow.dim or 0)
+        self.on.used(before, flow.value)
+        return joined
 
     def _read(self, take: Take, t: Any, full: Mapping[int, Any], outside: Mapping[Any, Any]) -> Any:
         if take.source == WHOLE:
@@ -339,8 +345,14 @@ class Sweep:
         elif isinstance(monoid, Extremum):
             top = monoid.sign * y == state[0]
             found = ops.where(top, monoid.sign * grads[0] / state[1], ops.zeros_like(y))
-        else:
+        elif isinstance(monoid, Moments):
             found = grads[0] / kernel.total + 2.0 * (y - state[0]) * grads[1]
+        else:
+            node = self.graph.nodes[call.node]
+            raise PlanError(
+                f"the gradient of {node.name} {node.where} region by region is not known: its reduction is "
+                f"{type(monoid).__name__}, and only Sum, Extremum and Moments have one. Train the untouched model"
+            )
         found = ops.cast(found, x.dtype)
         return self.on.mask(found, take.dim, take.rate * t + take.first, kernel.shape[take.dim], 0.0)
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
+
 Local = Callable[..., Any]
 
 
@@ -56,6 +58,10 @@ class Kernel:
         """Bytes of workspace of one call, beyond inputs and output."""
         return 0
 
+    def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """Bytes that the back end's autodiff keeps of one call for backward, beyond inputs and output."""
+        return 0
+
 
 class Opaque(Kernel):
     """An operator or layer without a region rule: it always sees whole inputs."""
@@ -74,8 +80,11 @@ class Fused(Kernel):
 
     def _run(self, functions: Sequence[Local], xs: Sequence[Any]) -> Any:
         registers: dict[int, Any] = dict(enumerate(xs))
-        for function, (_, arguments, out) in zip(functions, self.steps, strict=True):
+        last = {a: n for n, (_, arguments, _) in enumerate(self.steps) for a in arguments}
+        for n, (function, (_, arguments, out)) in enumerate(zip(functions, self.steps, strict=True)):
             registers[out] = function(*[registers[a] for a in arguments])
+            for a in {a for a in arguments if last[a] == n and a != self.result}:
+                del registers[a]
         return registers[self.result]
 
     def whole(self, *inputs: Any) -> Any:
@@ -94,3 +103,7 @@ class Fused(Kernel):
     def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """One intermediate beside the result."""
         return out_bytes
+
+    def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """Every intermediate and a gradient; PyTorch compiles nothing that would do without."""
+        return out_bytes * len(self.steps) if keras.backend.backend() == "torch" else 0

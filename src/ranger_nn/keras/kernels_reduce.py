@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
+import keras
 from keras import ops
 
 from ranger_nn.aggregate.monoid import Moments, Monoid, State, count
@@ -67,3 +68,7 @@ class Reduce(Kernel):
     def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """Deviations and their squares."""
         return 2 * in_bytes[0]
+
+    def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """On PyTorch deviations, and the gradient of the rows."""
+        return 2 * in_bytes[0] if keras.backend.backend() == "torch" else 0

@@ -73,6 +73,10 @@ def inside(rows: Any, size: int, first: Any, count: int) -> Any:
     return ops.clip(ops.clip(rows, 0, size - 1) - first, 0, count - 1)
 
 
+def _on_torch() -> bool:
+    return bool(keras.backend.backend() == "torch")
+
+
 class Window(Kernel):
     """A window over `sides`; `valid` is the operator without padding."""
 
@@ -94,8 +98,12 @@ class Window(Kernel):
         return lambda x, *rest: valid(pad(x, widths, border), *rest)
 
     def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
-        """The padded input, and as much again where the back end reorders it."""
-        return 2 * in_bytes[0] + 2 * sum(in_bytes[1:])
+        """The padded input, and as much again where the back end reorders it; PyTorch's maxima come with indices."""
+        return 2 * in_bytes[0] + 2 * sum(in_bytes[1:]) + (2 * out_bytes if _on_torch() else 0)
+
+    def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """On PyTorch the indices of maxima, in 64 bits, and the padded input."""
+        return 2 * out_bytes + in_bytes[0] if _on_torch() else 0
 
 
 class Convolution(Window):
@@ -116,6 +124,10 @@ class Convolution(Window):
     def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """What the back end reorders: input and weights."""
         return in_bytes[0] + 2 * sum(in_bytes[1:])
+
+    def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """On PyTorch the input in order, padded where its padding is uneven."""
+        return in_bytes[0] if _on_torch() else 0
 
 
 class AveragePool(Window):
@@ -201,3 +213,7 @@ class Transposed(Kernel):
     def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """The result before it is cropped."""
         return 2 * out_bytes + in_bytes[0] + 2 * sum(in_bytes[1:])
+
+    def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """On PyTorch the input in order, and the result before it is cropped."""
+        return in_bytes[0] + out_bytes if _on_torch() else 0

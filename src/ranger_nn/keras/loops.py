@@ -38,6 +38,18 @@ class Loops(Protocol):
         """Rows [start, start + length) of x; outside of it the nearest row."""
         ...
 
+    def own(self, x: Any) -> Any:
+        """x without the memory of anything larger, to be carried on."""
+        ...
+
+    def used(self, windows: Any, value: int) -> None:
+        """The window of `value` is not needed any more."""
+        ...
+
+    def used_all(self, windows: Any) -> None:
+        """This list of windows is not needed any more."""
+        ...
+
     def mask(self, x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
         """x, whose first row is row `first` of [0, size), with `fill` in the rows outside."""
         ...

@@ -33,6 +33,18 @@ class TorchLoops:
         index = (torch.arange(length, device=x.device) + start).clamp_(0, size - 1)
         return x.index_select(dim, index)
 
+    def own(self, x: Any) -> Any:
+        """A copy of a view: it would keep all of what it was cut from."""
+        return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
+
+    def used(self, windows: Any, value: int) -> None:
+        """Let go."""
+        windows.pop(value)
+
+    def used_all(self, windows: Any) -> None:
+        """Let go of the list: each window goes once it is joined."""
+        windows.clear()
+
     def mask(self, x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
         """x itself where all of it is inside."""
         if first >= 0 and first + x.shape[dim] <= size:

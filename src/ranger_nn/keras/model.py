@@ -18,10 +18,12 @@ import keras
 import numpy as np
 from keras import KerasTensor, ops, tree
 
+from ranger_nn.aggregate.monoid import Moments
 from ranger_nn.core.graph import Graph
 from ranger_nn.errors import InputError, VerificationError
 from ranger_nn.keras.capture import Captured, capture
 from ranger_nn.keras.execute import Runner
+from ranger_nn.keras.kernels_reduce import Reduce
 from ranger_nn.keras.lower import ITEMSIZE
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.planning.report import Plan
@@ -307,6 +309,10 @@ def _any_batch(model: Regional, inputs: Any, training: bool) -> Any:
 
     sizes = model._sizes.value
     if not sizes:
+        if training:
+            _refuse_batch_statistics(
+                model, tree.map_structure(lambda x: KerasTensor((1, *x.shape[1:]), x.dtype), inputs)
+            )
         one = tree.map_structure(lambda x: KerasTensor((1, *x.shape[1:]), dtype=x.dtype), inputs)
         spec = tree.map_structure(lambda o: tf.TensorSpec(o.shape[1:], o.dtype), model.compute_output_spec(one))
 
@@ -318,6 +324,20 @@ def _any_batch(model: Regional, inputs: Any, training: bool) -> Any:
         return sized(sizes[0])
     first = tf.shape(leaves[0])[0] == sizes[0]
     return tf.cond(first, lambda: one_of(sizes[0]), lambda: one_of(sizes[1]))
+
+
+def _refuse_batch_statistics(model: Regional, one: Any) -> None:
+    """Samples that run one after the other have no statistics in common."""
+    for node in _captured(model.untouched, one, True).graph.nodes:
+        kernel = node.kernel
+        if not isinstance(kernel, Reduce) or 0 not in kernel.axis:
+            continue
+        if isinstance(kernel.monoid, Moments) or "BatchNormalization" in node.where:
+            raise InputError(
+                f"{node.where or node.name} takes statistics over the batch in training, and the size of the batch is not "
+                f"known while TensorFlow traces {model.name}: samples would run one after the other, each with statistics of "
+                "its own. Make the size known: dataset.batch(n, drop_remainder=True), or arrays with batch_size"
+            )
 
 
 def _first(x: Any, count: Any, more: int) -> Any:

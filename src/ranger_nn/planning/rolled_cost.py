@@ -91,6 +91,10 @@ def cost(graph: Graph, stages: Stages, demand: Demand, loops: Sequence[Loop | No
         sums = 2 * sum(values[v].nbytes for v in weights) if loop is not None else 0  # this step's, and so far
         back.append(stored + whole + crossing + sum(saved) + again + sums)
     peaks = [max(a + sum(saved[: n + 1]), b) for n, (a, b) in enumerate(zip(peaks, back, strict=True))]
+    worst = max(range(len(peaks)), key=peaks.__getitem__, default=-1)
+    nodes = (*stages.levels[worst].prologue, *demand.sweeps[worst].nodes) if worst >= 0 else ()
+    if nodes and back[worst] == peaks[worst]:
+        binding = max(nodes, key=lambda k: sum(values[v].nbytes for v in graph.nodes[k].outputs))
     return Cost(tuple(peaks), tuple(saved), binding, 4 * macs)
 
 
@@ -126,13 +130,14 @@ def _in_one(graph: Graph, nodes: Sequence[int]) -> tuple[int, int]:
 
 def in_step(graph: Graph, loop: Loop) -> tuple[int, int]:
     """Peak of one step, windows included, and the node that binds."""
-    carried = sum(f.kept * row_bytes(graph, f) for f in loop.flows.values())
+    carried = sum(f.kept * row_bytes(graph, f) for f in loop.flows.values()) + _slices(graph, loop)
     last = {t.value: c.node for c in loop.calls for t in c.takes if t.source == WINDOW}
+    shown = _shown(graph, loop)
     live, worst = carried, (carried, -1)
     for call in loop.calls:
         node = graph.nodes[call.node]
         taken = _taken(graph, call, loop.flows)
-        copies = sum(n for n, copied in taken if copied)
+        copies = sum(n for (n, copied), t in zip(taken, call.takes, strict=True) if copied and t.source == WINDOW)
         flow = None if call.lifts else loop.flows[node.outputs[0]]
         out = flow.rate * row_bytes(graph, flow) if flow is not None else 0
         scratch = node.kernel.scratch(out, [n for n, _ in taken])
@@ -143,9 +148,28 @@ def in_step(graph: Graph, loop: Loop) -> tuple[int, int]:
         live -= sum(
             loop.flows[v].rows * row_bytes(graph, loop.flows[v])
             for v in {t.value for t in call.takes if t.source == WINDOW}
-            if last[v] == call.node
+            if last[v] == call.node and v not in shown
         )
+        if flow is not None and flow.value in shown and flow.value not in last:
+            live += flow.rate * row_bytes(graph, flow)
     return worst
+
+
+def _shown(graph: Graph, loop: Loop) -> set[int]:
+    """Values that are held until the step ends: read by another group than their own, or results."""
+    found = set(loop.sinks)
+    for group in loop.groups:
+        own = {graph.nodes[c.node].outputs[0] for c in group.calls if not c.lifts}
+        found |= {
+            t.value for c in group.calls for t in c.takes if t.source == WINDOW and (c.lifts or t.value not in own)
+        }
+    return found
+
+
+def _slices(graph: Graph, loop: Loop) -> int:
+    """Rows of stored values, which are fetched before a step and held until its end."""
+    takes = {(t.value, t.dim, t.first, t.length) for c in loop.calls for t in c.takes if t.source == SLICE}
+    return sum(length * (graph.values[v].nbytes // max(1, graph.values[v].shape[d])) for v, d, _, length in takes)
 
 
 def _taken(graph: Graph, call: Call, flows: Mapping[int, Flow]) -> list[tuple[int, bool]]:
@@ -172,11 +196,23 @@ def _all_rows(graph: Graph, nodes: Sequence[int], loop: Loop | None) -> int:
     """Backward of one step: every value's rows, and the gradients of the largest."""
     if loop is None:
         sizes = [graph.values[v].nbytes for k in nodes for v in graph.nodes[k].outputs]
+        for k in nodes:
+            out = sum(graph.values[v].nbytes for v in graph.nodes[k].outputs)
+            sizes.append(graph.nodes[k].kernel.tape(out, [graph.values[v].nbytes for v in graph.nodes[k].inputs]))
     else:
         sizes = [f.rows * row_bytes(graph, f) for f in loop.flows.values()]
         sizes += [n for c in loop.calls for n, copied in _taken(graph, c, loop.flows) if copied]
         sizes.append(sum(f.kept * row_bytes(graph, f) for f in loop.flows.values()))
+        sizes.append(sum(_tape(graph, c, loop.flows) for c in loop.calls))
     return sum(sizes) + 2 * max(sizes, default=0)
+
+
+def _tape(graph: Graph, call: Call, flows: Mapping[int, Flow]) -> int:
+    """What the back end's autodiff keeps of one node, beyond its inputs and output."""
+    node = graph.nodes[call.node]
+    flow = None if call.lifts else flows[node.outputs[0]]
+    out = flow.rate * row_bytes(graph, flow) if flow is not None else 0
+    return int(node.kernel.tape(out, [n for n, _ in _taken(graph, call, flows)]))
 
 
 def _work(graph: Graph, nodes: Sequence[int], loop: Loop | None) -> int:
