@@ -31,13 +31,20 @@ mean = ops.mean
 min = ops.min
 ones_like = ops.ones_like
 reshape = ops.reshape
-searchsorted = ops.searchsorted
 sqrt = ops.sqrt
 sum = ops.sum
 take = ops.take
 take_along_axis = ops.take_along_axis
 zeros = ops.zeros
 zeros_like = ops.zeros_like
+
+
+def searchsorted(given: Any, values: Any, side: str = "left") -> Any:
+    """Where `values` go in sorted `given`; JAX's own takes no symbolic length, as there is when shapes are inferred."""
+    if given.shape[0] is None or isinstance(given.shape[0], int):
+        return ops.searchsorted(given, values, side=side)
+    below = given[None, :] < values[:, None] if side == "left" else given[None, :] <= values[:, None]
+    return ops.sum(ops.cast(below, values.dtype), axis=1)
 
 
 def arange(stop: Any, dtype: Any = None, **_: Any) -> Any:
