@@ -2,7 +2,7 @@
 #
 #   make demo     denoise a photograph region by region, inside a stated memory
 #   make test     lint, types, import contract and all tests: the same as the CI
-#   make applications   all of keras.applications, region by region, on each back end
+#   make test-slow      what takes long: large models of the zoo, all of keras.applications
 #   make bench    the benchmarks, against the untouched framework in the same run
 #   make format   put the code into its usual layout
 #   make clean    remove the environment, caches and outputs
@@ -17,20 +17,21 @@ ENVIRONMENT := .venv
 BIN := $(ENVIRONMENT)/bin
 READY := $(ENVIRONMENT)/.ready
 
-.PHONY: demo test applications lint bench format clean
+.PHONY: demo test test-slow lint bench format clean
 
 demo: $(READY)
 	$(BIN)/python examples/denoise_retina.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --ignore=tests/keras
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" --ignore=tests/keras
 	for backend in tensorflow jax torch; do \
 	  echo "Keras on $$backend"; \
 	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" tests/keras || exit 1; \
 	done
 
-# All of keras.applications on each back end: minutes each, so not part of `make test`.
-applications: $(READY)
+# What takes long and is not part of `make test`: large models of the zoo, all of keras.applications, heavy compilations.
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow --ignore=tests/keras
 	for backend in tensorflow jax torch; do \
 	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow tests/keras || exit 1; \
 	done

@@ -11,6 +11,31 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
+HEAVY = (
+    "test_zoo.py::test_three_steps_of_training[u-net",
+    "test_zoo.py::test_three_steps_of_training[tcn",
+    "test_recurrence.py::test_fit_save_load[gated",
+    "test_recurrence.py::test_fit_save_load[minGRU-True",
+    "test_recurrence.py::test_layers_equal_their_papers_stream_and_mask[gated",
+    "test_recurrence.py::test_layers_equal_their_papers_stream_and_mask[linear",
+    "test_attention.py::test_fit_save_load[True",
+    "test_sliced_rnn.py::test_fit_save_load[False",
+    "test_citizens.py::test_a_mask_goes_through_layers_that_keep_the_steps",
+    "test_citizens.py::test_masks_reach_what_they_should",
+    "test_regional.py::test_balanced_clusters_equal_pytorch",
+)
+"""Compiled for more than some fifteen seconds by XLA and tf.function: slow there, run by `make test` on PyTorch."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is heavy on this back end."""
+    if os.environ["KERAS_BACKEND"] == "torch":
+        return
+    for item in items:
+        if any(name in item.nodeid for name in HEAVY):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_report_header() -> str:
     """The back end, on top of the report."""
     return f"keras back end: {os.environ['KERAS_BACKEND']}"
