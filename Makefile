@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: each target makes the environment first, once.
 #
 #   make demo     denoise a photograph region by region, inside a stated memory
-#   make test     lint, types, import contract and all tests: the same as the CI
+#   make test     lint, types, import contract and tests: the same as the CI
 #   make test-slow      what takes long: large models of the zoo, all of keras.applications
 #   make bench    the benchmarks, against the untouched framework in the same run
 #   make format   put the code into its usual layout
