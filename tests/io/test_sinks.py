@@ -133,12 +133,12 @@ def test_refused(tmp_path, monkeypatch):
 
 
 def test_missing_extra(tmp_path, monkeypatch):
-    from ranger_nn.io import tiff
+    from ranger_nn.io import extras
 
     def gone(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(tiff.importlib, "import_module", gone)
+    monkeypatch.setattr(extras.importlib, "import_module", gone)
     with pytest.raises(MissingExtraError, match=r"pip install 'ranger-nn\[zarr\]'"):
         check_sink(tmp_path / "out.zarr", False)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranger_nn.errors import InputError, MissingExtraError
-from ranger_nn.io import tiff as tiff_module
+from ranger_nn.io import extras
 from ranger_nn.io.arrays import ArraySource
 from ranger_nn.io.protocol import BadRegionError
 from ranger_nn.io.reader import Reader
@@ -285,7 +285,7 @@ def test_missing_extra(tmp_path, monkeypatch):
     def gone(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(tiff_module.importlib, "import_module", gone)
+    monkeypatch.setattr(extras.importlib, "import_module", gone)
     (tmp_path / "a.h5").write_bytes(b"")
     with pytest.raises(MissingExtraError, match=r"pip install 'ranger-nn\[hdf5\]'"):
         open_source(tmp_path / "a.h5")

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ranger_nn.errors import InputError, MissingExtraError
 from ranger_nn.io.atomic import atomic_write
+from ranger_nn.io.extras import import_extra
 
 Array = NDArray[Any]
 
@@ -232,17 +233,8 @@ def _without_pillow_limit(pillow: Any) -> Iterator[None]:
 
 
 def _pillow() -> Any:
-    return _import("PIL.Image", "Pillow", "PNG and JPEG")
+    return import_extra("PIL.Image", "images", "PNG and JPEG files", "Pillow")
 
 
 def _tifffile() -> Any:
-    return _import("tifffile", "tifffile", "TIFF")
-
-
-def _import(module: str, package: str, formats: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{formats} files need {package}, which is not installed. Install it with: pip install 'ranger-nn[images]'"
-        ) from error
+    return import_extra("tifffile", "images", "TIFF files")

@@ -5,7 +5,7 @@ when all are there.
     labels.zarr                appears at the end, by one rename
 
 The last step reads the rows band by band and writes each tile or shard once, by one writer. It needs no memory for the
-whole, costs one more pass over the output on disk, and starts again if it is interrupted. Enter at `open_sink`.
+whole, costs one more pass over the output on disk, and starts again if it is interrupted. Enter at `FileSink`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 
 from ranger_nn.errors import InputError
+from ranger_nn.io.extras import import_extra
 from ranger_nn.io.protocol import Array, Box
 from ranger_nn.io.rows import RowFile, npy_header
-from ranger_nn.io.tiff import import_extra
 
 TIFFS = (".tif", ".tiff", ".btf")
 KNOWN = (".zarr", ".npy", *TIFFS)
 TILE = 256
 BAND_BYTES = 32 << 20
+"""A band of tiles across all columns that takes more has flatter tiles."""
 BIG = 1 << 32
 """TIFF offsets have 32 bits below this."""
 
@@ -117,14 +118,10 @@ class FileSink:
                 box = (*((i, i + 1) for i in corner), (top, bottom), (0, width))
                 yield box, self._rows.read(box)
 
-    def _band_rows(self) -> int:
-        """Rows of a band of whole tiles that takes no more than BAND_BYTES."""
-        row = self.shape[0] * self.shape[-1] * self.dtype.itemsize
-        return max(TILE, BAND_BYTES // max(1, row) // TILE * TILE) if row * TILE <= BAND_BYTES else TILE // 4
-
     def _as_zarr(self, made: Path) -> None:
         zarr = import_extra("zarr", "zarr", "Zarr results")
-        tile = min(TILE, self._band_rows())
+        row = self.shape[0] * self.shape[-1] * self.dtype.itemsize
+        tile = TILE if row * TILE <= BAND_BYTES else TILE // 4
         front = (1,) * (len(self.shape) - 3)
         width = -(-self.shape[-1] // TILE) * TILE
         array = zarr.create_array(

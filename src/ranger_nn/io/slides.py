@@ -10,8 +10,8 @@ import numpy as np
 
 from ranger_nn.errors import InputError
 from ranger_nn.io.arrays import file_identity
+from ranger_nn.io.extras import import_extra
 from ranger_nn.io.protocol import Array, BadRegionError, Box
-from ranger_nn.io.tiff import import_extra
 
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
 TILE = 256

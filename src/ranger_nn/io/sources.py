@@ -16,10 +16,11 @@ import numpy as np
 
 from ranger_nn.errors import InputError
 from ranger_nn.io.arrays import ArraySource, FileArraySource
+from ranger_nn.io.extras import import_extra
 from ranger_nn.io.image import read_image
 from ranger_nn.io.protocol import Source
 from ranger_nn.io.slides import SLIDES, RasterSource, SlideSource
-from ranger_nn.io.tiff import TiffSource, import_extra
+from ranger_nn.io.tiff import TiffSource
 
 HDF5 = (".h5", ".hdf5", ".hdf")
 PICTURES = (".png", ".jpg", ".jpeg")

@@ -10,7 +10,6 @@ the memory before anything is decoded, and the paths of other files that OME met
 
 from __future__ import annotations
 
-import importlib
 import threading
 import zlib
 from itertools import product
@@ -20,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ranger_nn.errors import InputError, MissingExtraError
+from ranger_nn.errors import InputError
 from ranger_nn.io.arrays import file_identity
+from ranger_nn.io.extras import import_extra
 from ranger_nn.io.protocol import Array, BadRegionError, Box
 
 DEFLATE = (8, 32946)
@@ -68,11 +68,11 @@ class TiffSource:
 
     def _set_layout(self) -> None:
         key, series = self._series.keyframe, self._series
-        pages = [(a, n) for a, n in zip(series.axes, series.shape, strict=True)]
+        pages = [(_letter(a), n) for a, n in zip(series.axes, series.shape, strict=True)]
         inside = len(key.shape)
         self._leading = [(a, n) for a, n in pages[:-inside] if inside < len(pages)]
         inner = pages[len(pages) - inside :]
-        names = ["C" if a in "CS" else "Z" if a in "ZI" else a for a, _ in (*self._leading, *inner)]
+        names = [a for a, _ in (*self._leading, *inner)]
         sizes = [n for _, n in (*self._leading, *inner)]
         kept = [(a, n) for a, n in zip(names, sizes, strict=True) if n > 1 or a in "YX"]
         letters = [a for a, _ in kept]
@@ -81,7 +81,7 @@ class TiffSource:
                 f"{self.name} has axes {series.axes} of sizes {series.shape}: a run takes channels, depth, rows and columns, "
                 "each once. Save one time point, or one picture."
             )
-        self._inner = [("C" if a in "CS" else "Z" if a in "ZI" else a, n) for a, n in inner]
+        self._inner = inner
         by = dict(kept)
         self._spatial = [a for a in ("Z", "Y", "X") if a in by]
         self.shape = (by.get("C", 1), *(by[a] for a in self._spatial))
@@ -118,7 +118,7 @@ class TiffSource:
     def _pages(self, wanted: dict[str, tuple[int, int]]) -> list[tuple[Any, dict[str, int]]]:
         """Pages that overlap, and where they lie on the axes that run over pages."""
         found = []
-        names = ["C" if a in "CS" else "Z" if a in "ZI" else a for a, _ in self._leading]
+        names = [a for a, _ in self._leading]
         for k, index in enumerate(product(*(range(n) for _, n in self._leading))):
             at = dict(zip(names, index, strict=True))
             if all(
@@ -210,6 +210,11 @@ GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 42113)
 """ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory, GeoDoubleParams, GeoAsciiParams, GDAL_NODATA."""
 
 
+def _letter(axis: str) -> str:
+    """C channels (samples too), Z depth (a series of pages too), others as they are."""
+    return "C" if axis in "CS" else "Z" if axis in "ZI" else axis
+
+
 def _refuse_bomb(data: bytes, compression: int, expected: int, key: Any, place: str) -> None:
     """Refuse a segment that would decode to more than its tile holds."""
     if compression in DEFLATE and len(data) * SAFE_GROWTH > 64 * expected:
@@ -238,13 +243,3 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
         at += 2 + length
     return 0, 0
-
-
-def import_extra(module: str, extra: str, what: str) -> Any:
-    """An optional package, or the error that names the command that installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{what} need {module}, which is not installed. Install it with: pip install 'ranger-nn[{extra}]'"
-        ) from error
