@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def peak(work: Work, model: nn.Module, device: str = "cpu") -> int:
     return used.peak
 
 
-def interleaved(works: dict[str, Work], repeats: int, device: str = "cpu") -> dict[str, float]:
+def interleaved(works: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, float]:
     """Median seconds of each piece of work; they take turns, so that drift hits all alike."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
@@ -85,6 +86,13 @@ def interleaved(works: dict[str, Work], repeats: int, device: str = "cpu") -> di
             settle(device)
             taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def seconds(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, in turns, after one of each."""
+    for work in works.values():
+        work()
+    return interleaved(works, repeats)
 
 
 def settle(device: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from mambapy.pscan import pscan
 from torch import Tensor, nn
 
-from benchmarks.sliced_rnn import seconds
+from benchmarks.common import seconds
 
 STEPS, HIDDEN = 32768, 64
 LOOP, MAMBA, ERROR = 30.0, 2.0, 1e-5

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,22 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import seconds
 from ranger_nn.torch import SlicedRNN
 
 STEPS, HIDDEN, TARGET = 32768, 64, 40.0
-
-
-def seconds(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median of interleaved runs after one of each."""
-    for work in works.values():
-        work()
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in taken.items()}
 
 
 def forward_backward(net: nn.Module, x: Tensor, last: Callable[[Any], Tensor]) -> Callable[[], None]:
