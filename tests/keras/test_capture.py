@@ -179,8 +179,9 @@ def test_statistics_are_updates_while_training() -> None:
 
 def test_noise_is_drawn_by_rows() -> None:
     """The same rows get the same noise; other rows and other passes other noise; a spatial dropout shares its mask."""
-    model, _ = chain(L.Dropout(0.5), L.SpatialDropout2D(0.5), L.GaussianNoise(0.1), L.GaussianDropout(0.1))
-    found = capture(model, KerasTensor((1, 13, 11, 4)), training=True)
+    layers = L.Dropout(0.5), L.SpatialDropout2D(0.5), L.GaussianNoise(0.1), L.GaussianDropout(0.1)
+    model, _ = chain(*layers, shape=(1, 13, 11, 64))  # so many channels do not draw the same mask twice
+    found = capture(model, KerasTensor((1, 13, 11, 64)), training=True)
     noisy = [n for n in found.graph.nodes if n.op == "noise"]
     seeds = [n for n in found.graph.nodes if n.op == "seed"]
     assert [n.where.split("(")[1] for n in noisy] == [
@@ -190,7 +191,7 @@ def test_noise_is_drawn_by_rows() -> None:
         "GaussianDropout)",
     ]
     assert all(n.random for n in seeds)
-    x = ops.ones((1, 5, 11, 4))
+    x = ops.ones((1, 5, 11, 64))
     for node, seed in zip(noisy, seeds, strict=True):
         drawn = seed.kernel.whole()
         run = node.kernel.region(1, 5, 0)
