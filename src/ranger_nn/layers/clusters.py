@@ -19,8 +19,7 @@ Either way `Routes` says which row each slot takes and which slot each row went 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +34,7 @@ EMPTY_AFTER = 16
 COPY = 16
 
 
-@dataclass(frozen=True)
-class Routes:
+class Routes(NamedTuple):
     """Which samples are together.
 
     Attributes:
@@ -88,10 +86,12 @@ def arrangement(loads: np.ndarray, separate: bool = False) -> tuple[int, int | N
 
     The latter needs no copy of parameters; with uneven loads it computes much that is not used. `separate`: always so.
     """
-    largest, size = max(int(loads.max()), 1), block_size(int(loads.sum()), len(loads))
+    largest, rows = max(int(loads.max()), 1), int(loads.sum())
+    size = block_size(rows, len(loads))
+    if separate or len(loads) * largest * size <= rows * (size + COPY):  # there are at least rows / size blocks
+        return largest, None
     blocks = int((-(-loads // size)).sum())
-    even = len(loads) * largest <= blocks * (size + COPY)
-    return (largest, None) if separate or even or not blocks else (size, blocks)
+    return (largest, None) if len(loads) * largest <= blocks * (size + COPY) or not blocks else (size, blocks)
 
 
 def grouped(xp: Any, region: Any, there: Any, rows: Any, clusters: int, size: Any, blocks: Any = None) -> Routes:
@@ -152,21 +152,20 @@ def grouped_now(region: np.ndarray, there: np.ndarray | None, clusters: int, sep
     loads = np.bincount(short, minlength=clusters)[:clusters]
     size, blocks = arrangement(loads, separate)
     ends = loads.cumsum()
-    starts, owner = ends - loads, None
-    held, load, first = np.arange(clusters), loads, starts  # first block of a region; of a block: rows left, first row
+    held, owner = np.arange(clusters), None  # first block of a region, region of a block
     if blocks is not None:
         each = -(-loads // size)
         held, owner = each.cumsum() - each, np.repeat(held, each)
-        before = (np.arange(blocks) - held[owner]) * size
-        load, first = loads[owner] - before, starts[owner] + before
-    place, load = np.arange(size), load[:, None]
-    within = np.maximum(first[:, None] + np.minimum(place, load - 1), 0)
-    slots = np.arange(len(region)) if there is None else np.arange(ends[-1])
-    own = order[: len(slots)]
+    own = order if there is None else order[: ends[-1]]
+    slots = np.arange(len(own)) + (held * size - ends + loads)[short[own]]
     back = np.zeros_like(order)
-    back[own] = slots + (held * size - starts)[short[own]]
-    used = (place < load).reshape(-1)
-    return Routes(order[within.reshape(-1)], used, back, owner, region, there, (len(load), size))
+    back[own] = slots
+    total = clusters if blocks is None else blocks
+    take = np.full(total * size, order[0])
+    take[slots] = own
+    used = np.zeros(total * size, bool)
+    used[slots] = True
+    return Routes(take, used, back, owner, region, there, (total, size))
 
 
 def filled(xp: Any, near: Any, there: Any, rows: Any, capacity: Any) -> tuple[Any, Any]:

@@ -124,11 +124,12 @@ def _row(module: nn.Module, names: list[str], name: str = "") -> list[tuple[str,
 def _products(row: list[tuple[str, nn.Module]], state: dict[str, Tensor], x: Tensor) -> Tensor:
     """Modules of `_row` on stacked regions (regions, batch, ..., features), each region with its own parameters."""
     lead = x.shape[:-1]
-    y = x if x.dim() == 3 else x.flatten(1, -2)
+    y, own = x if x.dim() == 3 else x.flatten(1, -2), False
     for name, module in row:
         if not isinstance(module, nn.Linear):
-            y = module(y)
+            y, own = y.relu_() if own and type(module) is nn.ReLU else module(y), False
             continue
+        own = True  # no one else has what a product gives
         weight = state[f"{name}.weight".lstrip(".")].mT
         y = torch.bmm(y, weight) if module.bias is None else torch.baddbmm(_bias(name, state), y, weight)
     return y if x.dim() == 3 else y.reshape(*lead, y.shape[-1])
