@@ -1,7 +1,7 @@
 """Clustered attention beside full attention: time, and how much of full attention it keeps.
 
 python -m benchmarks.clustered_attention                        PyTorch: time (partition included), then quality
-KERAS_BACKEND=jax python -m benchmarks.clustered_attention --keras      Keras: time on that back end
+KERAS_BACKEND=jax python -m benchmarks.clustered_attention --keras      Keras: time on that back end (attention, layer)
 
 N = 16384 tokens, 4 heads, regions of 256. d = 64 is the width of a head, what `F.scaled_dot_product_attention` takes; the
 other reading, 64 for all heads together (16 each), is the second row. "Attention" is q, k, v to result: ours routes
@@ -173,29 +173,71 @@ def quality(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 # -------------------------------------------------------------------------------------------- Keras
 
 
-def keras_speed(tokens: int, width: int, repeats: int) -> None:
-    """`predict_on_batch` and `train_on_batch` beside Keras's own `MultiHeadAttention` of the same widths."""
+def keras_models(tokens: int, width: int, projected: bool) -> dict[str, Any]:
+    """Keras's own full attention and ours, compiled.
+
+    projected: the layers, `MultiHeadAttention` and `ClusteredAttention`; else attention alone, where q, k and v are the
+    input times a learned vector each, so that there is something to train.
+    """
     import keras
-    import numpy as np
+    from keras import ops
 
     from ranger_nn.keras import ClusteredAttention as KerasClustered
 
     features = HEADS * width
-    x, y = np.random.randn(1, tokens, features).astype("float32"), np.zeros((1, tokens, features), "float32")
-    models = {}
+
+    class Scaled(keras.layers.Layer):
+        """Attention of scaled inputs (1, tokens, features)."""
+
+        def __init__(self, clustered: Any) -> None:
+            super().__init__()
+            self.clustered = clustered
+
+        def build(self, shape: Any) -> None:
+            self.scale = self.add_weight((3, features), initializer="ones")
+            if self.clustered is not None:
+                self.clustered.build(shape)
+
+        def call(self, x: Any) -> Any:
+            q, k, v = (
+                ops.reshape(x * s, (1, tokens, HEADS, width)) for s in ops.unstack(ops.convert_to_tensor(self.scale), 3)
+            )
+            if self.clustered is None:
+                return ops.reshape(ops.dot_product_attention(q, k, v), (1, tokens, features))
+            parts = [ops.reshape(ops.transpose(t, (0, 2, 1, 3)), (HEADS, tokens, width)) for t in (q, k, v)]
+            y = self.clustered._attend(*parts, None, False)
+            return ops.reshape(ops.transpose(y, (1, 0, 2)), (1, tokens, features))
+
+    found = {}
     for name in ("full", "ours"):
-        inputs = keras.Input((tokens, features))
-        if name == "full":
+        inputs = keras.Input((tokens, features), batch_size=1)
+        clustered = KerasClustered(HEADS, KMeans(tokens // REGION, balanced=True)) if name == "ours" else None
+        if not projected:
+            outputs = Scaled(clustered)(inputs)
+        elif clustered is None:
             outputs = keras.layers.MultiHeadAttention(HEADS, width)(inputs, inputs)
         else:
-            outputs = KerasClustered(HEADS, KMeans(tokens // REGION, balanced=True))(inputs)
-        models[name] = keras.Model(inputs, outputs)
-        models[name].compile("sgd", "mse", jit_compile="auto")
-    place = f"Keras on {keras.backend.backend()}, layer, N = {tokens}, {HEADS} heads of {width}"
-    predict: dict[str, Callable[[], Any]] = {n: lambda m=m: m.predict_on_batch(x) for n, m in models.items()}
-    verdict(f"{place}, inference", warmed(predict, repeats), INFERENCE)
-    train: dict[str, Callable[[], Any]] = {n: lambda m=m: m.train_on_batch(x, y) for n, m in models.items()}
-    verdict(f"{place}, training", warmed(train, repeats), TRAINING)
+            outputs = clustered(inputs)
+        found[name] = keras.Model(inputs, outputs)
+        found[name].compile("sgd", "mse", jit_compile="auto")
+    return found
+
+
+def keras_speed(tokens: int, width: int, repeats: int) -> None:
+    """`predict_on_batch` and `train_on_batch`: attention alone, then the layer, whose centres move in training."""
+    import keras
+    import numpy as np
+
+    features = HEADS * width
+    x, y = np.random.randn(1, tokens, features).astype("float32"), np.zeros((1, tokens, features), "float32")
+    for kind in ("attention", "layer"):
+        models = keras_models(tokens, width, kind == "layer")
+        targets = (INFERENCE, TRAINING) if kind == "attention" else (None, None)
+        place = f"Keras on {keras.backend.backend()}, {kind}, N = {tokens}, {HEADS} heads of {width}"
+        predict: dict[str, Callable[[], Any]] = {n: lambda m=m: m.predict_on_batch(x) for n, m in models.items()}
+        verdict(f"{place}, inference", warmed(predict, repeats), targets[0])
+        train: dict[str, Callable[[], Any]] = {n: lambda m=m: m.train_on_batch(x, y) for n, m in models.items()}
+        verdict(f"{place}, training", warmed(train, repeats), targets[1])
 
 
 def main() -> None:
@@ -210,7 +252,8 @@ def main() -> None:
     torch.manual_seed(0)
     if given.keras:
         os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-        keras_speed(given.tokens, 16, given.repeats)
+        for width in (64, 16):
+            keras_speed(given.tokens, width, given.repeats)
         return
     for width in (64, 16):
         speed(given.tokens, width, given.repeats)

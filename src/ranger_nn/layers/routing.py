@@ -55,25 +55,30 @@ def balanced_slots(
         rounds: how often samples that were turned away ask again.
         inverse: gives the inverse of permutations along axis 1 faster than a sort does; None: a sort.
     """
+    back_of = inverse or (lambda order: xp.argsort(order, axis=1))
     best, low = xp.max(scores, axis=2), xp.min(scores)
     out = low - (xp.max(best) - low) - 1
     waits = best >= low if present is None else present
     line = xp.argsort(-xp.where(waits, best, xp.zeros_like(best) + out), axis=1)
-    own = xp.cumulative_sum(xp.ones_like(line[0, : scores.shape[2]]), axis=0) - 1
-    rows = xp.take_along_axis(scores, line[:, :, None], axis=1)
+    samples, clusters = scores.shape[1], scores.shape[2]
+    own = xp.cumulative_sum(xp.ones_like(line[0, :clusters]), axis=0) - 1
+    group = xp.cumulative_sum(xp.ones_like(line[:, :1]), axis=0) - 1
+    rows = xp.take(xp.reshape(scores, (-1, clusters)), xp.reshape(line + group * samples, (-1,)), axis=0)
+    rows = xp.reshape(rows, (-1, samples, clusters))
     waits = xp.take_along_axis(waits, line, axis=1)
-    there, slot, taken = waits, xp.zeros_like(line), xp.zeros_like(line[:, : scores.shape[2]])
-    for _ in range(rounds):
-        still_open = xp.where(taken[:, None] < capacity, rows, xp.zeros_like(rows) + out)
+    there, slot, taken = waits, xp.zeros_like(line), xp.zeros_like(line[:, :clusters])
+    for turn in range(rounds):
+        if turn:
+            full = xp.astype(taken >= capacity, rows.dtype) * (out - xp.max(best))
+        still_open = rows + full[:, None] if turn else rows
         top = xp.max(still_open, axis=2, keepdims=True)
-        choice = xp.min(xp.where(still_open == top, own, xp.zeros_like(own) + (own.shape[0] - 1)), axis=2)
-        place, asked = _places(xp, choice, waits, own, taken)
+        choice = xp.min(xp.where(still_open == top, own, xp.zeros_like(own) + (clusters - 1)), axis=2)
+        place, asked = _places(xp, choice, waits, taken, back_of)
         slot = xp.where(waits, choice * capacity + place, slot)
         waits = xp.logical_and(waits, place >= capacity)
         taken = xp.minimum(taken + asked, xp.zeros_like(taken) + capacity)
     slot = _filled(xp, slot, waits, there, taken, capacity)
-    back = xp.argsort(line, axis=1) if inverse is None else inverse(line)
-    return xp.take_along_axis(slot, back, axis=1)
+    return xp.take_along_axis(slot, back_of(line), axis=1)
 
 
 def balanced_slots_now(
@@ -108,36 +113,35 @@ def _greedy(scores: np.ndarray, capacity: int, present: np.ndarray | None, round
     return slot
 
 
-def _places(xp: Any, choice: Any, waits: Any, own: Any, taken: Any) -> tuple[Any, Any]:
+def _places(xp: Any, choice: Any, waits: Any, taken: Any, back_of: Callable[[Any], Any]) -> tuple[Any, Any]:
     """(place of each sample in its cluster after those who are in, how many ask for each cluster (groups, clusters)).
 
-    How many ask before a sample: those of earlier blocks of the line by a running sum, those of its own in pairs.
+    Sorted by what they ask for, in the order of the line; who does not wait comes last, as if there were one more cluster.
     """
-    samples = choice.shape[1]
-    block = max(b for b in range(1, 65) if samples % b == 0)
-    shape = (-1, samples // block, block)
-    choice, waits = xp.reshape(choice, shape), xp.reshape(waits, shape)
-    asks = xp.logical_and(choice[..., None] == own, waits[..., None])
-    counts = xp.sum(xp.astype(asks, own.dtype), axis=2)
-    ends = xp.cumulative_sum(counts, axis=1)
-    before = xp.take_along_axis(ends - counts + taken[:, None], choice, axis=2)
-    steps = xp.cumulative_sum(xp.ones_like(choice[0, 0]), axis=0)
-    same = xp.logical_and(choice[..., None] == choice[:, :, None], steps[None, :] < steps[:, None])
-    inside = xp.sum(xp.astype(xp.logical_and(same, waits[:, :, None]), own.dtype), axis=3)
-    return xp.reshape(before + inside, (-1, samples)), ends[:, -1]
+    samples, clusters = choice.shape[1], taken.shape[1]
+    key = xp.where(waits, choice, xp.zeros_like(choice) + clusters)
+    order = xp.argsort(key, axis=1)  # stable where the namespace is
+    group = xp.cumulative_sum(xp.ones_like(key[:, :1]), axis=0) - 1
+    inside = xp.reshape(xp.take_along_axis(key, order, axis=1) + group * (clusters + 1), (-1,))
+    each = xp.cumulative_sum(xp.ones_like(taken[:1]), axis=1) - 1
+    bounds = xp.reshape(each + group * (clusters + 1), (-1,))
+    starts, ends = (
+        xp.reshape(xp.astype(xp.searchsorted(inside, bounds, side=side), key.dtype), (-1, clusters)) - group * samples
+        for side in ("left", "right")
+    )
+    offset = xp.concat([taken - starts, xp.zeros_like(taken[:, :1])], axis=1)
+    return back_of(order) + xp.take_along_axis(offset, key, axis=1), ends - starts
 
 
 def _filled(xp: Any, slot: Any, waits: Any, there: Any, taken: Any, capacity: int) -> Any:
     """Slots in the order of the line: those who still wait, then fillings, on the free slots in order."""
-    free = capacity - taken
-    ends = xp.cumulative_sum(free, axis=1)
+    place = xp.cumulative_sum(xp.ones_like(slot), axis=1) - 1
+    occupied = place % capacity < xp.take_along_axis(taken, place // capacity, axis=1)
+    free = xp.argsort(xp.astype(occupied, slot.dtype), axis=1)
     rest = xp.logical_not(xp.logical_and(there, xp.logical_not(waits)))
     turn = xp.cumulative_sum(xp.astype(rest, slot.dtype), axis=1) - 1
     turn = xp.maximum(turn, xp.zeros_like(turn))
-    other = xp.sum(xp.astype(ends[:, None] <= turn[:, :, None], slot.dtype), axis=2)
-    other = xp.minimum(other, xp.zeros_like(other) + (taken.shape[1] - 1))
-    before = xp.take_along_axis(taken - (ends - free), other, axis=1)
-    return xp.where(rest, other * capacity + turn + before, slot)
+    return xp.where(rest, xp.take_along_axis(free, turn, axis=1), slot)
 
 
 def moved_centres(xp: Any, centres: Any, sums: Any, counts: Any, decay: float, far: Any) -> Any:

@@ -111,7 +111,8 @@ class ClusteredAttention(keras.layers.Layer):
         """q, k, v (batch * heads, N, d)."""
         made = ops.reshape(self.project(x), (-1, x.shape[1], 3, self.heads, x.shape[-1] // self.heads))
         made = ops.reshape(ops.transpose(made, (2, 0, 3, 1, 4)), (3, -1, x.shape[1], x.shape[-1] // self.heads))
-        return made[0], made[1], made[2]
+        q, k, v = ops.unstack(made, 3, axis=0)
+        return q, k, v
 
     def _attend(self, q: Any, k: Any, v: Any, mask: Any, follow: bool) -> Any:
         regions, n, width = self.partition.clusters, q.shape[1], q.shape[2]
@@ -126,7 +127,8 @@ class ClusteredAttention(keras.layers.Layer):
         slots = [ops.reshape(s, (-1, regions * capacity)) for s in slots]
         sources = [_inverse(s) for s in slots]
         a, b, c = (
-            ops.reshape(_taken(t, sources[i]), (-1, regions, capacity, width)) for t, i in ((q, 0), (k, 1), (v, 1))
+            ops.reshape(_permuted(t, sources[i], slots[i]), (-1, regions, capacity, width))
+            for t, i in ((q, 0), (k, 1), (v, 1))
         )
         here = [
             None if there is None else ops.reshape(ops.take_along_axis(there, s, axis=1), (-1, regions, capacity))
@@ -134,7 +136,8 @@ class ClusteredAttention(keras.layers.Layer):
         ]
         if follow:
             self._follow((a, b), here)
-        y = _taken(ops.reshape(self._inside(a, b, c, here[1]), (-1, regions * capacity, width)), slots[0])
+        y = ops.reshape(self._inside(a, b, c, here[1]), (-1, regions * capacity, width))
+        y = _permuted(y, slots[0], sources[0])
         if there is not None:
             y = ops.where(there[..., None], y, ops.zeros_like(y))
         return y[:, :n]
@@ -273,3 +276,16 @@ def _taken(x: Any, order: Any) -> Any:
     places = _rows(order, ops.cast(ops.shape(x)[1], order.dtype))
     rows = ops.take(ops.reshape(x, (-1, x.shape[2])), ops.reshape(places, (-1,)), axis=0)
     return ops.reshape(rows, (-1, order.shape[1], x.shape[2]))
+
+
+def _permuted(x: Any, order: Any, back: Any) -> Any:
+    """`_taken` of permutations and their inverse: backward takes as well, where it would have to add."""
+
+    @ops.custom_gradient
+    def run(x: Any) -> Any:
+        def grad(*args: Any, upstream: Any = None) -> Any:
+            return _taken(args[0] if upstream is None else upstream, back)
+
+        return _taken(x, order), grad
+
+    return run(x)

@@ -284,4 +284,4 @@ def _check_finite(best: np.ndarray, x: Tensor, mask: Tensor | None) -> None:
 
 def _from_numpy(routes: Routes) -> Routes:
     """The same routes as tensors."""
-    return Routes(*[torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in routes])
+    return Routes._make(torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in routes)
