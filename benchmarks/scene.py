@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import ranger_nn
+from ranger_nn.execute.allocator import keep_freed_blocks
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.torch.prepare import prepare
 
@@ -131,6 +132,7 @@ class Sampler:
 def streamed(scene: str, out: str, memory: str, threads: int) -> None:
     """One run in this process; a line of JSON."""
     torch.set_num_threads(threads)
+    keep_freed_blocks()  # as `ranger-nn run` does
     net = model()
     idle = Sampler.now()
     sampler = Sampler()

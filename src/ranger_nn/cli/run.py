@@ -21,6 +21,7 @@ from ranger_nn.cli.arguments import new_parser
 from ranger_nn.cli.loading import import_torch, leaves, load_inputs, load_model, threads
 from ranger_nn.cli.progress import Progress, clock, show_progress
 from ranger_nn.errors import InputError
+from ranger_nn.execute.allocator import keep_freed_blocks
 from ranger_nn.io.image import check_writable, write_image
 from ranger_nn.planning.budget import format_bytes
 
@@ -49,6 +50,7 @@ def add_parser(commands: Any) -> None:
 
 def run(chosen: argparse.Namespace) -> None:
     """Load, plan, run with progress, write, report."""
+    keep_freed_blocks()
     if stream.streams(chosen):
         stream.run(chosen)
         return

@@ -7,7 +7,6 @@ made with what they leave, a few times at most. Enter at `prepare`.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -28,6 +27,7 @@ from ranger_nn.planning.budget import format_bytes, parse_memory
 from ranger_nn.planning.report import Plan
 from ranger_nn.planning.search import Options, Planned, make_plan
 from ranger_nn.torch.capture import Captured, capture
+from ranger_nn.torch.expected import expected_seconds
 from ranger_nn.torch.files import AHEAD, loaded_boxes
 from ranger_nn.torch.module import Memory, Regional, example_inputs
 
@@ -81,10 +81,8 @@ class Prepared:
         return prod(self.source.shape) * self.source.dtype.itemsize
 
     def expected_seconds(self) -> float:
-        """About how long the run takes: its multiply-adds and bytes at the rates of a small convolution and a copy."""
-        macs_rate, bytes_rate = _rates(self.device)
-        moved = 2 * sum(self.graph.values[v].nbytes for n in self.graph.nodes for v in n.outputs)
-        return self.program.macs / macs_rate + moved / bytes_rate
+        """About how long kernels take: timed on a region of each sweep, with made-up values."""
+        return expected_seconds(self.graph, self.program, self.externals(), self.device)
 
     def pictures(self) -> list[int]:
         """Outputs that are written region by region."""
@@ -127,22 +125,6 @@ class Prepared:
             "input": self.source.identity() | {"pixels": str(self.pixels)},
             "plan": {"memory": self.allowed, "steps": _hash(steps)},
         }
-
-
-def _rates(device: torch.device) -> tuple[float, float]:
-    """(multiply-adds, bytes) in a second, on pieces that no cache holds, such as regions of large images are."""
-    x = torch.rand(1, 32, 256, 2048, device=device).contiguous(memory_format=torch.channels_last)
-    conv = nn.Conv2d(32, 32, 3, padding=1, device=device)
-    taken = []
-    with torch.no_grad():
-        for work in (lambda: conv(x), lambda: x * 2):
-            best = float("inf")
-            for _ in range(5):
-                start = time.perf_counter()
-                work()[0, 0, 0, 0].item()
-                best = min(best, time.perf_counter() - start)
-            taken.append(best)
-    return x.numel() * 32 * 9 / taken[0], 2 * x.nbytes / taken[1]
 
 
 def _hash(text: str) -> str:
