@@ -201,7 +201,7 @@ def killed(folder: Path, scene: Path, memory: str, kills: int) -> None:
     start = time.perf_counter()
     child("--streamed", str(scene), str(whole), "--memory", memory)
     took = time.perf_counter() - start
-    journal, lost, again = folder / ".cut.npy.partial" / "journal.json", 0.0, 0
+    journal, again = folder / ".cut.npy.partial" / "journal.json", 0
     for k in range(kills):
         command = [sys.executable, "-m", "benchmarks.scene", "--streamed", str(scene), str(cut), "--memory", memory]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
@@ -211,7 +211,7 @@ def killed(folder: Path, scene: Path, memory: str, kills: int) -> None:
             break
         done = json.loads(journal.read_text())["done"] if journal.exists() else 0
         print(f"killed {k + 1}: {done} regions done", flush=True)
-        again, lost = done, lost
+        again = done
     if not cut.exists():
         child("--streamed", str(scene), str(cut), "--memory", memory)
     same = whole.read_bytes() == cut.read_bytes()

@@ -22,7 +22,7 @@ def faults():
 
 torch.ones(24_000_000)  # 96 MB: above the largest adaptive threshold
 before = faults()
-for _ in range(5):
+for _ in range(20):
     torch.ones(24_000_000)
 print(faults() - before)
 """
