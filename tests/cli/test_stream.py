@@ -7,8 +7,10 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 from ranger_nn.cli.main import main
+from tests.torch.scenes import Smooth
 
 tifffile = pytest.importorskip("tifffile")
 SMOOTH = "tests.torch.scenes:Smooth"
@@ -38,6 +40,19 @@ def test_report(tmp_path, scene, capsys):
     assert report["projected"] <= report["allowed"] == 2_000_000
     assert "MB/s" in printed.err
     assert "took" in printed.err
+
+
+def test_archives(tmp_path, scene, capsys):
+    """One exported for any size gives what the model itself gives; one for a single size says how to export it."""
+    net, x, free = Smooth().eval(), torch.rand(1, 3, 32, 32), torch.export.Dim.AUTO
+    torch.export.save(torch.export.export(net, (x,), dynamic_shapes=({2: free, 3: free},)), tmp_path / "any.pt2")
+    torch.export.save(torch.export.export(net, (x,)), tmp_path / "one.pt2")
+    assert call("run", tmp_path / "any.pt2", scene, "-o", tmp_path / "a.npy", "-q", *SMALL) == 0
+    assert call("run", SMOOTH, scene, "-o", tmp_path / "b.npy", "-q", *SMALL) == 0
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"), atol=1e-6)
+    capsys.readouterr()
+    assert call("run", tmp_path / "one.pt2", scene, "-o", tmp_path / "c.npy", "-q", *SMALL) == 1
+    assert "for inputs of one size, and refuses (1, 3, 120, 90)" in capsys.readouterr().err
 
 
 def test_in_words(tmp_path, scene, capsys):

@@ -246,18 +246,23 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
-        line = _user_line(error)
-        if _refuses_input(error):
-            shapes = [
-                f"{tuple(a.shape)} {a.dtype}" for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)
-            ]
+        line, said = _user_line(error), (str(error).strip().splitlines() or [""])[0]
+        name = getattr(model, "name_in_errors", type(model).__name__)
+        tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        shapes = ", ".join(f"{tuple(a.shape)} {a.dtype}" for a in tensors)
+        if isinstance(error, AssertionError) and said.startswith("Guard failed"):
             raise InputError(
-                f"{type(model).__name__} refuses inputs {', '.join(shapes)}{line}: {str(error).strip().splitlines()[0]}. "
+                f"{name} is an archive of torch.export for inputs of one size, and refuses {shapes}: {said}. Export it "
+                "again for any size, with torch.export.export(model, (x,), dynamic_shapes=({2: Dim.AUTO, 3: Dim.AUTO},)) "
+                "where Dim is torch.export.Dim."
+            ) from error
+        if _refuses_input(error):
+            raise InputError(
+                f"{name} refuses inputs {shapes}{line}: {said}. "
                 "Give inputs of the rank, size and dtype that the untouched model takes."
             ) from error
         raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}{line}: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}. A region-wise program needs a graph "
+            f"torch.export cannot capture {name}{line}: {type(error).__name__}: {said}. A region-wise program needs a graph "
             "that does not depend on the data: replace a Python branch or loop on tensor values by torch.where or "
             "torch.cond, or regionalize the sub-module that has none."
         ) from error

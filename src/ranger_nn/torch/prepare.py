@@ -137,6 +137,8 @@ class _Copied(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.training = model.training  # archives of torch.export have no `train`
+        self.name_in_errors = type(model).__name__
 
     def forward(self, x: Tensor) -> Any:
         """model(x)."""
@@ -179,7 +181,7 @@ def prepare(
         pixels = pixels or (Pixels(scale=1.0) if opened.batched else Pixels())
         channels = pixels.channels(opened.shape[0], opened.name)
         shape = (1, channels, *opened.shape[1:])
-        copied = _Copied(model).train(model.training)
+        copied = _Copied(model)
         with torch.no_grad():
             captured = _named(capture(copied, example_inputs(copied, shape), grad=False), model)
         chosen = replace(Options.checked(allowed, regions, schedule), disk=True, most_steps=MOST_STEPS)
