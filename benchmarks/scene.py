@@ -171,7 +171,7 @@ def streamed(scene: str, out: str, memory: str, threads: int) -> None:
     print(json.dumps({
         "idle": idle, "peak": sampler.stop(), "seconds": report.seconds, "planning": planning, "waited": report.waited,
         "kernels": kernels[0] - report.waited, "projected": prepared.projected, "read": report.bytes_read,
-        "regions": report.regions, "expected": prepared.expected_seconds(), "histogram": report.statistics,
+        "regions": report.regions, "resumed": report.resumed_at, "expected": prepared.expected_seconds(), "histogram": report.statistics,
     }))  # fmt: skip
 
 
@@ -196,26 +196,30 @@ def child(*arguments: str) -> dict[str, float]:
 
 
 def killed(folder: Path, scene: Path, memory: str, kills: int) -> None:
-    """A run killed again and again beside one that is not."""
+    """A run killed again and again beside one that is not: at random moments of random regions, and before the first."""
     whole, cut = folder / "whole.npy", folder / "cut.npy"
-    start = time.perf_counter()
-    child("--streamed", str(scene), str(whole), "--memory", memory)
-    took = time.perf_counter() - start
-    journal, again = folder / ".cut.npy.partial" / "journal.json", 0
-    for k in range(kills):
-        command = [sys.executable, "-m", "benchmarks.scene", "--streamed", str(scene), str(cut), "--memory", memory]
+    regions = int(child("--streamed", str(scene), str(whole), "--memory", memory)["regions"])
+    journal, source = folder / ".cut.npy.partial" / "journal.json", random.Random(0)
+
+    def done() -> int:
+        return json.loads(journal.read_text())["done"] if journal.exists() else 0
+
+    command = [sys.executable, "-m", "benchmarks.scene", "--streamed", str(scene), str(cut), "--memory", memory]
+    for k, wanted in enumerate([0, *sorted(source.sample(range(1, regions), kills - 1))]):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            time.sleep(random.Random(k).uniform(0.5, took / 4))
+            while process.poll() is None and done() < wanted:
+                time.sleep(0.01)
+            time.sleep(source.uniform(0, 0.3))
+            if process.poll() is not None:
+                raise RuntimeError(f"the run ended before its region {wanted} of {regions}")
             process.send_signal(signal.SIGKILL)
-        if cut.exists():
-            break
-        done = json.loads(journal.read_text())["done"] if journal.exists() else 0
-        print(f"killed {k + 1}: {done} regions done", flush=True)
-        again = done
-    if not cut.exists():
-        child("--streamed", str(scene), str(cut), "--memory", memory)
+        print(f"killed {k + 1}: {done()} of {regions} regions done", flush=True)
+    before = done()
+    found = child("--streamed", str(scene), str(cut), "--memory", memory)
     same = whole.read_bytes() == cut.read_bytes()
-    print(f"the same bytes after {kills} kills (the last at region {again}): {same}")
+    print(
+        f"the same bytes after {kills} kills: {same}; the last run began after region {before} ({found['resumed']:.0f})"
+    )
 
 
 def monai(side: int) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,6 +166,58 @@ def test_stopped_again_and_again(tmp_path, scene, name, ending):
     assert (tmp_path / f"cut{ending}").read_bytes() == (tmp_path / f"whole{ending}").read_bytes()
     assert report.statistics == whole.statistics
     assert report.resumed_at == before
+
+
+@pytest.mark.parametrize(("reduce", "value"), [(None, np.nan), ("argmax", 255)])
+def test_no_data_in_the_result(tmp_path, reduce, value):
+    """The declared value where the input has none, in a run that was stopped as well; statistics leave it out."""
+    image = np.random.default_rng(0).integers(1, 256, (230, 150, 3), dtype=np.uint8)
+    image[40:90, 20:60] = 7
+    image[100:, 149] = 7
+    image[0, 0] = (7, 7, 8)  # one band differs: this is data
+    tifffile.imwrite(tmp_path / "scene.tif", image, tile=(64, 64), photometric="rgb")
+    net, absent = Smooth(), (image == 7).all(-1)
+    assert not absent[0, 0]
+    pixels = ranger_nn.Pixels(nodata=7, result=value)
+    out, done = tmp_path / "out.tif", []
+    with pytest.raises(Stopped):
+        ranger_nn.run(net, tmp_path / "scene.tif", out, "2MB", reduce=reduce, pixels=pixels, on_region=stop_after(3))
+    report = ranger_nn.run(
+        net, tmp_path / "scene.tif", out, "2MB", reduce=reduce, pixels=pixels, on_region=lambda k, n: done.append(k)
+    )
+    assert done[0] == report.resumed_at + 1 > 1
+    plain = ranger_nn.run(
+        net, tmp_path / "scene.tif", tmp_path / "plain.npy", reduce=reduce, pixels=replace(pixels, result=None)
+    )
+    assert plain.resumed_at == 0
+    expected = np.load(tmp_path / "plain.npy")
+    found = tifffile.imread(out).reshape(expected.shape)
+    np.testing.assert_allclose(found[:, ~absent], expected[:, ~absent], atol=3e-6)
+    np.testing.assert_array_equal(found[:, absent], np.full_like(expected[:, absent], value))
+    statistics = report.statistics["output 0"]
+    if reduce is None:
+        np.testing.assert_allclose(statistics["mean"], expected[:, ~absent].mean(1), atol=1e-5)
+        np.testing.assert_allclose(statistics["max"], expected[:, ~absent].max(1), atol=2e-6)
+    else:
+        assert statistics["histogram"] == np.bincount(expected[0][~absent]).tolist()
+    with tifffile.TiffFile(out) as file:
+        assert float(file.pages[0].tags[42113].value) == pytest.approx(value, nan_ok=True)
+
+
+def test_no_data_refusals(tmp_path, scene):
+    path, _ = scene
+    with pytest.raises(InputError, match=r"result=255 of Pixels .* the result is int8"):
+        ranger_nn.run(
+            Smooth(), path, tmp_path / "o.npy", pixels=ranger_nn.Pixels(nodata=0, result=255),
+            reduce=lambda y: y.astype(np.int8),
+        )  # fmt: skip
+    with pytest.raises(InputError, match="give the result a path"):
+        ranger_nn.run(Smooth(), path, np.zeros((3, 230, 150), np.float32), pixels=ranger_nn.Pixels(nodata=0, result=1))
+    with pytest.raises(InputError, match=r"leave it out where the sizes differ"):
+        ranger_nn.run(nn.AvgPool2d(2), path, tmp_path / "o.npy", pixels=ranger_nn.Pixels(nodata=0, result=1))
+    with pytest.raises(InputError, match=r"say which value that is, nodata="):
+        ranger_nn.Pixels(result=1)
+    assert sorted(os.listdir(tmp_path)) == ["scene.tif"]
 
 
 def command(path, out, *more):

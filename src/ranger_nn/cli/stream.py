@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--std", type=_numbers, metavar="A,B,..", help="divided by after that")
     group.add_argument("--bands", type=_indices, metavar="I,J,..", help="bands to take, counted from 0, in this order")
     group.add_argument("--nodata", type=float, metavar="VALUE", help="pixels of this value in all bands become 0")
+    group.add_argument(
+        "--nodata-result",
+        type=float,
+        metavar="VALUE",
+        help="what the result holds there (default: what the model gives)",
+    )
     group.add_argument("--axes", metavar="YXC", help="axes of an array: one letter each of N C Z Y X")
     group.add_argument("--level", type=int, default=0, help="level of a pyramid (default: 0, the largest)")
     group.add_argument(
@@ -68,6 +74,7 @@ def refuse_options(chosen: argparse.Namespace) -> None:
         "std",
         "bands",
         "nodata",
+        "nodata_result",
         "axes",
         "statistics",
         "skip_bad",
@@ -114,6 +121,8 @@ def _pixels(chosen: argparse.Namespace) -> Pixels | None:
     given = {
         n: getattr(chosen, n) for n in ("scale", "mean", "std", "bands", "nodata") if getattr(chosen, n) is not None
     }
+    if chosen.nodata_result is not None:
+        given["result"] = chosen.nodata_result
     return Pixels(**given) if given else None
 
 

@@ -26,9 +26,10 @@ class Pixels:
         bands: indices of the channels to take, in this order; None: all.
         nodata: value that stands for no data: where all bands have it, the model sees `fill`.
         fill: what the model sees there, after normalisation.
+        result: what the result holds there, and statistics leave out; None: whatever the model gives.
 
     Raises:
-        InputError: a standard deviation that is not positive, negative bands.
+        InputError: a standard deviation that is not positive, negative bands, `result` without `nodata`.
     """
 
     scale: float | None = None
@@ -37,6 +38,7 @@ class Pixels:
     bands: tuple[int, ...] | None = None
     nodata: float | None = None
     fill: float = 0.0
+    result: float | None = None
 
     def __post_init__(self) -> None:
         """Lists become tuples; refuse what has no meaning."""
@@ -46,6 +48,10 @@ class Pixels:
                 object.__setattr__(self, name, tuple(value))
         if any(s <= 0 for s in np.atleast_1d(self.std)):
             raise InputError(f"std of Pixels divides, so it is above 0; got {self.std}")
+        if self.result is not None and self.nodata is None:
+            raise InputError(
+                f"result={self.result} of Pixels stands where the input has no data: say which value that is, nodata=..."
+            )
         if self.bands is not None and (not self.bands or any(b < 0 for b in self.bands)):
             raise InputError(f"bands of Pixels are indices from 0 on; got {self.bands}")
 
@@ -65,9 +71,9 @@ class Pixels:
 
     def apply(self, pixels: Array, dtype: np.dtype[Any]) -> Array:
         """(channels, ...) of `dtype` from (bands, ...) of pixels."""
+        absent = None if self.nodata is None else self.absent(pixels)
         if self.bands is not None:
             pixels = pixels[list(self.bands)]
-        absent = None if self.nodata is None else self._absent(pixels)
         scale = self.scale
         if scale is None:
             scale = 1 / np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else 1.0
@@ -82,7 +88,10 @@ class Pixels:
             x[:, absent] = self.fill
         return x
 
-    def _absent(self, pixels: Array) -> Array:
+    def absent(self, pixels: Array) -> Array:
+        """Where all bands that are taken hold `nodata`: (...) bool."""
+        if self.bands is not None:
+            pixels = pixels[list(self.bands)]
         same = np.isnan(pixels) if self.nodata != self.nodata else pixels == self.nodata
         return np.asarray(same.all(axis=0))
 

@@ -28,6 +28,8 @@ KNOWN = (".zarr", ".npy", *TIFFS)
 TILE = 256
 BAND_BYTES = 32 << 20
 """A band of tiles across all columns that takes more has flatter tiles."""
+GDAL_NODATA = 42113
+"""The TIFF tag by which GDAL tells the value of no data, as text."""
 BIG = 1 << 32
 """TIFF offsets have 32 bits below this."""
 
@@ -71,13 +73,21 @@ class FileSink:
         geography: CRS and transform of the input, or None.
         again: go on with the rows that are there.
         rows: file of the rows, in the working folder.
+        nodata: value that stands for no data, told to those who read the result; None: there is none.
     """
 
     def __init__(
-        self, path: Path, shape: tuple[int, ...], dtype: Any, geography: dict[str, Any] | None, again: bool, rows: Path
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: Any,
+        geography: dict[str, Any] | None,
+        again: bool,
+        rows: Path,
+        nodata: float | None = None,
     ) -> None:
         self.path, self.name, self.shape, self.dtype = path, repr(str(path)), shape, np.dtype(dtype)
-        self.geography = geography
+        self.geography, self.nodata = geography, nodata
         self._made = rows.with_name(f"{rows.stem}-result{path.suffix}")
         self._rows = RowFile(rows, shape, dtype, npy_header(self.shape, self.dtype), again)
 
@@ -130,6 +140,7 @@ class FileSink:
             dtype=self.dtype,
             chunks=(self.shape[0], *front, tile, TILE),
             shards=(self.shape[0], *front, tile, width),
+            fill_value=self.nodata,
             dimension_names=["channel", *["depth"] * len(front), "row", "column"],
         )
         for box, pixels in self._bands(tile):
@@ -168,10 +179,12 @@ class FileSink:
                     yield np.ascontiguousarray(band[:, left : left + TILE])
 
     def _geo_tags(self) -> list[tuple[int, int, int, Any, bool]]:
+        found: list[tuple[int, int, int, Any, bool]] = []
+        if self.nodata is not None:
+            found.append((GDAL_NODATA, 2, 0, f"{self.nodata:g}", True))
         if self.geography is None:
-            return []
+            return found
         zoom = [a / b for a, b in zip(self.geography["size"], self.shape[-2:], strict=True)]
-        found = []
         for number, (dtype, count, value) in self.geography["tags"].items():
             if number == 33550:  # ModelPixelScale: x, y, z
                 value = (value[0] * zoom[1], value[1] * zoom[0], *value[2:])
@@ -186,7 +199,7 @@ class FileSink:
         with rasterio.open(
             made, "w", driver="GTiff", count=self.shape[0], height=self.shape[-2], width=self.shape[-1], dtype=dtype,
             crs=self.geography["crs"], transform=self.geography["transform"] @ rasterio.Affine.scale(columns, rows),
-            tiled=True, blockxsize=TILE, blockysize=TILE, compress="deflate", BIGTIFF="IF_SAFER", interleave="band",
+            nodata=self.nodata, tiled=True, blockxsize=TILE, blockysize=TILE, compress="deflate", BIGTIFF="IF_SAFER", interleave="band",
         ) as file:  # fmt: skip
             for box, pixels in self._bands(TILE):
                 top, bottom = box[-2]

@@ -35,8 +35,12 @@ class Tally:
         self.names = tuple(names)
         self._state: dict[str, Any] = {k: np.asarray(v) for k, v in (state or {}).items()}
 
-    def add(self, output: Array, written: Array) -> None:
-        """One region: the model's output (channels, ...) and what is written of it."""
+    def add(self, output: Array, written: Array, absent: Array | None = None) -> None:
+        """One region: the model's output (channels, ...) and what is written of it, less where `absent` (...) is True."""
+        if absent is not None:
+            output, written = output[:, ~absent], written[:, ~absent]
+        if not output[0].size:
+            return
         rest = tuple(range(1, output.ndim))
         for name in self.names:
             if name == "histogram":

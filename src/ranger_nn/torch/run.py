@@ -30,6 +30,7 @@ from ranger_nn.io.atomic import atomic_write
 from ranger_nn.io.journal import Journal
 from ranger_nn.io.pixels import Pixels
 from ranger_nn.io.protocol import Array
+from ranger_nn.io.rows import RowFile
 from ranger_nn.io.sinks import FileSink, check_sink, working_folder
 from ranger_nn.io.tally import Tally
 from ranger_nn.torch.files import Feed, FileEngine, Handle, Outlet, Stored, loaded_boxes
@@ -170,6 +171,8 @@ class _Picture:
     reduced: Reduction
     tally: Tally
     outlet: Outlet
+    absent: RowFile | None = None
+    nodata: float | None = None
     written: int = 0
 
     def write(self, box: Box, region: Tensor) -> None:
@@ -177,8 +180,12 @@ class _Picture:
         output = region[0]
         rows = self.reduced(output).contiguous().cpu()
         pixels = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
+        absent = None
+        if self.absent is not None:
+            absent = self.absent.read(box[2:])[0] > 0
+            pixels = np.where(absent, np.asarray(self.nodata, pixels.dtype), pixels)
         plain = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
-        self.tally.add(plain.cpu().numpy(), pixels)
+        self.tally.add(plain.cpu().numpy(), pixels, absent)
         self.written += pixels.nbytes
         self.outlet.put(lambda: self.sink.write(box[2:], pixels))
 
@@ -202,6 +209,7 @@ class _Work:
         self.outlet = Outlet()
         self.pictures: dict[int, _Picture] = {}
         self.stored: list[Stored] = []
+        self.absent: RowFile | None = None
         self.ends = boundaries(made.program, made.lasting())
 
     def run(self, resume: bool) -> Report:
@@ -210,6 +218,7 @@ class _Work:
         feed = None
         try:
             again = self._open_journal(resume)
+            self._open_absent(again)
             self._open_pictures(again)
             instructions = self._instructions()
             feed = self._feed(instructions)
@@ -274,6 +283,21 @@ class _Work:
         self.folder.mkdir()
         return False
 
+    def _open_absent(self, again: bool) -> None:
+        """Where the input has no data: a file, since the rows of the result come later than those of the input."""
+        if self.made.pixels.result is None:
+            return
+        if self.folder is None:
+            raise InputError("result= of Pixels keeps where the input has no data in a file: give the result a path")
+        sizes = self.made.source.shape[1:]
+        for v in self.made.pictures():
+            if self.made.graph.values[v].shape[2:] != tuple(sizes):
+                raise InputError(
+                    f"result= of Pixels stands where the input has no data, and {self.made.graph.name} gives "
+                    f"{self.made.graph.values[v].shape[2:]} from {tuple(sizes)}: leave it out where the sizes differ"
+                )
+        self.absent = RowFile(self.folder / "absent", (1, *sizes), np.uint8, again=again)
+
     def _open_pictures(self, again: bool) -> None:
         values, found = self.made.graph.values, self.made.pictures()
         if not found and not (isinstance(self.target, Path) and self.target.suffix.lower() == ".npy"):
@@ -287,8 +311,10 @@ class _Work:
             probe = probe.float() if probe.dtype == torch.bfloat16 else probe
             name, shape = f"output {k}", (probe.shape[0], *values[v].shape[2:])
             tally = Tally(self.statistics, self.journal.tally.get(name) if self.journal is not None and again else None)
-            sink = self._sink(k, len(found), shape, probe.numpy().dtype, again)
-            self.pictures[v] = _Picture(name, sink, self.reduced, tally, self.outlet)
+            dtype, nodata = probe.numpy().dtype, self.made.pixels.result
+            _check_nodata(nodata, dtype)
+            sink = self._sink(k, len(found), shape, dtype, again)
+            self.pictures[v] = _Picture(name, sink, self.reduced, tally, self.outlet, self.absent, nodata)
 
     def _sink(self, k: int, count: int, shape: tuple[int, ...], dtype: Any, again: bool) -> Any:
         if self.folder is None:
@@ -301,7 +327,8 @@ class _Work:
         place = source.geography() if hasattr(source, "geography") else None
         place = None if place is None else {"size": source.shape[-2:], **place}
         final = self.target if count == 1 else _numbered(self.target, k)
-        return FileSink(final, shape, dtype, place, again, self.folder / f"rows-{k}.npy")
+        rows = self.folder / f"rows-{k}.npy"
+        return FileSink(final, shape, dtype, place, again, rows, self.made.pixels.result)
 
     def _owner(self, v: int, again: bool) -> Any:
         """Where a value is written by region: a picture, or a file between sweeps."""
@@ -334,7 +361,10 @@ class _Work:
         dtype = np.dtype(np.float64 if value.dtype == "float64" else np.float32)
 
         def read(box: Box) -> Array:
-            return made.pixels.apply(made.reader.read(box[2:]), dtype)[np.newaxis]
+            pixels = made.reader.read(box[2:])
+            if self.absent is not None:
+                self.absent.write(box[2:], made.pixels.absent(pixels)[np.newaxis])
+            return made.pixels.apply(pixels, dtype)[np.newaxis]
 
         boxes = loaded_boxes(instructions, made.program.external[v], value.shape)
         return Feed(boxes, read, made.device, getattr(torch, value.dtype))
@@ -379,8 +409,8 @@ class _Work:
         def save() -> None:
             for picture in self.pictures.values():
                 picture.sink.durable()
-            for stored in self.stored:
-                stored.file.sync()
+            for file in self._files():
+                file.sync()
             journal.done, journal.tally, journal.bad = done, tally, bad
             journal.save(states)
 
@@ -419,8 +449,28 @@ class _Work:
     def _close(self) -> None:
         for picture in self.pictures.values():
             picture.sink.close()
-        for stored in self.stored:
-            stored.file.close()
+        for file in self._files():
+            file.close()
+
+    def _files(self) -> list[RowFile]:
+        """Files of the working folder beside the pictures' own."""
+        return [stored.file for stored in self.stored] + ([] if self.absent is None else [self.absent])
+
+
+def _check_nodata(value: float | None, dtype: np.dtype[Any]) -> None:
+    """Refuse a value that the result cannot hold.
+
+    Raises:
+        InputError: it is not one of `dtype`.
+    """
+    if value is None or dtype.kind == "f":
+        return
+    kind = np.iinfo(dtype) if dtype.kind in "iu" else None
+    if kind is None or not kind.min <= value <= kind.max or value != int(value):
+        raise InputError(
+            f"result={value} of Pixels stands where the input has no data, and the result is {dtype}: give a value that "
+            f"{dtype} holds" + ("" if kind is None else f", {kind.min} to {kind.max}")
+        )
 
 
 def _numbered(path: Path, k: int) -> Path:
