@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ranger_nn.core.program import FINISH, RUN, Instruction
 from ranger_nn.core.reach import Box
@@ -35,6 +35,7 @@ from ranger_nn.io.sinks import FileSink, check_sink, working_folder
 from ranger_nn.io.tally import Tally
 from ranger_nn.torch.files import Feed, FileEngine, Handle, Outlet, Stored, loaded_boxes
 from ranger_nn.torch.module import Memory
+from ranger_nn.torch.pictures import ArraySink, Picture, check_nodata
 from ranger_nn.torch.prepare import Prepared, prepare
 from ranger_nn.torch.reduce import Reduction, reduction
 
@@ -136,60 +137,6 @@ def run(
         made.source.close()
 
 
-class _ArraySink:
-    """An array-like that is filled in place: a `Sink` that lasts as long as the array."""
-
-    path = None
-
-    def __init__(self, array: Any) -> None:
-        self.array, self.name = array, "the array"
-
-    def write(self, box: Box, pixels: Array) -> None:
-        """Assign the slice."""
-        index = tuple(slice(lo, hi) for lo, hi in box)
-        if len(self.array.shape) == len(index):
-            self.array[index] = pixels[0]
-        else:
-            self.array[(slice(None), *index)] = pixels
-
-    def durable(self) -> None:
-        """The array's own affair."""
-
-    def finish(self) -> None:
-        """Nothing to rename."""
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-@dataclass
-class _Picture:
-    """An output on its way to a sink: the owner of the handle that the program writes to."""
-
-    name: str
-    sink: Any
-    reduced: Reduction
-    tally: Tally
-    outlet: Outlet
-    absent: RowFile | None = None
-    nodata: float | None = None
-    written: int = 0
-
-    def write(self, box: Box, region: Tensor) -> None:
-        """Reduce, count, hand to the writer."""
-        output = region[0]
-        rows = self.reduced(output).contiguous().cpu()
-        pixels = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
-        absent = None
-        if self.absent is not None:
-            absent = self.absent.read(box[2:])[0] > 0
-            pixels = np.where(absent, np.asarray(self.nodata, pixels.dtype), pixels)
-        plain = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
-        self.tally.add(plain.cpu().numpy(), pixels, absent)
-        self.written += pixels.nbytes
-        self.outlet.put(lambda: self.sink.write(box[2:], pixels))
-
-
 class _Work:
     """One run: where things are, then the loop, then the final names."""
 
@@ -207,7 +154,7 @@ class _Work:
         self.journal: Journal | None = None
         self.first = 0
         self.outlet = Outlet()
-        self.pictures: dict[int, _Picture] = {}
+        self.pictures: dict[int, Picture] = {}
         self.stored: list[Stored] = []
         self.absent: RowFile | None = None
         self.ends = boundaries(made.program, made.lasting())
@@ -312,9 +259,9 @@ class _Work:
             name, shape = f"output {k}", (probe.shape[0], *values[v].shape[2:])
             tally = Tally(self.statistics, self.journal.tally.get(name) if self.journal is not None and again else None)
             dtype, nodata = probe.numpy().dtype, self.made.pixels.result
-            _check_nodata(nodata, dtype)
+            check_nodata(nodata, dtype)
             sink = self._sink(k, len(found), shape, dtype, again)
-            self.pictures[v] = _Picture(name, sink, self.reduced, tally, self.outlet, self.absent, nodata)
+            self.pictures[v] = Picture(name, sink, self.reduced, tally, self.outlet, self.absent, nodata)
 
     def _sink(self, k: int, count: int, shape: tuple[int, ...], dtype: Any, again: bool) -> Any:
         if self.folder is None:
@@ -322,7 +269,7 @@ class _Work:
                 raise InputError(
                     f"the array has shape {tuple(self.target.shape)}; the model gives {count} picture(s) of shape {shape}"
                 )
-            return _ArraySink(self.target)
+            return ArraySink(self.target)
         source = self.made.source
         place = source.geography() if hasattr(source, "geography") else None
         place = None if place is None else {"size": source.shape[-2:], **place}
@@ -455,22 +402,6 @@ class _Work:
     def _files(self) -> list[RowFile]:
         """Files of the working folder beside the pictures' own."""
         return [stored.file for stored in self.stored] + ([] if self.absent is None else [self.absent])
-
-
-def _check_nodata(value: float | None, dtype: np.dtype[Any]) -> None:
-    """Refuse a value that the result cannot hold.
-
-    Raises:
-        InputError: it is not one of `dtype`.
-    """
-    if value is None or dtype.kind == "f":
-        return
-    kind = np.iinfo(dtype) if dtype.kind in "iu" else None
-    if kind is None or not kind.min <= value <= kind.max or value != int(value):
-        raise InputError(
-            f"result={value} of Pixels stands where the input has no data, and the result is {dtype}: give a value that "
-            f"{dtype} holds" + ("" if kind is None else f", {kind.min} to {kind.max}")
-        )
 
 
 def _numbered(path: Path, k: int) -> Path:

@@ -1,0 +1,88 @@
+"""Outputs of a run on their way: reduced, counted, and handed to the writer, region by region. Enter at `Picture`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ranger_nn.core.reach import Box
+from ranger_nn.errors import InputError
+from ranger_nn.io.protocol import Array
+from ranger_nn.io.rows import RowFile
+from ranger_nn.io.tally import Tally
+from ranger_nn.torch.files import Outlet
+from ranger_nn.torch.reduce import Reduction
+
+
+class ArraySink:
+    """An array-like that is filled in place: a `Sink` that lasts as long as the array."""
+
+    path = None
+
+    def __init__(self, array: Any) -> None:
+        self.array, self.name = array, "the array"
+
+    def write(self, box: Box, pixels: Array) -> None:
+        """Assign the slice."""
+        index = tuple(slice(lo, hi) for lo, hi in box)
+        if len(self.array.shape) == len(index):
+            self.array[index] = pixels[0]
+        else:
+            self.array[(slice(None), *index)] = pixels
+
+    def durable(self) -> None:
+        """The array's own affair."""
+
+    def finish(self) -> None:
+        """Nothing to rename."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@dataclass
+class Picture:
+    """An output on its way to a sink: the owner of the handle that the program writes to."""
+
+    name: str
+    sink: Any
+    reduced: Reduction
+    tally: Tally
+    outlet: Outlet
+    absent: RowFile | None = None
+    nodata: float | None = None
+    written: int = 0
+
+    def write(self, box: Box, region: Tensor) -> None:
+        """Reduce, count, hand to the writer."""
+        output = region[0]
+        rows = self.reduced(output).contiguous().cpu()
+        pixels = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
+        absent = None
+        if self.absent is not None:
+            absent = self.absent.read(box[2:])[0] > 0
+            pixels = np.where(absent, np.asarray(self.nodata, pixels.dtype), pixels)
+        plain = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+        self.tally.add(plain.cpu().numpy(), pixels, absent)
+        self.written += pixels.nbytes
+        self.outlet.put(lambda: self.sink.write(box[2:], pixels))
+
+
+def check_nodata(value: float | None, dtype: np.dtype[Any]) -> None:
+    """Refuse a value that the result cannot hold.
+
+    Raises:
+        InputError: it is not one of `dtype`.
+    """
+    if value is None or dtype.kind == "f":
+        return
+    kind = np.iinfo(dtype) if dtype.kind in "iu" else None
+    if kind is None or not kind.min <= value <= kind.max or value != int(value):
+        raise InputError(
+            f"result={value} of Pixels stands where the input has no data, and the result is {dtype}: give a value that "
+            f"{dtype} holds" + ("" if kind is None else f", {kind.min} to {kind.max}")
+        )
