@@ -12,6 +12,7 @@ it is, and is reported. The graph has the shapes of the inputs that are given, b
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,7 +96,9 @@ def _lower_model(lower: Lower, model: Any, inputs: Any, training: bool) -> tuple
     operations = _operations(model)
     before = [private.recorded(op) for op in operations]
     try:
-        return lower.layer(model, (inputs,), {}, training)
+        masks = tree.map_structure(get_mask, inputs)
+        given = any(m is not None for m in tree.flatten(masks)) and "mask" in inspect.signature(model.call).parameters
+        return lower.layer(model, (inputs,), {"mask": masks} if given else {}, training)
     except RangerError:
         raise
     except Exception as error:

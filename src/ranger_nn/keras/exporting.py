@@ -60,7 +60,7 @@ def signature(model: Any, shapes: dict[str, Any], format: str) -> list[Any] | No
     def spec(shape: Any) -> Any:
         known = next(names, None)
         dtype = model.input_dtype if known is None else known.dtype
-        return keras.InputSpec(shape=(batch, *shape[1:]), dtype=dtype, name=known and known.name)
+        return keras.InputSpec(shape=(batch, *shape[1:]), dtype=dtype, name=None if known is None else known.name)
 
     return [tree.map_shape_structure(spec, next(iter(shapes.values())))]
 
