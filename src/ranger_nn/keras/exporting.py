@@ -45,12 +45,12 @@ def check(model: Any, format: str) -> None:
     )
 
 
-def signature(model: Any, shapes: dict[str, Any], format: str) -> list[Any] | None:
-    """Sizes of the first call; the batch is open where the format and the back end hold a loop over samples, else one.
+def signature(model: Any, shapes: Any, format: str) -> list[Any] | None:
+    """An input signature from the shapes of the first call; the batch is open where the format and the back end hold a loop over samples, else one.
 
     None: as Keras itself does.
     """
-    if not shapes:
+    if shapes is None:
         return None
     open_batch = keras.backend.backend() == "tensorflow" and format == "tf_saved_model"
     batch = None if open_batch else 1
@@ -62,7 +62,7 @@ def signature(model: Any, shapes: dict[str, Any], format: str) -> list[Any] | No
         dtype = model.input_dtype if known is None else known.dtype
         return keras.InputSpec(shape=(batch, *shape[1:]), dtype=dtype, name=None if known is None else known.name)
 
-    return [tree.map_shape_structure(spec, next(iter(shapes.values())))]
+    return [tree.map_shape_structure(spec, shapes)]
 
 
 @contextlib.contextmanager

@@ -114,6 +114,7 @@ class Regional(keras.Model):
         self._options = _Quiet(options)
         self._plans = _Quiet({})
         self._unrolled = _Quiet(False)
+        self._first = _Quiet(None)
         self.built = model.built
 
     # ---- as the untouched model ---------------------------------------------------------------------------
@@ -149,7 +150,7 @@ class Regional(keras.Model):
         SavedModel from TensorFlow, else with a batch of one.
         """
         exporting.check(self, format)
-        like = exporting.signature(self, self._build_shapes_dict, format)
+        like = exporting.signature(self, self._first.value, format)
         if like is not None:
             kwargs.setdefault("input_signature", like)
         with exporting.exporting(self, self._unrolled, format):
@@ -172,8 +173,8 @@ class Regional(keras.Model):
         return self._call(inputs, bool(training), mask)
 
     def _call(self, inputs: Any, training: bool, mask: Any) -> Any:
-        if getattr(self, "_build_shapes_dict", None) is None:  # what `export` goes by
-            self._build_shapes_dict: Any = {"inputs": tree.map_structure(lambda x: tuple(x.shape), inputs)}
+        if self._first.value is None:  # what `export` goes by
+            self._first.value = tree.map_structure(lambda x: tuple(x.shape), inputs)
         masks = tree.flatten(mask) if mask is not None else [None] * len(tree.flatten(inputs))
         if any(not isinstance(n, int) for x in tree.flatten(inputs) for n in x.shape):
             return batches.one_by_one(self, inputs, masks, training)

@@ -8,10 +8,11 @@ adapter uses such a name (the loops use two of TensorFlow's). Enter anywhere.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from ranger_nn.errors import MissingExtraError
 
@@ -63,6 +64,21 @@ def history(tensor: Any) -> Any:
 def layers_of(layer: Any) -> list[Any]:
     """A layer and every layer inside: `Model.layers` goes one level deep, and layers have no such list."""
     return list(_private(layer, "_flatten_layers")())
+
+
+@contextlib.contextmanager
+def readable(variables: Sequence[Any]) -> Iterator[None]:
+    """On JAX `fit` takes the values out of Variables while it is traced, and a layer without `compute_output_shape` reads
+    them to infer its shape: zeros stand in. No number enters a capture, which would refuse it.
+    """
+    empty = [v for v in variables if keras.backend.backend() == "jax" and _private(v, "_value") is None]
+    for v in empty:
+        v._value = np.broadcast_to(np.zeros((), keras.backend.standardize_dtype(v.dtype)), v.shape)
+    try:
+        yield
+    finally:
+        for v in empty:
+            v._value = None
 
 
 # --------------------------------------------------------------------------------------------- masks
