@@ -308,3 +308,17 @@ def shaken(model: keras.Model, seed: int = 1) -> keras.Model:
         elif any(part in w.path for part in ("beta", "bias", "mean")):
             w.assign(rng.normal(0.0, 0.2, w.shape))
     return model
+
+
+def net(width: int = 4) -> keras.Model:
+    """A network with a skip connection and batch statistics."""
+    inputs = keras.Input((None, None, 3))
+    x = skip = L.Conv2D(width, 3, padding="same", activation="relu")(inputs)
+    x = L.MaxPooling2D(2)(L.BatchNormalization()(x))
+    x = L.Conv2DTranspose(width, 2, strides=2, padding="same")(L.Conv2D(2 * width, 3, padding="same")(x))
+    return keras.Model(inputs, L.Conv2D(2, 1)(L.Concatenate()([x, skip])), name="net")
+
+
+def images(count: int = 1, rows: int = 24, seed: int = 0) -> Any:
+    """Seeded images."""
+    return np.random.default_rng(seed).standard_normal((count, rows, 16, 3)).astype("float32")

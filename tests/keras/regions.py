@@ -75,6 +75,12 @@ def error(a: Any, b: Any) -> float:
     return float(np.max(np.abs(a - b)) / max(1.0, float(np.max(np.abs(b)))))
 
 
+def apart(a: Any, b: Any) -> float:
+    """Largest difference, relative to the largest value."""
+    a, b = (np.asarray(ops.convert_to_numpy(x)).astype("float64") for x in (a, b))
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
 def whole_error(found: Captured, model: Any, x: Any) -> float:
     """The captured graph, run whole, against the model."""
     known = evaluate(found, x)

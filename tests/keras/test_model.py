@@ -17,28 +17,10 @@ import ranger_nn
 from ranger_nn.errors import BudgetError, InputError, VerificationError
 from ranger_nn.keras.model import Regional
 from ranger_nn.planning.report import Plan
+from tests.keras.nets import images, net
+from tests.keras.regions import apart
 
 BACKEND = keras.backend.backend()
-
-
-def net(width: int = 4) -> keras.Model:
-    """A network with a skip connection and batch statistics."""
-    inputs = keras.Input((None, None, 3))
-    x = skip = L.Conv2D(width, 3, padding="same", activation="relu")(inputs)
-    x = L.MaxPooling2D(2)(L.BatchNormalization()(x))
-    x = L.Conv2DTranspose(width, 2, strides=2, padding="same")(L.Conv2D(2 * width, 3, padding="same")(x))
-    return keras.Model(inputs, L.Conv2D(2, 1)(L.Concatenate()([x, skip])), name="net")
-
-
-def images(count: int = 1, rows: int = 24, seed: int = 0) -> Any:
-    """Seeded images."""
-    return np.random.default_rng(seed).standard_normal((count, rows, 16, 3)).astype("float32")
-
-
-def apart(a: Any, b: Any) -> float:
-    """Largest difference, relative to the largest value."""
-    a, b = (np.asarray(ops.convert_to_numpy(x)).astype("float64") for x in (a, b))
-    return float(np.abs(a - b).max() / np.abs(b).max())
 
 
 def test_the_variables_are_the_same() -> None:
@@ -55,34 +37,6 @@ def test_the_variables_are_the_same() -> None:
     assert apart(small(x), model(x)) < 1e-5
 
 
-def test_predict_with_a_last_batch_that_is_smaller() -> None:
-    """Five images in batches of two, then all at once."""
-    model = net()
-    small = ranger_nn.regionalize(model, regions=(8,))
-    x = images(5)
-    assert apart(small.predict(x, batch_size=2, verbose=0), model.predict(x, verbose=0)) < 1e-5
-    assert apart(small.predict(x, batch_size=5, verbose=0), model.predict(x, verbose=0)) < 1e-5
-    taller = images(2, rows=40)
-    assert apart(small.predict(taller, verbose=0), model.predict(taller, verbose=0)) < 1e-5
-
-
-def test_fit_as_the_untouched_model() -> None:
-    """Weights, running statistics and losses of three steps, the last of them on a smaller batch."""
-    keras.utils.set_random_seed(0)
-    model = net()
-    twin = keras.models.clone_model(model)
-    twin.set_weights(model.get_weights())
-    x = images(5)
-    y = np.random.default_rng(1).standard_normal((5, 24, 16, 2)).astype("float32")
-    losses = []
-    for each in (model, ranger_nn.regionalize(twin, regions=(12,))):
-        each.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
-        losses.append(each.fit(x, y, batch_size=2, shuffle=False, verbose=0).history["loss"][0])
-    assert abs(losses[0] - losses[1]) < 1e-5
-    for a, b in zip(twin.get_weights(), model.get_weights(), strict=True):
-        assert np.abs(a - b).max() < 1e-5
-
-
 def test_saved_and_loaded(tmp_path: Path) -> None:
     """A `.keras` file holds the untouched model and the options."""
     small = ranger_nn.regionalize(net(), regions=(8,))
@@ -93,21 +47,6 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert isinstance(again, Regional)
     assert again.get_config()["regions"] == (8,) or list(again.get_config()["regions"]) == [8]
     assert apart(again.predict(x, verbose=0), expected) < 1e-6
-
-
-@pytest.mark.skipif(
-    BACKEND != "tensorflow", reason="Keras writes a SavedModel of the other back ends through jax2tf or torch_xla"
-)
-def test_exported(tmp_path: Path) -> None:
-    """A SavedModel, which TensorFlow runs without this package."""
-    import tensorflow as tf
-
-    model = net()
-    small = ranger_nn.regionalize(model, regions=(8,))
-    small(images())
-    small.export(tmp_path / "small", verbose=False)
-    served = tf.saved_model.load(tmp_path / "small")
-    assert apart(served.serve(images(2)), model(images(2))) < 1e-5
 
 
 def test_inside_another_model() -> None:
@@ -275,40 +214,6 @@ def test_errors() -> None:
     assert isinstance(caught.value, ValueError)
     with pytest.raises(BudgetError, match="positive amount"):
         ranger_nn.regionalize(net(), "no memory")
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow traces open shapes")
-def test_open_shapes() -> None:
-    """A batch may be open: samples run one after the other. Rows may not."""
-    import tensorflow as tf
-
-    model = net()
-    small = ranger_nn.regionalize(model, regions=(8,))
-    run = tf.function(small, input_signature=[tf.TensorSpec((None, 24, 16, 3), "float32")], autograph=False)
-    assert apart(run(images(3)), model(images(3))) < 1e-5
-    with pytest.raises(InputError, match="only the batch may be open"):
-        tf.function(lambda x: small(x), autograph=False).get_concrete_function(
-            tf.TensorSpec((1, None, 16, 3), "float32")
-        )
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow traces open shapes")
-def test_batch_statistics_need_a_known_batch() -> None:
-    """One sample at a time would have its own statistics: refused, with the layer and the way out."""
-    import tensorflow as tf
-
-    x, y = images(5), np.zeros((5, 24, 16, 2), "float32")
-    data = tf.data.Dataset.from_tensor_slices((x, y))
-    small = ranger_nn.regionalize(net(), regions=(12,))
-    small.compile("sgd", "mse")
-    with pytest.raises(ValueError, match=r"BatchNormalization.*statistics over the batch.*drop_remainder=True"):
-        small.fit(data.batch(2), verbose=0)
-    small.fit(data.batch(2, drop_remainder=True), verbose=0)
-    for layer in small.untouched.layers:
-        if isinstance(layer, L.BatchNormalization):
-            layer.trainable = False
-    small.compile("sgd", "mse")
-    small.fit(data.batch(2), verbose=0)
 
 
 def test_loaded_in_a_fresh_process(tmp_path: Path) -> None:

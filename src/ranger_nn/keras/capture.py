@@ -12,6 +12,7 @@ it is, and is reported. The graph has the shapes of the inputs that are given, b
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,16 +23,18 @@ from keras import tree
 from ranger_nn.core.fuse import fuse
 from ranger_nn.core.graph import INPUT, NHWC, Graph
 from ranger_nn.errors import InputError, LayerError, RangerError
+from ranger_nn.keras import private
 from ranger_nn.keras.kernels import Fused
 from ranger_nn.keras.lower import Lower
-from ranger_nn.keras.trace import config_of, get_mask, reason_of
+from ranger_nn.keras.private import get_mask
+from ranger_nn.keras.trace import config_of, reason_of
 
 
 @dataclass(frozen=True)
 class Captured:
     """A graph and where its external values come from.
 
-    `sources[v]`: ("input", position among the flattened inputs), ("variable", keras.Variable) or ("constant", array).
+    `sources[v]`: ("input", position among the flattened inputs, then their masks), ("variable", keras.Variable) or ("constant", array).
     `outputs`: for each flattened output the value index, or a constant as it is; `pack` puts flattened outputs into the
     model's structure. `updates`: (Variable, value index) to be assigned once after the forward pass. `masks`: the value of
     the mask that Keras attaches to each output, for the loss; None where there is none.
@@ -50,7 +53,8 @@ def capture(model: keras.Model, inputs: Any, training: bool = False) -> Captured
 
     Args:
         model: a built functional, Sequential or subclassed model.
-        inputs: what the model takes, with a `keras.KerasTensor` (concrete shape, batch included) for each tensor.
+        inputs: what the model takes, with a `keras.KerasTensor` (concrete shape, batch included) for each tensor; one
+            that has a mask has one attached.
         training: the mode that is captured.
 
     Raises LayerError where the model's own `call` cannot be traced, InputError where the model refuses such inputs.
@@ -62,7 +66,13 @@ def capture(model: keras.Model, inputs: Any, training: bool = False) -> Captured
         dtype = keras.backend.standardize_dtype(like.dtype)
         found.append(lower.external(like.name, like.shape, dtype, INPUT, ("input", position)))
         lower.env[id(like)] = (like, found[-1])
-    with _eagerly():
+    masks_given = []
+    for position, mask in enumerate(map(get_mask, flat)):
+        if mask is not None:
+            source = ("input", len(flat) + position)
+            masks_given.append(lower.external(f"{flat[position].name}_mask", mask.shape, "bool", INPUT, source))
+            lower.env[id(mask)] = (mask, masks_given[-1])
+    with _eagerly(), private.readable(model.variables):
         leaves, structure = _lower_model(lower, model, inputs, training)
     if lower.channels_last:
         for v in found:
@@ -71,7 +81,7 @@ def capture(model: keras.Model, inputs: Any, training: bool = False) -> Captured
     updates = tuple(lower.updated.values())
     masks = tuple(None if get_mask(leaf) is None else int(lower.resolve(get_mask(leaf))) for leaf in leaves)
     kept = dict.fromkeys([v for v in (*outputs, *masks) if v is not None] + [v for _, v in updates])
-    graph = Graph(model.name, tuple(lower.values), tuple(lower.nodes), tuple(found), tuple(kept))
+    graph = Graph(model.name, tuple(lower.values), tuple(lower.nodes), (*found, *masks_given), tuple(kept))
     graph = fuse(_pruned(graph), Fused)
 
     def pack(given: Sequence[Any]) -> Any:
@@ -84,9 +94,11 @@ def _lower_model(lower: Lower, model: Any, inputs: Any, training: bool) -> tuple
     if not model.built:
         model(inputs)
     operations = _operations(model)
-    before = [(op, len(op._inbound_nodes), len(op._outbound_nodes)) for op in operations]
+    before = [private.recorded(op) for op in operations]
     try:
-        return lower.layer(model, (inputs,), {}, training)
+        masks = tree.map_structure(get_mask, inputs)
+        given = any(m is not None for m in tree.flatten(masks)) and "mask" in inspect.signature(model.call).parameters
+        return lower.layer(model, (inputs,), {"mask": masks} if given else {}, training)
     except RangerError:
         raise
     except Exception as error:
@@ -98,14 +110,13 @@ def _lower_model(lower: Lower, model: Any, inputs: Any, training: bool) -> tuple
             f"traced into a layer of its own, which then stays whole. Config: {config_of(model)}"
         ) from error
     finally:
-        for op, inbound, outbound in before:
-            del op._inbound_nodes[inbound:]
-            del op._outbound_nodes[outbound:]
+        for each in before:
+            private.forget(*each)
 
 
 def _operations(model: Any) -> list[Any]:
     """Every layer inside, and every operation of the functional models among them."""
-    found = {id(layer): layer for layer in model._flatten_layers()}
+    found = {id(layer): layer for layer in private.layers_of(model)}
     for layer in list(found.values()):
         found.update({id(op): op for op in getattr(layer, "operations", [])})
     return list(found.values())
@@ -117,7 +128,7 @@ def _refuse_input(model: Any, inputs: Any) -> None:
         model.compute_output_spec(inputs)
     except ValueError as error:
         text = str(error).strip()
-        named = [layer for layer in model._flatten_layers() if f'"{layer.name}"' in text or f"'{layer.name}'" in text]
+        named = [layer for layer in private.layers_of(model) if f'"{layer.name}"' in text or f"'{layer.name}'" in text]
         layer = named[-1] if named else model
         shapes = ", ".join(str(tuple(x.shape)) for x in tree.flatten(inputs))
         raise InputError(
@@ -142,9 +153,7 @@ def _eagerly() -> Iterator[None]:
         with jax.ensure_compile_time_eval():
             yield
     else:
-        from keras.src.backend.torch import core
-
-        with core.device_scope(core.DEFAULT_DEVICE):  # Keras may be on the meta device, where it only builds
+        with private.torch_device():
             yield
 
 

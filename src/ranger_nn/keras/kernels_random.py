@@ -24,7 +24,7 @@ class Fixed(keras.random.SeedGenerator):
 
     def __init__(self, seed: Any) -> None:
         """`seed`: two integers."""
-        self.seed, self._initial_seed = seed, 0
+        self.seed, self._initial_seed = seed, 0  # where Keras draws, it reads the second (a private name)
 
     def next(self, ordered: bool = True) -> Any:
         """The seed."""
@@ -36,8 +36,14 @@ def _dropout(layer: Any, x: Any, seed: Any) -> Any:
     return keras.random.dropout(x, layer.rate, noise_shape=shape, seed=seed)
 
 
+def shared_over_space(layer: Any, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of a spatial dropout's mask: one number for each sample and channel."""
+    first = getattr(layer, "data_format", "channels_last") == "channels_first"  # the 1-D layer has none
+    return tuple(n if d in (0, 1 if first else len(shape) - 1) else 1 for d, n in enumerate(shape))
+
+
 def _spatial(layer: Any, x: Any, seed: Any) -> Any:
-    return keras.random.dropout(x, layer.rate, noise_shape=layer._get_noise_shape(x), seed=seed)
+    return keras.random.dropout(x, layer.rate, noise_shape=shared_over_space(layer, x.shape), seed=seed)
 
 
 def _gaussian_noise(layer: Any, x: Any, seed: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from keras import KerasTensor, ops, tree
 
 from ranger_nn.core.graph import COMPUTED, CONSTANT, PARAMETER, Node, Rule, Value
+from ranger_nn.keras import private
 from ranger_nn.keras.kernels import Kernel, Opaque
 from ranger_nn.keras.trace import Parameter, masked, seen_dtype, trace
 from ranger_nn.ops.pointwise import opaque, pointwise
@@ -163,7 +164,7 @@ class Lower:
         if not doubtful and not any(n is None for o in outs for n in o.shape):
             return outs
         a, kw = tree.map_structure(self._like, (args, kwargs))
-        found = tree.flatten(keras.src.backend.compute_output_spec(function, *a, **kw))
+        found = tree.flatten(inferred(function, *a, **kw))
         return [KerasTensor(f.shape, dtype=f.dtype) for f in found]
 
     def _like(self, leaf: Any) -> Any:
@@ -199,6 +200,9 @@ class Lower:
         value = self.values[known]
         tensor = KerasTensor(value.shape, dtype=value.dtype, name=value.name.replace("/", "_"))
         self.env[id(tensor)] = (tensor, int(known))
+        mask = private.get_mask(leaf)
+        if mask is not None and id(mask) in self.env:
+            private.set_mask(tensor, self._fresh(mask))
         return tensor
 
     def node(self, node: Any, training: bool) -> None:
@@ -214,6 +218,23 @@ class Lower:
             found = lower_operation(self, operation, args, kwargs, node.outputs)
         for tensor, known in zip(node.outputs, found, strict=True):
             self.env[id(tensor)] = (tensor, known)
+
+
+class _Inferred(keras.Operation):
+    """Any function, as an operation of Keras."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The function."""
+        return self.function(*args, **kwargs)
+
+
+def inferred(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Symbolic results of a function on symbolic tensors, as the back end infers them."""
+    return _Inferred(function).compute_output_spec(*args, **kwargs)
 
 
 def _one(found: list[Any]) -> Any:

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
-from keras import KerasTensor
 
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link, Reach
 from ranger_nn.errors import LayerError, RangerError
 from ranger_nn.keras.kernels import Kernel
 from ranger_nn.keras.kernels import Local as Function
-from ranger_nn.keras.kernels_random import NOISE, Noise
+from ranger_nn.keras.kernels_random import NOISE, Noise, shared_over_space
 from ranger_nn.keras.lower import Lower, Ref, bound
 from ranger_nn.keras.trace import config_of, reason_of, with_training
 
@@ -161,7 +160,7 @@ def _noise(lower: Lower, layer: Any, args: Any) -> list[Any]:
     seed = lower.emit("seed", [], [((2,), like)], Rule(()), Kernel(generator.next), random=True)[0]
     shared = layer.noise_shape if isinstance(layer, keras.layers.Dropout) and layer.noise_shape else ()
     if isinstance(layer, SPATIAL):
-        shared = layer._get_noise_shape(KerasTensor(shape))
+        shared = shared_over_space(layer, shape)
     same = [d for d, n in enumerate(shared) if n == 1 and shape[d] > 1]
     row = tuple(Link(d) for d in range(len(shape)))
     return lower.emit("noise", [x, seed], [(shape, dtype)], Rule((row, (None,))), Noise(layer, same))

@@ -1,4 +1,4 @@
-"""Rules of operations that move elements, and of products and norms over channels. See `lowering.py`."""
+"""Rules of operations that move elements. See `lowering.py`."""
 
 from __future__ import annotations
 
@@ -189,18 +189,6 @@ def _resize(call: Call) -> Any:
     return call.emit([x], Rule((tuple(row),)), M.Resize(call.function()[0], other, linear, sides))
 
 
-@rule("LayerNorm", "RMSNorm", "Normalize")
-def _channel_norm(call: Call) -> Any:
-    function, inputs = call.function()
-    rank, axis = len(call.out), call.op.axis
-    if axis is None:
-        return None
-    whole = {a % rank for a in ([axis] if isinstance(axis, int) else axis)}
-    row = tuple(None if d in whole else Link(d) for d in range(rank))
-    others = tuple((None,) * len(call.shape(v)) for v in inputs[1:])
-    return call.emit(inputs, Rule((row, *others)), Kernel(function))
-
-
 @rule("Take")
 def _take(call: Call) -> Any:
     table, indices = call.arg("x"), call.arg("indices")
@@ -221,53 +209,6 @@ def _one_hot(call: Call) -> Any:
     axis = call.op.axis % rank
     row = tuple(Link(d + (d >= axis)) for d in range(len(shape)))
     return call.emit(inputs, Rule((row,)), Kernel(function))
-
-
-@rule("Einsum")
-def _einsum(call: Call) -> Any:
-    function, inputs = call.function()
-    subscripts = call.op.subscripts.replace(" ", "")
-    if "." in subscripts or "->" not in subscripts or call.kwargs:
-        return None
-    terms, out = subscripts.split("->")
-    letters = terms.split(",")
-    if len(letters) != len(inputs) or any(len(set(t)) != len(t) for t in [*letters, out]):
-        return None
-    computed = [i for i, v in enumerate(inputs) if call.lower.values[v].kind in {"computed", "input"}]
-    lead = _leading_operand([letters[i] for i in computed], out)
-    links = []
-    for i, term in enumerate(letters):
-        mine = computed and i == computed[lead]
-        shared = set.intersection(*[set(letters[j]) for j in computed]) if computed else set()
-        links.append(
-            tuple(Link(out.index(c)) if c in out and (mine or (c in shared and i in computed)) else None for c in term)
-        )
-    sizes = {c: n for i, term in enumerate(letters) for c, n in zip(term, call.shape(inputs[i]), strict=True)}
-    return call.emit(inputs, Rule(tuple(links)), Kernel(function), macs=prod(sizes.values()))
-
-
-def _leading_operand(terms: Sequence[str], out: str) -> int:
-    """The operand whose own dimensions may be cut: the one that comes first in the result (queries before keys)."""
-    own = [[out.index(c) for c in t if c in out and sum(c in u for u in terms) == 1] for t in terms]
-    places = [min(o) if o else len(out) for o in own]
-    return places.index(min(places)) if places else 0
-
-
-@rule("DotProductAttention")
-def _attention(call: Call) -> Any:
-    function, inputs = call.function()
-    if call.op.is_causal:
-        return None
-    query = call.arg("query")
-    links: list[Any] = []
-    for v in inputs:
-        shape = call.shape(v)
-        if v == query and not links:
-            links.append((Link(0), Link(1), Link(2), None))
-        else:
-            links.append((Link(0) if shape[0] == call.out[0] else None, *(None,) * (len(shape) - 1)))
-    macs = 2 * prod(call.shape(query)) * call.shape(inputs[1])[1]
-    return call.emit(inputs, Rule(tuple(links)), Kernel(function), macs=macs)
 
 
 @rule("DepthToSpace", "SpaceToDepth")

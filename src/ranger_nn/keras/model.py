@@ -1,16 +1,14 @@
 """`regionalize`: a `keras.Model` that runs another one region by region, with the very same Variables.
 
 The wrapper holds the untouched model as its only layer, so that weights, optimisers, `.keras` files and exports see it
-as it is. Plans are made per input shape, dtype and mode, and cached. Enter at `regionalize` and `plan`.
-
-TensorFlow traces `fit` and `predict` for batches of any size, but a plan has a shape. So the sizes that the data will
-have are found out beforehand and the trace has a branch for each; without them samples run one after the other.
+as it is. Plans are made per input shape, dtype and mode, and cached (`batches.py`: how TensorFlow gets to know shapes).
+Enter at `regionalize` and `plan`.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +16,12 @@ import keras
 import numpy as np
 from keras import KerasTensor, ops, tree
 
-from ranger_nn.aggregate.monoid import Moments
 from ranger_nn.core.graph import Graph
 from ranger_nn.errors import InputError, VerificationError
+from ranger_nn.keras import batches, exporting, private
 from ranger_nn.keras.capture import Captured, capture
 from ranger_nn.keras.execute import Runner
-from ranger_nn.keras.kernels_reduce import Reduce
-from ranger_nn.keras.lower import ITEMSIZE
+from ranger_nn.keras.lower import ITEMSIZE, inferred
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.planning.report import Plan
 from ranger_nn.planning.rolled_search import make_rolled
@@ -116,7 +113,8 @@ class Regional(keras.Model):
         self._given = _Quiet({"memory": memory, "regions": options.regions, "schedule": schedule, "verify": verify})
         self._options = _Quiet(options)
         self._plans = _Quiet({})
-        self._sizes = _Quiet(())
+        self._unrolled = _Quiet(False)
+        self._first = _Quiet(None)
         self.built = model.built
 
     # ---- as the untouched model ---------------------------------------------------------------------------
@@ -148,20 +146,21 @@ class Regional(keras.Model):
         return cls(model, **config)
 
     def export(self, filepath: Any, format: str = "tf_saved_model", verbose: Any = None, **kwargs: Any) -> None:
-        """As `keras.Model.export`; without an `input_signature` for the size of the first call (on JAX and PyTorch with
-        a batch of one).
+        """As `keras.Model.export`; without an `input_signature` for the size of the first call: with any batch in a
+        SavedModel from TensorFlow, else with a batch of one.
         """
-        shapes = self._build_shapes_dict
-        if "input_signature" not in kwargs and shapes and keras.backend.backend() != "tensorflow":
-            like = tree.map_shape_structure(
-                lambda s: keras.InputSpec(shape=(1, *s[1:]), dtype=self.input_dtype), next(iter(shapes.values()))
-            )
-            kwargs["input_signature"] = [like]
-        super().export(filepath, format, verbose, **kwargs)
+        exporting.check(self, format)
+        like = exporting.signature(self, self._first.value, format)
+        if like is not None:
+            kwargs.setdefault("input_signature", like)
+        with exporting.exporting(self, self._unrolled, format):
+            super().export(filepath, format, verbose, **kwargs)
 
     def plan_for(self, inputs: Any, training: bool = False) -> Plan:
         """The plan used for inputs like these."""
-        return self._prepare(tree.map_structure(ops.convert_to_tensor, inputs), training).runner.rolled.plan
+        inputs = tree.map_structure(ops.convert_to_tensor, inputs)
+        masks = [private.get_mask(x) for x in tree.flatten(inputs)]
+        return self.prepared(inputs, masks, training).runner.rolled.plan
 
     # ---- running ------------------------------------------------------------------------------------------
 
@@ -170,85 +169,67 @@ class Regional(keras.Model):
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf  # whose conversion of Python branches would go through all of the executor
 
-            return tf.autograph.experimental.do_not_convert(self._call)(inputs, bool(training))
-        return self._call(inputs, bool(training))
+            return tf.autograph.experimental.do_not_convert(self._call)(inputs, bool(training), mask)
+        return self._call(inputs, bool(training), mask)
 
-    def _call(self, inputs: Any, training: bool) -> Any:
-        leaves = tree.flatten(inputs)
-        if getattr(self, "_build_shapes_dict", None) is None:  # what `export` goes by
-            self._build_shapes_dict: Any = {"inputs": tree.map_structure(lambda x: tuple(x.shape), inputs)}
-        if any(not isinstance(n, int) for x in leaves for n in x.shape):
-            return _any_batch(self, inputs, training)
-        ready = self._prepare(inputs, training)
-        found = self._run(ready, inputs)
+    def _call(self, inputs: Any, training: bool, mask: Any) -> Any:
+        if self._first.value is None:  # what `export` goes by
+            self._first.value = tree.map_structure(lambda x: tuple(x.shape), inputs)
+        masks = tree.flatten(mask) if mask is not None else [None] * len(tree.flatten(inputs))
+        if any(not isinstance(n, int) for x in tree.flatten(inputs) for n in x.shape):
+            return batches.one_by_one(self, inputs, masks, training)
+        ready = self.prepared(inputs, masks, training)
+        found, found_masks = self.run(ready, inputs, masks)
         if self._given.value["verify"] and not training:
             _check(self, ready, inputs, found)
-        return found
+        return masked(ready.captured, found, found_masks)
 
-    def _prepare(self, inputs: Any, training: bool) -> Ready:
+    def prepared(self, inputs: Any, masks: Sequence[Any], training: bool) -> Ready:
+        """The plan for inputs like these, made once."""
         leaves = tree.flatten(inputs)
         policies = tuple((v.trainable, v.dtype) for v in self.untouched.variables)
         key = (
             tuple((tuple(x.shape), keras.backend.standardize_dtype(x.dtype)) for x in leaves),
+            tuple(m is not None for m in masks),
             training,
             policies if training else (),
+            self._unrolled.value,
         )
         found = self._plans.value.get(key)
         if found is None:
-            captured = _captured(self.untouched, inputs, training)
+            captured = _captured(self.untouched, inputs, training, masks)
             found = Ready(captured, Runner(make_rolled(captured.graph, self._options.value, training)))
+            if self._unrolled.value:
+                exporting.unroll(found.runner)
             self._plans.value[key] = found
         return found
 
-    def _run(self, ready: Ready, inputs: Any) -> Any:
+    def run(self, ready: Ready, inputs: Any, masks: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Flattened outputs and their masks; what is assigned to Variables is assigned."""
         captured = ready.captured
-        leaves = tree.flatten(inputs)
+        leaves = [*tree.flatten(inputs), *masks]
         known = {v: _external(captured.graph, v, *source, leaves) for v, source in captured.sources.items()}
         external = {v: known[v] for v in (*captured.outputs, *captured.masks) if v in known}
         found = external | ready.runner(known)
         for variable, v in captured.updates:
             variable.assign(found[v])
-        for v, mask in zip(captured.outputs, captured.masks, strict=True):
-            if mask is not None:
-                keras.src.backend.set_keras_mask(found[v], found[mask])
-        return captured.pack([None if v is None else found[v] for v in captured.outputs])
+        return [None if v is None else found[v] for v in captured.outputs], [
+            None if v is None else found[v] for v in captured.masks
+        ]
 
-    # ---- sizes of batches, for TensorFlow -----------------------------------------------------------------
+    # ---- steps of training and inference, traced for each shape --------------------------------------------
 
-    def fit(self, x: Any = None, y: Any = None, batch_size: int | None = None, **kwargs: Any) -> Any:
-        """As `keras.Model.fit`."""
-        split = kwargs.get("validation_split") or 0.0
-        with self._expecting(x, batch_size, "train_function", split):
-            return super().fit(x, y, batch_size, **kwargs)
+    def make_train_function(self, force: bool = False) -> None:
+        """As `keras.Model.make_train_function`."""
+        batches.by_shape(self, "train_function", super().make_train_function, force)
 
-    def predict(self, x: Any, batch_size: int | None = None, **kwargs: Any) -> Any:
-        """As `keras.Model.predict`."""
-        with self._expecting(x, batch_size, "predict_function"):
-            return super().predict(x, batch_size, **kwargs)
+    def make_test_function(self, force: bool = False) -> None:
+        """As `keras.Model.make_test_function`."""
+        batches.by_shape(self, "test_function", super().make_test_function, force)
 
-    def evaluate(self, x: Any = None, y: Any = None, batch_size: int | None = None, **kwargs: Any) -> Any:
-        """As `keras.Model.evaluate`."""
-        with self._expecting(x, batch_size, "test_function"):
-            return super().evaluate(x, y, batch_size, **kwargs)
-
-    @contextlib.contextmanager
-    def _expecting(self, x: Any, batch_size: int | None, function: str, split: float = 0.0) -> Iterator[None]:
-        """Batches of arrays have one of two sizes; a function that was traced for others, or for images of another size
-        (TensorFlow would trace it for any size), is traced again.
-        """
-        before = self._sizes.value
-        sizes = _batch_sizes(x, batch_size or 32, split)
-        shapes = tuple(tuple(leaf.shape[1:]) for leaf in tree.flatten(x)) if sizes else ()
-        traced = getattr(self, "_traced_sizes", None) or _Quiet({})
-        self._traced_sizes = traced
-        if traced.value.get(function, (sizes, shapes)) != (sizes, shapes):
-            setattr(self, function, None)
-        traced.value[function] = sizes, shapes
-        self._sizes.value = sizes
-        try:
-            yield
-        finally:
-            self._sizes.value = before
+    def make_predict_function(self, force: bool = False) -> None:
+        """As `keras.Model.make_predict_function`."""
+        batches.by_shape(self, "predict_function", super().make_predict_function, force)
 
 
 class _Quiet:
@@ -262,105 +243,27 @@ class _Quiet:
         return _Quiet({} if isinstance(self.value, dict) and self.value and "memory" not in self.value else self.value)
 
 
-def _accepted(model: Any, training: Any, mask: Any) -> dict[str, Any]:
-    import inspect
+def masked(captured: Captured, found: Sequence[Any], masks: Sequence[Any]) -> Any:
+    """Outputs in the model's structure, with their masks attached."""
+    for y, mask in zip(found, masks, strict=True):
+        if mask is not None:
+            private.set_mask(y, mask)
+    return captured.pack(found)
 
+
+def _accepted(model: Any, training: Any, mask: Any) -> dict[str, Any]:
     names = inspect.signature(model.call).parameters
     return {k: v for k, v in (("training", training), ("mask", mask)) if k in names and v is not None}
 
 
-def _batch_sizes(x: Any, batch_size: int, split: float) -> tuple[int, ...]:
-    if keras.backend.backend() != "tensorflow" or x is None:
-        return ()
-    leaves = tree.flatten(x)
-    if not all(hasattr(leaf, "shape") and len(leaf.shape) for leaf in leaves) or not leaves:
-        return ()
-    total = int(leaves[0].shape[0])
-    total = int(np.floor(total * (1.0 - split))) if split else total
-    rest = total % batch_size
-    return (
-        tuple(n for n in (min(batch_size, total), rest) if n)
-        if rest and total > batch_size
-        else (min(batch_size, total),)
-    )
-
-
-def _any_batch(model: Regional, inputs: Any, training: bool) -> Any:
-    """Inputs whose batch is not known (TensorFlow's traces)."""
-    leaves = tree.flatten(inputs)
-    for x in leaves:
-        if keras.backend.backend() != "tensorflow" or any(n is None for n in x.shape[1:]):
-            raise InputError(
-                f"{model.name} runs region by region on inputs of known size, got shape {tuple(x.shape)}: only the "
-                "batch may be open, on TensorFlow. Call it on arrays, or export it with an input_signature of the size you need"
-            )
-    import tensorflow as tf
-
-    def sized(n: int) -> Any:
-        fixed = tree.map_structure(lambda x: tf.ensure_shape(x, [n, *x.shape[1:]]), inputs)
-        return model._run(model._prepare(fixed, training), fixed)
-
-    def one_of(n: int) -> Any:
-        """The branch for n samples. XLA compiles the other one too, for a shape that it must never see: zeros fill up."""
-        total = tf.shape(leaves[0])[0]
-        fixed = tree.map_structure(lambda x: _first(x, n, n), inputs)
-        found = model._run(model._prepare(fixed, training), fixed)
-        return tree.map_structure(lambda y: _first(y, total, max(sizes)), found)
-
-    sizes = model._sizes.value
-    if not sizes:
-        if training:
-            _refuse_batch_statistics(
-                model, tree.map_structure(lambda x: KerasTensor((1, *x.shape[1:]), x.dtype), inputs)
-            )
-        one = tree.map_structure(lambda x: KerasTensor((1, *x.shape[1:]), dtype=x.dtype), inputs)
-        spec = tree.map_structure(lambda o: tf.TensorSpec(o.shape[1:], o.dtype), model.compute_output_spec(one))
-
-        def each(sample: Any) -> Any:
-            return tree.map_structure(lambda y: y[0], _batch_of_one(model, sample, training))
-
-        return tf.map_fn(each, inputs, fn_output_signature=spec, parallel_iterations=1)
-    if len(sizes) == 1:
-        return sized(sizes[0])
-    first = tf.shape(leaves[0])[0] == sizes[0]
-    return tf.cond(first, lambda: one_of(sizes[0]), lambda: one_of(sizes[1]))
-
-
-def _refuse_batch_statistics(model: Regional, one: Any) -> None:
-    """Samples that run one after the other have no statistics in common."""
-    for node in _captured(model.untouched, one, True).graph.nodes:
-        kernel = node.kernel
-        if not isinstance(kernel, Reduce) or 0 not in kernel.axis:
-            continue
-        if isinstance(kernel.monoid, Moments) or "BatchNormalization" in node.where:
-            raise InputError(
-                f"{node.where or node.name} takes statistics over the batch in training, and the size of the batch is not "
-                f"known while TensorFlow traces {model.name}: samples would run one after the other, each with statistics of "
-                "its own. Make the size known: dataset.batch(n, drop_remainder=True), or arrays with batch_size"
-            )
-
-
-def _first(x: Any, count: Any, more: int) -> Any:
-    """The first `count` samples of x and, where it has fewer, up to `more` of zeros."""
-    import tensorflow as tf
-
-    padded = tf.pad(x, [[0, more]] + [[0, 0]] * (len(x.shape) - 1))
-    found = tf.slice(padded, [0] * len(x.shape), tf.concat([[count], tf.shape(x)[1:]], 0))
-    return tf.ensure_shape(found, [count if isinstance(count, int) else None, *x.shape[1:]])
-
-
-def _batch_of_one(model: Regional, sample: Any, training: bool) -> Any:
-    fixed = tree.map_structure(lambda x: ops.expand_dims(x, 0), sample)
-    return model._run(model._prepare(fixed, training), fixed)
-
-
-def _captured(model: keras.Model, inputs: Any, training: bool) -> Captured:
+def _captured(model: keras.Model, inputs: Any, training: bool, masks: Sequence[Any] = ()) -> Captured:
     """The graph, with the dtypes that the back end really gives where double precision is about (Keras's symbolic
     tensors know 32 bits only).
     """
-    specs = tree.map_structure(
-        lambda x: KerasTensor(tuple(x.shape), dtype=keras.backend.standardize_dtype(x.dtype)), inputs
-    )
+    specs = tree.map_structure(_symbolic, inputs)
+    for spec, mask in zip(tree.flatten(specs), masks, strict=False):
+        if mask is not None:
+            private.set_mask(spec, _symbolic(mask))
     captured = capture(model, specs, training)
     if all(v.dtype != "float64" for v in captured.graph.values):
         return captured
@@ -370,6 +273,10 @@ def _captured(model: keras.Model, inputs: Any, training: bool) -> Captured:
         for v in captured.graph.values
     )
     return replace(captured, graph=replace(captured.graph, values=values))
+
+
+def _symbolic(x: Any) -> KerasTensor:
+    return KerasTensor(tuple(x.shape), dtype=keras.backend.standardize_dtype(x.dtype))
 
 
 def _real_dtypes(graph: Graph) -> dict[int, str]:
@@ -383,7 +290,7 @@ def _real_dtypes(graph: Graph) -> dict[int, str]:
             known |= zip(node.outputs, found if len(node.outputs) > 1 else (found,), strict=True)
         return [known[v] for v in sorted(made)]
 
-    specs = keras.src.backend.compute_output_spec(every, *[KerasTensor(v.shape, dtype=v.dtype) for v in outside])
+    specs = inferred(every, *[KerasTensor(v.shape, dtype=v.dtype) for v in outside])
     return {v: keras.backend.standardize_dtype(s.dtype) for v, s in zip(sorted(made), specs, strict=True)}
 
 

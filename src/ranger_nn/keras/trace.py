@@ -18,6 +18,9 @@ import keras
 import numpy as np
 from keras import KerasTensor, ops, tree
 
+from ranger_nn.keras import private
+from ranger_nn.keras.private import get_mask
+
 
 class Parameter(KerasTensor):
     """A Variable while its layer is traced; `assign` is recorded."""
@@ -67,7 +70,9 @@ class Conv(keras.Operation):
             shape = tuple(layer.compute_output_shape(inputs.shape))
             mode = layer.padding
             if mode == "causal":
-                inputs, mode = ops.pad(inputs, layer._compute_causal_padding()), "valid"
+                before = (layer.dilation_rate[0] * (layer.kernel_size[0] - 1), 0)
+                time = 1 if layer.data_format == "channels_last" else 2
+                inputs, mode = ops.pad(inputs, [before if d == time else (0, 0) for d in range(3)]), "valid"
             return cls(layer.strides, mode, layer.data_format, layer.dilation_rate, lambda _: shape)(inputs, kernel)
 
         return run
@@ -120,7 +125,7 @@ _TRACKED = {"_trainable_variables", "_non_trainable_variables", "_tracker", "_to
 def seen_dtype(variable: Any, layer: Any) -> str:
     """The dtype in which a layer's `call` sees a Variable: cast to the compute dtype of a mixed policy."""
     own = keras.backend.standardize_dtype(variable.dtype)
-    if layer is None or not layer.autocast or not variable._autocast or not own.startswith(("float", "bfloat")):
+    if layer is None or not layer.autocast or not private.casts(variable) or not own.startswith(("float", "bfloat")):
         return str(own)
     compute = layer.compute_dtype
     return str(compute if compute is not None and compute.startswith(("float", "bfloat")) else own)
@@ -138,18 +143,10 @@ def trace(
     Raises Untraceable, or what the layer itself raises, where the trace would not be what the layer does.
     """
     updates: list[tuple[Any, Any]] = []
-    policy = layer.dtype_policy
-    cast_scope = keras.src.backend.AutocastScope(layer.compute_dtype) if _mixed(layer) else contextlib.nullcontext()
+    cast_scope = private.cast_to(layer.compute_dtype) if _mixed(layer) else contextlib.nullcontext()
     with _Scope(), _symbolic(layer, updates), cast_scope:
-        if layer._convert_input_args:
-            args, kwargs = tree.map_structure(
-                lambda leaf: (
-                    policy.convert_input(leaf, layer.autocast, layer.input_dtype)
-                    if isinstance(leaf, KerasTensor)
-                    else leaf
-                ),
-                (args, kwargs),
-            )
+        if private.converts_inputs(layer):
+            args, kwargs = tree.map_structure(lambda leaf: _converted(layer, leaf), (args, kwargs))
         kwargs = with_training(layer, kwargs, training)
         result = layer.call(*args, **kwargs)
     leaves = tree.flatten(result)
@@ -159,6 +156,16 @@ def trace(
     roots = [leaf for leaf in leaves if leaf is not None] + [value for _, value in updates]
     roots += [get_mask(leaf) for leaf in leaves if get_mask(leaf) is not None]
     return _recorded(known, roots), result, updates
+
+
+def _converted(layer: Any, leaf: Any) -> Any:
+    """An argument in the dtype in which the layer takes it, with its mask."""
+    if not isinstance(leaf, KerasTensor):
+        return leaf
+    found = layer.dtype_policy.convert_input(leaf, layer.autocast, layer.input_dtype)
+    if found is not leaf and get_mask(leaf) is not None:
+        private.set_mask(found, get_mask(leaf))
+    return found
 
 
 @contextlib.contextmanager
@@ -236,10 +243,9 @@ def _recorded(known: Container[int], roots: Sequence[Any]) -> list[Any]:
         tensor, done = pending.pop()
         if id(tensor) in known or isinstance(tensor, Parameter):
             continue
-        history = getattr(tensor, "_keras_history", None)
-        if history is None or history.operation is None:
+        node = private.history(tensor)
+        if node is None:
             raise Untraceable("uses a tensor that is neither an input nor a weight")
-        node = history.operation._inbound_nodes[history.node_index]
         if id(node) in seen:
             continue
         if done:
@@ -252,8 +258,10 @@ def _recorded(known: Container[int], roots: Sequence[Any]) -> list[Any]:
 
 
 def _masks(node: Any) -> list[Any]:
-    """Masks that the called layer takes from its inputs."""
-    return [m for m in tree.flatten(masked(node)) if isinstance(m, KerasTensor)]
+    """Masks of what a layer is called with: it, or a layer inside, may take them."""
+    if not isinstance(node.operation, keras.Layer):
+        return []
+    return [m for m in map(get_mask, node.arguments.keras_tensors) if isinstance(m, KerasTensor)]
 
 
 def masked(node: Any) -> dict[str, Any]:
@@ -271,11 +279,6 @@ def masked(node: Any) -> dict[str, Any]:
         for k, name in names.items()
         if name in parameters and given.arguments.get(name) is None
     }
-
-
-def get_mask(tensor: Any) -> Any:
-    """The mask that Keras attached to a tensor."""
-    return getattr(tensor, "_keras_mask", None)
 
 
 def config_of(layer: Any) -> str:

@@ -8,6 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from ranger_nn.keras.private import layers_of
+
 
 class Untracked:
     """Holds something that a layer uses but does not own: Keras tracks no variables in it."""
@@ -85,7 +87,7 @@ def has_state(layer: Any) -> bool:
         return False
     return bool(layer.non_trainable_variables) or any(
         isinstance(sub, keras.layers.BatchNormalization | keras.layers.Dropout | keras.layers.RNN)
-        for sub in layer._flatten_layers()
+        for sub in layers_of(layer)
     )
 
 
@@ -98,4 +100,4 @@ def _unrolled(layer: Any) -> bool:
     if keras.backend.backend() == "jax":
         return False
     windows = tuple(getattr(keras.layers, n) for n in dir(keras.layers) if "Conv" in n or "Pool" in n)
-    return any(isinstance(sub, windows) for sub in layer._flatten_layers())
+    return any(isinstance(sub, windows) for sub in layers_of(layer))
