@@ -26,8 +26,8 @@ Backward = Callable[[Sequence[Any], Any, Sequence[Any], Sequence[Any], Sequence[
 class Loops(Protocol):
     """A back end's loop and what goes with it."""
 
-    def loop(self, start: int, stop: int, body: Body, carry: Any) -> Any:
-        """carry = body(t, carry) for t in [start, stop)."""
+    def loop(self, start: Any, stop: Any, body: Body, carry: Any) -> Any:
+        """carry = body(t, carry) for t in [start, stop); loops may be nested, the inner one's ends made by the outer one."""
         ...
 
     def branch(self, on: Any, then: Callable[[], list[Any]], other: Callable[[], list[Any]]) -> list[Any]:

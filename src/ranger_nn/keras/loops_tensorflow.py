@@ -13,14 +13,13 @@ from ranger_nn.keras.loops import Backward, Body, Forward, clipped, where_inside
 class TensorFlowLoops:
     """`tf.while_loop`, one step at a time: steps that run together would need memory together."""
 
-    def loop(self, start: int, stop: int, body: Body, carry: Any) -> Any:
+    def loop(self, start: Any, stop: Any, body: Body, carry: Any) -> Any:
         """The body is traced once."""
         found = tf.while_loop(
             lambda t, _: t < stop,
             lambda t, c: (t + 1, body(t, c)),
-            (tf.constant(start), carry),
+            (tf.convert_to_tensor(start), carry),
             parallel_iterations=1,
-            maximum_iterations=stop - start,
         )
         return found[1]
 
@@ -86,19 +85,19 @@ class TensorFlowLoops:
 
     def stack(self, count: int, shape: Sequence[int], dtype: str) -> Any:
         """A TensorArray; what is not written is zero."""
-        return tf.TensorArray(dtype, size=count, element_shape=list(shape))
+        return tf.TensorArray(dtype, size=count, element_shape=list(shape), clear_after_read=False)
 
     def push(self, stack: Any, i: Any, block: Any) -> Any:
         """Written."""
         return stack.write(i, tf.cast(block, stack.dtype))
 
     def full(self, stack: Any) -> Any:
-        """One tensor."""
-        return stack.stack()
+        """As it is: joined, it would be there twice for a moment."""
+        return stack
 
     def blocks(self, stack: Any, i: Any, n: int) -> list[Any]:
-        """Slices."""
-        return [stack[i + j] for j in range(n)]
+        """Read."""
+        return [stack.read(i + j) for j in range(n)]
 
     def vjp(
         self, function: Callable[..., list[Any]], args: Sequence[Any]
