@@ -172,3 +172,25 @@ def test_measured_is_at_most_projected() -> None:
 
     once()
     assert once() <= plan.projected <= caught.value.least
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the other back ends run in order by themselves")
+def test_operators_of_a_body_run_one_after_the_other() -> None:
+    """Two products that do not need each other, in a loop and in a condition."""
+    import tensorflow as tf
+
+    from ranger_nn.keras.loops import loops
+
+    def products(x: Any) -> Any:
+        return tf.matmul(x, x) + tf.matmul(x, x)
+
+    @tf.function
+    def run(x: Any) -> Any:
+        x = loops().loop(0, 2, lambda t, x: products(x), x)
+        return loops().branch(x[0, 0] > 0, lambda: [products(x)], lambda: [x])[0]
+
+    bodies = run.get_concrete_function(tf.zeros((64, 64))).graph.as_graph_def().library.function
+    found = [[n for n in f.node_def if n.op == "MatMul"] for f in bodies]
+    pairs = [nodes for nodes in found if len(nodes) == 2]
+    assert len(pairs) == 2
+    assert all(f"^{first.name}" in second.input for first, second in pairs)

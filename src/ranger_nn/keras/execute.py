@@ -20,9 +20,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
+from ranger_nn.aggregate.monoid import Extremum, Moments
 from ranger_nn.core.graph import Graph
-from ranger_nn.errors import PlanError
 from ranger_nn.keras.loops import inside, loops
 from ranger_nn.planning.rolled import SLICE, WHOLE, WINDOW, Call, Flow, Group, Loop, Take
 from ranger_nn.planning.rolled_search import Rolled
@@ -371,19 +370,13 @@ class Sweep:
         """Gradient of the rows that a reduction takes, from the final state and its gradient."""
         kernel, take = self.graph.nodes[call.node].kernel, call.takes[0]
         y, monoid = ops.cast(x, kernel.wide), kernel.monoid
-        if isinstance(monoid, Sum):
-            found = grads[0] + ops.zeros_like(y)
-        elif isinstance(monoid, Extremum):
+        if isinstance(monoid, Extremum):
             top = monoid.sign * y == state[0]
             found = ops.where(top, monoid.sign * grads[0] / state[1], ops.zeros_like(y))
         elif isinstance(monoid, Moments):
             found = grads[0] / kernel.total + 2.0 * (y - state[0]) * grads[1]
-        else:
-            node = self.graph.nodes[call.node]
-            raise PlanError(
-                f"the gradient of {node.name} {node.where} region by region is not known: its reduction is "
-                f"{type(monoid).__name__}, and only Sum, Extremum and Moments have one. Train the untouched model"
-            )
+        else:  # Sum; a mean is divided when it is finished
+            found = grads[0] + ops.zeros_like(y)
         found = ops.cast(found, x.dtype)
         return self.on.mask(found, take.dim, take.rate * t + take.first, kernel.shape[take.dim], 0.0)
 

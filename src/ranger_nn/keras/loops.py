@@ -6,6 +6,13 @@
     results      dynamic_update_slice        TensorArray                 copy_ into a view
     gradient     jax.custom_vjp              tf.custom_gradient          torch.autograd.Function
 
+`own`, `used` and `used_all` say when memory may go. PyTorch runs each line as it is met and frees what no name holds, and
+a view holds all of what it was cut from; compilers and graph executors see for themselves.
+
+TensorFlow's graph executor runs whatever is ready, side by side. So the operators of a body get an order there, that in
+which they are traced: a call after the call before it, and in backward, where the tape goes through the calls in reverse,
+the gradients of each call's inputs and weights before those of the next.
+
 Nothing here knows of plans. Enter at `loops`.
 """
 

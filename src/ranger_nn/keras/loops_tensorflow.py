@@ -9,15 +9,18 @@ import tensorflow as tf
 
 from ranger_nn.keras.loops import Backward, Body, Forward, clipped, where_inside
 
+FEW = 1024
+"""Numbers that may be made at any time."""
+
 
 class TensorFlowLoops:
     """`tf.while_loop`, one step at a time: steps that run together would need memory together."""
 
     def loop(self, start: Any, stop: Any, body: Body, carry: Any) -> Any:
-        """The body is traced once."""
+        """The body is traced once, and its operators run in the order in which they are traced."""
         found = tf.while_loop(
             lambda t, _: t < stop,
-            lambda t, c: (t + 1, body(t, c)),
+            lambda t, c: (t + 1, _in_order(body, t, c)),
             (tf.convert_to_tensor(start), carry),
             parallel_iterations=1,
         )
@@ -25,7 +28,7 @@ class TensorFlowLoops:
 
     def branch(self, on: Any, then: Callable[[], list[Any]], other: Callable[[], list[Any]]) -> list[Any]:
         """`tf.cond`."""
-        found = tf.cond(on, lambda: tuple(then()), lambda: tuple(other()))
+        found = tf.cond(on, lambda: tuple(_in_order(then)), lambda: tuple(_in_order(other)))
         return list(found) if isinstance(found, tuple | list) else [found]
 
     def take(self, x: Any, dim: int, start: Any, length: int) -> Any:
@@ -131,6 +134,29 @@ class TensorFlowLoops:
 
         found = run(*args)
         return list(found) if isinstance(found, tuple | list) else [found]
+
+
+def _in_order(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), traced into a graph of its own, with an edge from each operator that makes more than a few numbers
+    to the next. A graph executor runs whatever is ready: the gradients of weights would wait, with all that they need,
+    while those of activations go on.
+    """
+    found = function(*args)
+    if tf.executing_eagerly():
+        return found
+    before = None
+    for op in tf.compat.v1.get_default_graph().get_operations():
+        if op.type in ("Placeholder", "Const") or all(_few(y) for y in op.outputs):
+            continue
+        if before is not None:
+            op._add_control_input(before)
+        before = op
+    return found
+
+
+def _few(x: Any) -> bool:
+    count = x.shape.num_elements()
+    return count is not None and count < FEW and x.dtype != tf.variant
 
 
 def _slice(x: Any, dim: int, start: Any, length: int) -> Any:
