@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +16,7 @@ from ranger_nn.errors import BudgetError, InputError, PlanError
 from ranger_nn.ops.reduction import reduction
 from ranger_nn.planning.forward import Schedule, demand
 from ranger_nn.planning.rolled import WINDOW, Loop, roll, rollable
+from ranger_nn.planning.rolled_cost import checkpointed
 from ranger_nn.planning.rolled_search import make_rolled
 from ranger_nn.planning.search import Options
 from ranger_nn.planning.stages import stage
@@ -34,6 +35,9 @@ class Kernel:
         return self.given
 
     def scratch(self, out_bytes: int, in_bytes: object) -> int:
+        return 0
+
+    def tape(self, out_bytes: int, in_bytes: object) -> int:
         return 0
 
 
@@ -187,6 +191,52 @@ def test_less_memory_takes_more_steps() -> None:
     with pytest.raises(BudgetError, match="the least that a plan needs") as caught:
         make_rolled(graph, Options(allowed=1000), False)
     assert make_rolled(graph, Options(allowed=caught.value.least), False).plan.projected <= caught.value.least
+
+
+def test_checkpoints_where_nothing_else_fits() -> None:
+    """Rows of every step as long as they fit; the plan says where not, counts the work, and tells the least."""
+    graph = unet(65536)
+    with pytest.raises(BudgetError, match="the least that a plan needs") as caught:
+        make_rolled(graph, Options(allowed=1000), True)
+    least = caught.value.least
+    assert least is not None
+    tight = make_rolled(graph, Options(allowed=least), True).plan
+    assert tight.projected <= least
+    (segment,) = [r.checkpoint for r in tight.sweeps if r.checkpoint]
+    assert f"a checkpoint every {segment} steps" in str(tight)
+    assert tight.extra_macs > 0.6
+    tries = (make_rolled(graph, Options(allowed=n * least // 2), True).plan for n in range(2, 100))
+    roomy = next(plan for plan in tries if not any(r.checkpoint for r in plan.sweeps))
+    assert "checkpoint" not in str(roomy)
+    assert roomy.extra_macs < tight.extra_macs
+    assert not any(r.checkpoint for r in make_rolled(graph, Options(allowed=least), False).plan.sweeps)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(8, 60).map(lambda n: 2 * n), steps=st.integers(4, 30), segment=st.integers(1, 9))
+def test_windows_are_put_together_from_checkpoints(rows: int, steps: int, segment: int) -> None:
+    """At every step of every segment; what is saved is no more than counted."""
+    graph = unet(rows)
+    loop, bounds = rolled(graph, steps)
+    loop = replace(loop, segment=segment)
+    verify_loop(loop, graph, bounds, [c.node for c in loop.calls])
+    assert loop.segments * segment >= loop.stop - loop.start
+    best = checkpointed(graph, loop)
+    if best.segment:
+        verify_loop(best, graph, bounds, [c.node for c in best.calls])
+
+
+def test_the_check_sees_segments_that_leave_steps_out() -> None:
+    """Every step is in one of them."""
+    graph = unet(64)
+    loop, bounds = rolled(graph, 16)
+
+    class Short(Loop):
+        segments = 2
+
+    short = Short(**{f.name: getattr(loop, f.name) for f in fields(loop)} | {"segment": 3})
+    with pytest.raises(PlanError, match="2 segments of 3 steps are not the steps"):
+        verify_loop(short, graph, bounds, [c.node for c in loop.calls])
 
 
 def test_tiles_are_refused() -> None:

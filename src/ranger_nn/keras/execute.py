@@ -6,6 +6,9 @@ steps. In training the step is computed again in backward, from the rows by whic
     forward     t = start ... stop - 1     windows, rows -> windows'             saved: the new rows of each window
     backward    t = stop - 1 ... start     windows (from what is saved) -> the step again -> gradients
 
+With checkpoints forward saves the windows at the beginning of each segment alone, and backward, segment by segment from
+the last, runs the steps of a segment forward once more, saves their new rows and goes through them in reverse.
+
 Enter at `Runner`.
 """
 
@@ -17,9 +20,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
+from ranger_nn.aggregate.monoid import Extremum, Moments
 from ranger_nn.core.graph import Graph
-from ranger_nn.errors import PlanError
 from ranger_nn.keras.loops import inside, loops
 from ranger_nn.planning.rolled import SLICE, WHOLE, WINDOW, Call, Flow, Group, Loop, Take
 from ranger_nn.planning.rolled_search import Rolled
@@ -261,54 +263,82 @@ class Sweep:
     def _forward(self, args: Sequence[Any], saving: bool) -> tuple[list[Any], Any]:
         loop, on = self.rolled, self.on
         by_value = dict(zip(self.reads, args, strict=True))
-        wholes = [by_value[v] for v in self.wholes]
         sinks = [loop.flows[v] for v in loop.sinks]
-        stacks = [on.stack(self._length(f), *self._block(f, min(f.kept, f.rate))) for f in self.flows] if saving else []
-        carry = (
-            [self._zeros(f, f.kept) for f in self.flows],
-            [self._open(f) for f in sinks],
-            [self._empty(c) for c in self.lifts],
-            stacks,
-        )
+        windows = [self._zeros(f, f.kept) for f in self.flows]
+        results, states = [self._open(f) for f in sinks], [self._empty(c) for c in self.lifts]
+        saved: list[Any] = []
+        if saving and loop.segment:
+            saved = [on.stack(loop.segments, *self._block(f, f.kept)) for f in self.flows]
+
+            def segment(n: Any, carry: Any) -> Any:
+                windows, results, states, saved = carry
+                saved = [on.push(s, n, w) for s, w in zip(saved, windows, strict=True)]
+                windows, results, states, _ = self._walk(self._segment(n), by_value, (windows, results, states, []))
+                return windows, results, states, saved
+
+            _, results, states, saved = on.loop(0, loop.segments, segment, (windows, results, states, saved))
+        else:
+            saved = self._stacks(loop.stop - loop.start) if saving else []
+            carry = (windows, results, states, saved)
+            _, results, states, saved = self._walk((loop.start, loop.stop), by_value, carry)
+        found = [
+            on.close(r, f.dim or 0, f.rate * f.start + f.ahead, f.size) for r, f in zip(results, sinks, strict=True)
+        ]
+        return found + [part for state in states for part in state], [on.full(s) for s in saved]
+
+    def _walk(self, steps: tuple[Any, Any], by_value: Mapping[int, Any], carry: Any) -> Any:
+        """Steps [first, last); `carry`: windows, and results, states of reductions, stacks: none, where not wanted."""
+        on, (first, last) = self.on, steps
+        sinks = [self.rolled.flows[v] for v in self.rolled.sinks]
+        wholes = [by_value[v] for v in self.wholes]
 
         def body(t: Any, carry: Any) -> Any:
             windows, results, states, stacks = carry
             windows, rows, lifted = self.step(t, windows, self._fetch(t, by_value), wholes)
             results = [
                 on.put(r, f.dim or 0, t - f.start, f.stop - f.start, x, f.rate * t + f.ahead)
-                for r, f, x in zip(results, sinks, rows, strict=True)
+                for r, f, x in zip(results, sinks, rows, strict=False)
             ]
             del rows
-            states = [self._lift(c, t, s, x) for c, s, x in zip(self.lifts, states, lifted, strict=True)]
-            if saving:
-                stacks = [
-                    on.push(s, t - loop.start + self._parts(f), self._newest(f, w))
-                    for s, f, w in zip(stacks, self.flows, windows, strict=True)
-                ]
+            states = [self._lift(c, t, s, x) for c, s, x in zip(self.lifts, states, lifted, strict=False)]
+            stacks = [
+                on.push(s, t - first + f.parts, _cut(w, f.dim or 0, f.kept - f.block, f.block))
+                for s, f, w in zip(stacks, self.flows, windows, strict=False)
+            ]
             return windows, results, states, stacks
 
-        _, results, states, stacks = on.loop(loop.start, loop.stop, body, carry)
-        found = [
-            on.close(r, f.dim or 0, f.rate * f.start + f.ahead, f.size) for r, f in zip(results, sinks, strict=True)
-        ]
-        return found + [part for state in states for part in state], [on.full(s) for s in stacks]
+        return on.loop(first, last, body, carry)
+
+    def _segment(self, n: Any) -> tuple[Any, Any]:
+        """Steps of segment n."""
+        loop = self.rolled
+        first = loop.start + n * loop.segment
+        if (loop.stop - loop.start) % loop.segment == 0:
+            return first, first + loop.segment
+        last = first + loop.segment
+        return first, min(last, loop.stop) if isinstance(n, int) else ops.minimum(last, loop.stop)
+
+    def _stacks(self, steps: int) -> list[Any]:
+        """Room for what so many steps save: the blocks of the window before them, then one for each."""
+        return [self.on.stack(steps + f.parts, *self._block(f, f.block)) for f in self.flows]
+
+    def _again(self, n: Any, saved: Sequence[Any], by_value: Mapping[int, Any]) -> list[Any]:
+        """What the steps of segment n save, from its checkpoint."""
+        stacks = self._stacks(self.rolled.segment)
+        windows = [self.on.blocks(s, n, 1)[0] for s in saved]
+        for at, (f, w) in enumerate(zip(self.flows, windows, strict=True)):
+            dim = f.dim or 0
+            shape = self._block(f, f.parts * f.block - f.kept)
+            padded = ops.concatenate([ops.zeros(*shape), w], axis=dim) if f.parts * f.block > f.kept else w
+            for part in range(f.parts):
+                stacks[at] = self.on.push(stacks[at], part, _cut(padded, dim, part * f.block, f.block))
+            del w, padded
+        *_, stacks = self._walk(self._segment(n), by_value, (windows, [], [], stacks))
+        return [self.on.full(s) for s in stacks]
 
     def _open(self, flow: Flow) -> Any:
         value = self.graph.values[flow.value]
         return self.on.open(value.shape, value.dtype, flow.dim or 0, flow.rate, flow.stop - flow.start, flow.size)
-
-    @staticmethod
-    def _parts(flow: Flow) -> int:
-        """Blocks of new rows that make up a window."""
-        return -(-flow.kept // min(flow.kept, flow.rate))
-
-    def _length(self, flow: Flow) -> int:
-        return self.rolled.stop - self.rolled.start + self._parts(flow)
-
-    @staticmethod
-    def _newest(flow: Flow, window: Any) -> Any:
-        rows = min(flow.kept, flow.rate)
-        return _cut(window, flow.dim or 0, flow.kept - rows, rows)
 
     # ---- reductions ---------------------------------------------------------------------------------------
 
@@ -340,19 +370,13 @@ class Sweep:
         """Gradient of the rows that a reduction takes, from the final state and its gradient."""
         kernel, take = self.graph.nodes[call.node].kernel, call.takes[0]
         y, monoid = ops.cast(x, kernel.wide), kernel.monoid
-        if isinstance(monoid, Sum):
-            found = grads[0] + ops.zeros_like(y)
-        elif isinstance(monoid, Extremum):
+        if isinstance(monoid, Extremum):
             top = monoid.sign * y == state[0]
             found = ops.where(top, monoid.sign * grads[0] / state[1], ops.zeros_like(y))
         elif isinstance(monoid, Moments):
             found = grads[0] / kernel.total + 2.0 * (y - state[0]) * grads[1]
-        else:
-            node = self.graph.nodes[call.node]
-            raise PlanError(
-                f"the gradient of {node.name} {node.where} region by region is not known: its reduction is "
-                f"{type(monoid).__name__}, and only Sum, Extremum and Moments have one. Train the untouched model"
-            )
+        else:  # Sum; a mean is divided when it is finished
+            found = grads[0] + ops.zeros_like(y)
         found = ops.cast(found, x.dtype)
         return self.on.mask(found, take.dim, take.rate * t + take.first, kernel.shape[take.dim], 0.0)
 
@@ -380,10 +404,8 @@ class Sweep:
             [ops.zeros(by_value[v].shape, _wide(by_value[v].dtype)) for v in map(list(self.wholes).__getitem__, whole)],
         )
 
-        def body(i: Any, carry: Any) -> Any:
+        def step(t: Any, windows: list[Any], carry: Any) -> Any:
             onward, into_slices, into_wholes = carry
-            t = loop.stop - 1 - i
-            windows = [self._window(s, f, t) for s, f in zip(saved, self.flows, strict=True)]
             slices, wholes = self._fetch(t, by_value), [by_value[v] for v in self.wholes]
             chosen = [windows[n] for n in moving] + [slices[n] for n in cut] + [wholes[n] for n in whole]
 
@@ -417,7 +439,22 @@ class Sweep:
             into_wholes = [a + ops.cast(g, a.dtype) for a, g in zip(into_wholes, rest, strict=True)]
             return onward, into_slices, into_wholes
 
-        _, into_slices, into_wholes = on.loop(0, loop.stop - loop.start, body, carry)
+        def steps(first: Any, last: Any, stacks: Sequence[Any], carry: Any) -> Any:
+            def body(i: Any, carry: Any) -> Any:
+                t = last - 1 - i
+                windows = [self._window(s, f, t - first) for s, f in zip(stacks, self.flows, strict=True)]
+                return step(t, windows, carry)
+
+            return on.loop(0, last - first, body, carry)
+
+        def segment(i: Any, carry: Any) -> Any:
+            n = loop.segments - 1 - i
+            return steps(*self._segment(n), self._again(n, saved, by_value), carry)
+
+        if loop.segment:
+            _, into_slices, into_wholes = on.loop(0, loop.segments, segment, carry)
+        else:
+            _, into_slices, into_wholes = steps(loop.start, loop.stop, saved, carry)
         total: dict[int, Any] = dict(zip(sliced, into_slices, strict=True))
         for n, g in zip(whole, into_wholes, strict=True):
             v = list(self.wholes)[n]
@@ -432,13 +469,13 @@ class Sweep:
             parts = parts[n:]
         return found
 
-    def _window(self, stack: Any, flow: Flow, t: Any) -> Any:
-        """The window of a value before step t."""
-        n, dim = self._parts(flow), flow.dim or 0
-        blocks = self.on.blocks(stack, t - self.rolled.start, n)
+    def _window(self, stack: Any, flow: Flow, at: Any) -> Any:
+        """The window of a value, `at` steps after the first of those saved."""
+        n, dim = flow.parts, flow.dim or 0
+        blocks = self.on.blocks(stack, at, n)
         if n == 1:
             return blocks[0]
-        rows = n * min(flow.kept, flow.rate)
+        rows = n * flow.block
         return _cut(ops.concatenate(blocks, axis=dim), dim, rows - flow.kept, flow.kept)
 
     def _scatter(

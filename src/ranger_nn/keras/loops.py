@@ -6,6 +6,13 @@
     results      dynamic_update_slice        TensorArray                 copy_ into a view
     gradient     jax.custom_vjp              tf.custom_gradient          torch.autograd.Function
 
+`own`, `used` and `used_all` say when memory may go. PyTorch runs each line as it is met and frees what no name holds, and
+a view holds all of what it was cut from; compilers and graph executors see for themselves.
+
+TensorFlow's graph executor runs whatever is ready, side by side. So the operators of a body get an order there, that in
+which they are traced: a call after the call before it, and in backward, where the tape goes through the calls in reverse,
+the gradients of each call's inputs and weights before those of the next.
+
 Nothing here knows of plans. Enter at `loops`.
 """
 
@@ -26,8 +33,8 @@ Backward = Callable[[Sequence[Any], Any, Sequence[Any], Sequence[Any], Sequence[
 class Loops(Protocol):
     """A back end's loop and what goes with it."""
 
-    def loop(self, start: int, stop: int, body: Body, carry: Any) -> Any:
-        """carry = body(t, carry) for t in [start, stop)."""
+    def loop(self, start: Any, stop: Any, body: Body, carry: Any) -> Any:
+        """carry = body(t, carry) for t in [start, stop); loops may be nested, the inner one's ends made by the outer one."""
         ...
 
     def branch(self, on: Any, then: Callable[[], list[Any]], other: Callable[[], list[Any]]) -> list[Any]:

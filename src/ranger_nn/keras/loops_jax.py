@@ -15,7 +15,7 @@ from ranger_nn.keras.loops import Backward, Body, Forward, clipped, where_inside
 class JaxLoops:
     """One traced body; results are updated in place by XLA."""
 
-    def loop(self, start: int, stop: int, body: Body, carry: Any) -> Any:
+    def loop(self, start: Any, stop: Any, body: Body, carry: Any) -> Any:
         """`lax.fori_loop`."""
         return lax.fori_loop(start, stop, body, carry)
 

@@ -9,24 +9,26 @@ import tensorflow as tf
 
 from ranger_nn.keras.loops import Backward, Body, Forward, clipped, where_inside
 
+FEW = 1024
+"""Numbers that may be made at any time."""
+
 
 class TensorFlowLoops:
     """`tf.while_loop`, one step at a time: steps that run together would need memory together."""
 
-    def loop(self, start: int, stop: int, body: Body, carry: Any) -> Any:
-        """The body is traced once."""
+    def loop(self, start: Any, stop: Any, body: Body, carry: Any) -> Any:
+        """The body is traced once, and its operators run in the order in which they are traced."""
         found = tf.while_loop(
             lambda t, _: t < stop,
-            lambda t, c: (t + 1, body(t, c)),
-            (tf.constant(start), carry),
+            lambda t, c: (t + 1, _in_order(body, t, c)),
+            (tf.convert_to_tensor(start), carry),
             parallel_iterations=1,
-            maximum_iterations=stop - start,
         )
         return found[1]
 
     def branch(self, on: Any, then: Callable[[], list[Any]], other: Callable[[], list[Any]]) -> list[Any]:
         """`tf.cond`."""
-        found = tf.cond(on, lambda: tuple(then()), lambda: tuple(other()))
+        found = tf.cond(on, lambda: tuple(_in_order(then)), lambda: tuple(_in_order(other)))
         return list(found) if isinstance(found, tuple | list) else [found]
 
     def take(self, x: Any, dim: int, start: Any, length: int) -> Any:
@@ -86,19 +88,19 @@ class TensorFlowLoops:
 
     def stack(self, count: int, shape: Sequence[int], dtype: str) -> Any:
         """A TensorArray; what is not written is zero."""
-        return tf.TensorArray(dtype, size=count, element_shape=list(shape))
+        return tf.TensorArray(dtype, size=count, element_shape=list(shape), clear_after_read=False)
 
     def push(self, stack: Any, i: Any, block: Any) -> Any:
         """Written."""
         return stack.write(i, tf.cast(block, stack.dtype))
 
     def full(self, stack: Any) -> Any:
-        """One tensor."""
-        return stack.stack()
+        """As it is: joined, it would be there twice for a moment."""
+        return stack
 
     def blocks(self, stack: Any, i: Any, n: int) -> list[Any]:
-        """Slices."""
-        return [stack[i + j] for j in range(n)]
+        """Read."""
+        return [stack.read(i + j) for j in range(n)]
 
     def vjp(
         self, function: Callable[..., list[Any]], args: Sequence[Any]
@@ -132,6 +134,29 @@ class TensorFlowLoops:
 
         found = run(*args)
         return list(found) if isinstance(found, tuple | list) else [found]
+
+
+def _in_order(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), traced into a graph of its own, with an edge from each operator that makes more than a few numbers
+    to the next. A graph executor runs whatever is ready: the gradients of weights would wait, with all that they need,
+    while those of activations go on.
+    """
+    found = function(*args)
+    if tf.executing_eagerly():
+        return found
+    before = None
+    for op in tf.compat.v1.get_default_graph().get_operations():
+        if op.type in ("Placeholder", "Const") or all(_few(y) for y in op.outputs):
+            continue
+        if before is not None:
+            op._add_control_input(before)
+        before = op
+    return found
+
+
+def _few(x: Any) -> bool:
+    count = x.shape.num_elements()
+    return count is not None and count < FEW and x.dtype != tf.variant
 
 
 def _slice(x: Any, dim: int, start: Any, length: int) -> Any:

@@ -15,7 +15,7 @@ from ranger_nn.keras.loops import Backward, Body, Forward, where_inside
 class TorchLoops:
     """A Python loop; results are written into place."""
 
-    def loop(self, start: int, stop: int, body: Body, carry: Any) -> Any:
+    def loop(self, start: Any, stop: Any, body: Body, carry: Any) -> Any:
         """One step after the other."""
         for t in range(start, stop):
             carry = body(t, carry)

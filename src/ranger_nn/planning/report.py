@@ -16,7 +16,9 @@ from ranger_nn.planning.stages import PROLOGUE
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One line of the table: `region` in elements of the sweep's largest result, `projected` in bytes."""
+    """One line of the table: `region` in elements of the sweep's largest result, `projected` in bytes; `checkpoint`: steps
+    from one checkpoint to the next, 0 where there are none.
+    """
 
     sweep: int
     operators: int
@@ -26,6 +28,7 @@ class SweepRow:
     halo: str
     stored: int
     projected: int
+    checkpoint: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,11 @@ def table(plan: Plan) -> str:
     ]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines += ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in (head, *rows)]
+    lines += [
+        f"sweep {r.sweep}: a checkpoint every {r.checkpoint} steps; backward runs each segment forward once more"
+        for r in plan.sweeps
+        if r.checkpoint
+    ]
     if plan.whole:
         lines.append("stayed whole:")
         lines += [f"  {w}" for w in plan.whole]

@@ -59,6 +59,16 @@ class Flow:
         """Rows at hand in a step."""
         return self.kept + self.rate
 
+    @property
+    def block(self) -> int:
+        """Rows by which the window moves on: no more than it has."""
+        return min(self.kept, self.rate)
+
+    @property
+    def parts(self) -> int:
+        """Blocks that make up the window."""
+        return -(-self.kept // self.block) if self.kept else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Take:
@@ -96,7 +106,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Loop:
-    """One sweep, rolled: steps [start, stop), of which [0, steps) make results."""
+    """One sweep, rolled: steps [start, stop), of which [0, steps) make results.
+
+    `segment`: in training, steps from one checkpoint of all windows to the next; 0: no checkpoints, the new rows of every
+    step are saved.
+    """
 
     flows: Mapping[int, Flow]
     groups: tuple[Group, ...]
@@ -105,6 +119,12 @@ class Loop:
     start: int
     stop: int
     steps: int
+    segment: int = 0
+
+    @property
+    def segments(self) -> int:
+        """Checkpoints in all; the last segment may be shorter."""
+        return -(-(self.stop - self.start) // self.segment) if self.segment else 0
 
     @property
     def calls(self) -> list[Call]:

@@ -4,14 +4,16 @@
                 that later nodes have yet to read
     training    besides these: of every value with a window the rows by which it moves on (a step is computed again from
                 them), and in backward all rows of one step and the gradients of the values that cross
+    checkpoint  in place of the rows of all steps: all windows once for each segment, and while backward is in a segment
+                the rows of its steps
 
-Enter at `cost`.
+Enter at `cost`; `checkpointed` sets the segments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ranger_nn.core.graph import COMPUTED, PARAMETER, Graph
 from ranger_nn.planning.forward import Demand
@@ -89,13 +91,26 @@ def cost(graph: Graph, stages: Stages, demand: Demand, loops: Sequence[Loop | No
         again = _all_rows(graph, sweep.nodes, loop)
         weights = {v for k in sweep.nodes for v in graph.nodes[k].inputs if values[v].kind == PARAMETER}
         sums = 2 * sum(values[v].nbytes for v in weights) if loop is not None else 0  # this step's, and so far
+        if loop is not None and loop.segment:
+            again = max(again, in_step(graph, loop)[0]) + _segment(graph, loop)
         back.append(stored + whole + crossing + sum(saved) + again + sums)
     peaks = [max(a + sum(saved[: n + 1]), b) for n, (a, b) in enumerate(zip(peaks, back, strict=True))]
     worst = max(range(len(peaks)), key=peaks.__getitem__, default=-1)
     nodes = (*stages.levels[worst].prologue, *demand.sweeps[worst].nodes) if worst >= 0 else ()
     if nodes and back[worst] == peaks[worst]:
         binding = max(nodes, key=lambda k: sum(values[v].nbytes for v in graph.nodes[k].outputs))
-    return Cost(tuple(peaks), tuple(saved), binding, 4 * macs)
+    once_more = sum(_work(graph, s.nodes, p) for s, p in zip(demand.sweeps, loops, strict=True) if p and p.segment)
+    return Cost(tuple(peaks), tuple(saved), binding, 4 * macs + once_more)
+
+
+def checkpointed(graph: Graph, loop: Loop) -> Loop:
+    """The loop with segments of the length that needs the fewest bytes; itself where that is none."""
+
+    def needs(loop: Loop) -> int:
+        return _saved(graph, loop) + (_segment(graph, loop) if loop.segment else 0)
+
+    found = [replace(loop, segment=n) for n in range(2, loop.stop - loop.start)]
+    return min([loop, *reversed(found)], key=needs)
 
 
 def row_bytes(graph: Graph, flow: Flow) -> int:
@@ -188,8 +203,15 @@ def _taken(graph: Graph, call: Call, flows: Mapping[int, Flow]) -> list[tuple[in
 
 
 def _saved(graph: Graph, loop: Loop) -> int:
+    if loop.segment:
+        return loop.segments * sum(f.kept * row_bytes(graph, f) for f in loop.flows.values())
     steps = loop.stop - loop.start
-    return sum(min(f.kept, f.rate) * steps * row_bytes(graph, f) for f in loop.flows.values())
+    return sum(f.block * steps * row_bytes(graph, f) for f in loop.flows.values())
+
+
+def _segment(graph: Graph, loop: Loop) -> int:
+    """What is saved of the steps of one segment, and the blocks of its checkpoint."""
+    return sum(f.block * (loop.segment + f.parts) * row_bytes(graph, f) for f in loop.flows.values())
 
 
 def _all_rows(graph: Graph, nodes: Sequence[int], loop: Loop | None) -> int:

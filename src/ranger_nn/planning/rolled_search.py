@@ -1,5 +1,7 @@
 """Choose a rolled slide: the longest steps, and the fewest cuts, whose projected peak is within what is allowed.
 
+Where nothing is in training, sweeps are given checkpoints, one after the other, which costs another forward of each.
+
 Two things are chosen: `block`, the bytes of a sweep's largest value that a step may make, and where sweeps end early.
 A sweep whose values are all light runs in one step, so the first cuts to try are those that part the network's
 light end (small feature maps, heavy weights) from its large beginning. Enter at `make_rolled`.
@@ -18,7 +20,7 @@ from ranger_nn.planning.budget import format_bytes
 from ranger_nn.planning.forward import Demand, Schedule, demand
 from ranger_nn.planning.report import Plan, SweepRow
 from ranger_nn.planning.rolled import Loop, roll, rollable
-from ranger_nn.planning.rolled_cost import Cost, cost, last_levels
+from ranger_nn.planning.rolled_cost import Cost, checkpointed, cost, last_levels
 from ranger_nn.planning.search import STEP_BYTES, Options, with_margin
 from ranger_nn.planning.stages import REGIONAL, Stages, stage
 from ranger_nn.planning.verify_rolled import verify_loop
@@ -81,6 +83,24 @@ def lower(graph: Graph, axes: Sequence[Axis], choice: Choice, training: bool) ->
     return Candidate(choice, bounds, stages, wanted, tuple(loops), cost(graph, stages, wanted, loops, training))
 
 
+def checkpoints(found: Candidate) -> Iterator[Candidate]:
+    """The same choice with checkpoints in one sweep more each time: first where they save the most bytes."""
+    loops = [loop and checkpointed(found.bounds.graph, loop) for loop in found.loops]
+    graph, before = found.bounds.graph, found
+    now = list(found.loops)
+    for at in sorted(range(len(loops)), key=lambda n: -found.cost.saved[n]):
+        loop = loops[at]
+        if loop is None or not loop.segment:
+            continue
+        now[at] = loop
+        spent = cost(graph, found.stages, found.demand, now, True)
+        if spent.peak < before.cost.peak:
+            before = replace(found, loops=tuple(now), cost=spent)
+            yield before
+        else:
+            now[at] = found.loops[at]
+
+
 def _steps(bounds: Bounds, nodes: Sequence[int], choice: Choice) -> int:
     values = bounds.graph.values
     touched = {v for k in nodes for v in (*bounds.graph.nodes[k].inputs, *bounds.graph.nodes[k].outputs)}
@@ -129,21 +149,35 @@ def _light_end(graph: Graph, limit: int) -> int:
 
 
 class Search:
-    """The first choice that fits; then cuts, one after the other; the least found where nothing does."""
+    """The first choice that fits; then cuts, one after the other; then, in training, the first choice that fits with
+    checkpoints; the least found where nothing does.
+    """
 
     def __init__(self, graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> None:
         self.graph, self.axes, self.options, self.training = graph, axes, options, training
         self.best: Candidate | None = None
+        self.spare: Candidate | None = None
+        """What to fall back on: the first that fits with checkpoints, or the least."""
 
     def attempt(self, choice: Choice) -> bool:
         """Roll it; True where it fits."""
         found = lower(self.graph, self.axes, choice, self.training)
         if self.best is None or found.cost.peak < self.best.cost.peak:
             self.best = found
-        if self.options.allowed is None or with_margin(found.cost.peak) > self.options.allowed:
-            return self.options.allowed is None
-        self.best = found
-        return True
+        if self.options.allowed is None:
+            return True
+        if self._fits(found):
+            self.best = self.spare = found
+            return True
+        for again in checkpoints(found) if self.training else ():
+            if self.spare is not None and self._fits(self.spare):
+                break
+            if self.spare is None or again.cost.peak < self.spare.cost.peak:
+                self.spare = again
+        return False
+
+    def _fits(self, found: Candidate) -> bool:
+        return self.options.allowed is not None and with_margin(found.cost.peak) <= self.options.allowed
 
     def run(self) -> Candidate:
         """The choice."""
@@ -157,7 +191,7 @@ class Search:
             start = self.best
             if any(self.attempt(choice) for choice in self._moves(start)) or self.best is start:
                 break
-        return self.best
+        return min((c for c in (self.best, self.spare) if c is not None), key=lambda c: c.cost.peak)
 
     def _moves(self, start: Candidate) -> Iterator[Choice]:
         for cut in _cut_positions(self.graph, start):
@@ -231,7 +265,8 @@ def _describe(best: Candidate, options: Options, projected: int, untouched: int,
         share = -(-bounds.size(largest, 0) // steps) if bounds.axes else 0
         kept = max((f.kept for f in loop.flows.values()), default=0) if loop is not None else 0
         kind = "slide" if loop is not None else "whole"
-        rows.append(SweepRow(at, len(sweep.nodes), kind, steps, str(share), str(kept), stored, best.cost.peaks[at]))
+        peak, segment = best.cost.peaks[at], loop.segment if loop is not None else 0
+        rows.append(SweepRow(at, len(sweep.nodes), kind, steps, str(share), str(kept), stored, peak, segment))
     whole = []
     for k, reason in sorted(best.stages.reasons.items()):
         node = graph.nodes[k]

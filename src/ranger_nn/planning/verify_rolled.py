@@ -30,6 +30,8 @@ def verify_loop(loop: Loop, graph: Graph, bounds: Bounds, nodes: Sequence[int]) 
             if not call.lifts:
                 seen.add(node.outputs[0])
                 _covers(loop, node.outputs[0], group.start, group.stop)
+    if loop.segment:
+        _checkpoints(loop)
 
 
 def _at_hand(loop: Loop, name: str, v: int, rate: int, first: int, length: int, seen: set[int]) -> None:
@@ -64,4 +66,24 @@ def _covers(loop: Loop, v: int, start: int, stop: int) -> None:
     if start > flow.start or stop < flow.stop:
         raise PlanError(
             f"value {v} is needed in steps [{flow.start}, {flow.stop}), its group runs in [{start}, {stop})"
+        )
+
+
+def _checkpoints(loop: Loop) -> None:
+    """Backward finds the window of every step: in the checkpoint before it and the new rows of the steps since."""
+    seen: list[int] = []
+    for first in range(loop.start, loop.start + loop.segments * loop.segment, loop.segment):
+        steps = range(first, min(first + loop.segment, loop.stop))
+        seen += steps
+        for v, flow in loop.flows.items() if first == loop.start else ():
+            held = set(range(flow.rate * first + flow.ahead - flow.kept, flow.rate * first + flow.ahead))
+            for t in steps:
+                end = flow.rate * t + flow.ahead
+                wanted = set(range(end - flow.kept, end))
+                if not wanted <= held:
+                    raise PlanError(f"before step {t} rows {sorted(wanted - held)} of value {v} were not saved")
+                held |= set(range(end + flow.rate - flow.block, end + flow.rate))
+    if seen != list(range(loop.start, loop.stop)):
+        raise PlanError(
+            f"{loop.segments} segments of {loop.segment} steps are not the steps [{loop.start}, {loop.stop})"
         )
