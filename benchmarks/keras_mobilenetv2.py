@@ -28,7 +28,7 @@ def build(chosen: Any) -> tuple[Any, Any, Any]:
     keras.utils.set_random_seed(0)
     model = keras.applications.MobileNetV2(input_shape=(None, None, 3), weights=None, include_top=False)
     x = np.random.default_rng(0).standard_normal((1, chosen.size, chosen.size, 3), dtype="float32")
-    given = {"memory": chosen.memory} if chosen.memory else {"regions": (max(32, chosen.size // 64),)}
+    given = {"memory": chosen.memory} if chosen.memory else {"regions": (max(16, chosen.size // 128),)}
     return model, ranger_nn.regionalize(model, **given), x
 
 
