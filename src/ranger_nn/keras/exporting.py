@@ -1,7 +1,7 @@
 """What `Regional.export` does beyond `keras.Model.export`: sizes, loops that a format can hold, and clear refusals.
 
     back end      tf_saved_model           onnx                    torch (.pt2)        litert
-    tensorflow    a loop                   written out             -                   a loop
+    tensorflow    a loop                   written out             -                   by TensorFlow's converter
     jax           a loop                   needs jax2onnx          -                   -
     torch         needs torch_xla          written out             written out         -
 
