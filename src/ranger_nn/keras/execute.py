@@ -37,7 +37,7 @@ class Runner:
     def __init__(self, rolled: Rolled) -> None:
         """Kernels are bound here."""
         self.rolled, self.graph = rolled, rolled.graph
-        self.sweeps = [None if loop is None else Sweep(rolled.graph, loop) for loop in rolled.loops]
+        self.sweeps = [None if loop is None else Sweep(rolled.graph, loop, rolled.training) for loop in rolled.loops]
 
     def __call__(self, known: dict[int, Any]) -> dict[int, Any]:
         """All values that are left: `known` has those that are not computed, and is used up."""
@@ -73,9 +73,9 @@ class Runner:
 class Sweep:
     """One sweep, bound: `sweep(known)` gives its results."""
 
-    def __init__(self, graph: Graph, loop: Loop) -> None:
+    def __init__(self, graph: Graph, loop: Loop, training: bool) -> None:
         """Which rows go where, and the function of each node on its rows."""
-        self.graph, self.rolled, self.on = graph, loop, loops()
+        self.graph, self.rolled, self.on, self.training = graph, loop, loops(), training
         self.flows = [f for f in loop.flows.values() if f.kept]
         self.slices: dict[Rows, None] = {}
         self.wholes: dict[int, None] = {}
@@ -284,7 +284,7 @@ class Sweep:
         found = [
             on.close(r, f.dim or 0, f.rate * f.start + f.ahead, f.size) for r, f in zip(results, sinks, strict=True)
         ]
-        return found + [part for state in states for part in state], [on.full(s) for s in saved]
+        return found + [part for state in states for part in state], [on.full(s, not self.training) for s in saved]
 
     def _walk(self, steps: tuple[Any, Any], by_value: Mapping[int, Any], carry: Any) -> Any:
         """Steps [first, last); `carry`: windows, and results, states of reductions, stacks: none, where not wanted."""
@@ -334,7 +334,7 @@ class Sweep:
                 stacks[at] = self.on.push(stacks[at], part, _cut(padded, dim, part * f.block, f.block))
             del w, padded
         *_, stacks = self._walk(self._segment(n), by_value, (windows, [], [], stacks))
-        return [self.on.full(s) for s in stacks]
+        return [self.on.full(s, False) for s in stacks]
 
     def _open(self, flow: Flow) -> Any:
         value = self.graph.values[flow.value]

@@ -89,8 +89,8 @@ class Loops(Protocol):
         """Blocks i to i + n - 1 of a stack that is full."""
         ...
 
-    def full(self, stack: Any) -> Any:
-        """The stack, after the loop."""
+    def full(self, stack: Any, joined: bool) -> Any:
+        """The stack, after the loop; `joined`: as one tensor, which a file can hold."""
         ...
 
     def vjp(

@@ -92,7 +92,7 @@ class JaxLoops:
         """Slices."""
         return [lax.dynamic_index_in_dim(stack, i + j, 0, keepdims=False) for j in range(n)]
 
-    def full(self, stack: Any) -> Any:
+    def full(self, stack: Any, joined: bool) -> Any:
         """As it is."""
         return stack
 

@@ -94,13 +94,14 @@ class TensorFlowLoops:
         """Written."""
         return stack.write(i, tf.cast(block, stack.dtype))
 
-    def full(self, stack: Any) -> Any:
-        """As it is: joined, it would be there twice for a moment."""
-        return stack
+    def full(self, stack: Any, joined: bool) -> Any:
+        """As it is: joined, it would be there twice for a moment. A SavedModel holds gradients, and no TensorArray."""
+        return stack.stack() if joined else stack
 
     def blocks(self, stack: Any, i: Any, n: int) -> list[Any]:
-        """Read."""
-        return [stack.read(i + j) for j in range(n)]
+        """Read, or slices."""
+        read = stack.read if isinstance(stack, tf.TensorArray) else stack.__getitem__
+        return [read(i + j) for j in range(n)]
 
     def vjp(
         self, function: Callable[..., list[Any]], args: Sequence[Any]

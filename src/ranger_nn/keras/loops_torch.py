@@ -88,7 +88,7 @@ class TorchLoops:
         """From the list."""
         return list(stack[i : i + n])
 
-    def full(self, stack: Any) -> Any:
+    def full(self, stack: Any, joined: bool) -> Any:
         """As it is."""
         return stack
 
