@@ -73,6 +73,17 @@ def give(**found: Any) -> None:
     print(MARK + json.dumps(found), flush=True)
 
 
+def held(*arrays: Any) -> tuple[Any, ...]:
+    """Arguments for `predict` and `fit` that exist before the measurement, as the image does in all benchmarks: on TensorFlow a
+    data set of one batch, since of arrays Keras makes two more copies (on both sides).
+    """
+    if os.environ["KERAS_BACKEND"] != "tensorflow":
+        return arrays
+    import tensorflow as tf
+
+    return (tf.data.Dataset.from_tensors(arrays if len(arrays) > 1 else arrays[0]),)
+
+
 def timed(work: Callable[[], Any]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()

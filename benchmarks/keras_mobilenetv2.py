@@ -47,18 +47,22 @@ def part(chosen: Any) -> None:
     import numpy as np
 
     model, regional, x = build(chosen)
-    works = {"untouched": lambda: model.predict(x, verbose=0), "regional": lambda: regional.predict(x, verbose=0)}
+    image = common.held(x)
+    works = {
+        "untouched": lambda: model.predict(*image, verbose=0),
+        "regional": lambda: regional.predict(*image, verbose=0),
+    }
     if chosen.side == "both":
         found = common.interleaved(works, chosen.repeats)
         y, z = works["untouched"](), works["regional"]()
         common.give(apart=float(np.abs(y - z).max() / np.abs(y).max()), **found)
         return
     side = model if chosen.side == "untouched" else regional
-    small = x[:, :96, :96]
+    small = common.held(x[:, :96, :96])
     peak = (
         analysed(side, x)
         if chosen.backend == "jax"
-        else common.measured(lambda: side.predict(small, verbose=0), works[chosen.side])
+        else common.measured(lambda: side.predict(*small, verbose=0), works[chosen.side])
     )
     common.give(peak=peak, plan=str(regional.plan_for(x)) if chosen.side == "regional" else "")
 

@@ -93,9 +93,10 @@ def part(chosen: Any) -> None:
     import numpy as np
 
     model, regional, x, y = build(chosen)
+    data = common.held(x, y)
     works = {
-        "untouched": lambda: model.fit(x, y, verbose=0),
-        "regional": lambda: regional.fit(x, y, verbose=0),
+        "untouched": lambda: model.fit(*data, verbose=0),
+        "regional": lambda: regional.fit(*data, verbose=0),
     }
     if chosen.side == "both":
         found = common.interleaved(works, chosen.repeats)
@@ -107,8 +108,8 @@ def part(chosen: Any) -> None:
     if chosen.backend == "jax":
         peak = analysed(side, x, y)
     else:
-        few, wanted = x[:, :96, :96], y[:, :96, :96]
-        peak = common.measured(lambda: side.fit(few, wanted, verbose=0), works[chosen.side])
+        few = common.held(x[:, :96, :96], y[:, :96, :96])
+        peak = common.measured(lambda: side.fit(*few, verbose=0), works[chosen.side])
     common.give(peak=peak, plan=str(regional.plan_for(x, training=True)) if chosen.side == "regional" else "")
 
 

@@ -17,7 +17,7 @@ import ranger_nn
 from ranger_nn.errors import BudgetError, InputError, VerificationError
 from ranger_nn.keras.model import Regional
 from ranger_nn.planning.report import Plan
-from tests.keras.nets import images, net
+from tests.keras.nets import chain, images, net
 from tests.keras.regions import apart
 
 BACKEND = keras.backend.backend()
@@ -238,3 +238,26 @@ def test_torch_is_not_loaded_for_keras() -> None:
         "assert 'ranger_nn.torch.module' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="other back ends know when gradients are asked for")
+def test_predict_saves_nothing_for_gradients() -> None:
+    """A graph that anyone may differentiate keeps the rows of every step; that of `predict` does not."""
+    import tensorflow as tf
+
+    model, shape = chain(L.Conv2D(4, 3, padding="same"), L.Conv2D(4, 3, padding="same"), shape=(1, 64, 8, 3))
+    regional = ranger_nn.regionalize(model, regions=(8,))
+    spec = tf.TensorSpec(shape)
+
+    def lists(function: Any) -> int:
+        graph = tf.function(function).get_concrete_function(spec).graph.as_graph_def()
+        every = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+        return sum(n.op == "TensorListReserve" for n in every)
+
+    assert lists(lambda x: regional(x, training=False)) > lists(regional.predict_step) == 1
+    x = tf.random.normal(shape)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = regional(x, training=False)
+    assert tape.gradient(y, x) is not None
+    np.testing.assert_allclose(regional(x, training=False), model(x), atol=1e-5)

@@ -19,7 +19,9 @@ Nothing here knows of plans. Enter at `loops`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import keras
@@ -102,6 +104,26 @@ class Loops(Protocol):
     def differentiable(self, forward: Forward, backward: Backward, args: Sequence[Any]) -> list[Any]:
         """forward(args, saving) with the gradient of `backward(args, saved, results, gradients, wanted)`."""
         ...
+
+
+_NO_GRADIENTS: ContextVar[bool] = ContextVar("no_gradients", default=False)
+
+
+@contextmanager
+def no_gradients() -> Iterator[None]:
+    """What is traced inside is never differentiated, so nothing is saved for it. (A graph cannot tell by itself: whoever
+    calls it may ask for gradients later.)
+    """
+    token = _NO_GRADIENTS.set(True)
+    try:
+        yield
+    finally:
+        _NO_GRADIENTS.reset(token)
+
+
+def never_differentiated() -> bool:
+    """Inside `no_gradients`."""
+    return _NO_GRADIENTS.get()
 
 
 @functools.cache

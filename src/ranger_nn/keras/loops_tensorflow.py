@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from ranger_nn.keras.loops import Backward, Body, Forward, clipped, where_inside
+from ranger_nn.keras.loops import Backward, Body, Forward, clipped, never_differentiated, where_inside
 
 FEW = 1024
 """Numbers that may be made at any time."""
@@ -121,7 +121,11 @@ class TensorFlowLoops:
     def differentiable(self, forward: Forward, backward: Backward, args: Sequence[Any]) -> list[Any]:
         """`tf.custom_gradient`."""
         args = [tf.convert_to_tensor(a) for a in args]
-        wanted = _wanted(args)
+        watched = _watched(args)
+        if never_differentiated() or (tf.executing_eagerly() and not any(watched)):
+            return forward(args, False)[0]
+        # all, where no tape is active here: the function may be differentiated later
+        wanted = [a.dtype.is_floating and (w or not any(watched)) for a, w in zip(args, watched, strict=True)]
 
         @tf.custom_gradient
         def run(*args: Any) -> Any:
@@ -173,10 +177,8 @@ def _rebuilt(sink: Any, flow: Any) -> Any:
     return sink if tf.executing_eagerly() else tensor_array_ops.build_ta_with_new_flow(sink, flow)
 
 
-def _wanted(args: Sequence[Any]) -> list[bool]:
-    """Gradients that an active tape asks for; all, where none is active here (a function may be differentiated later)."""
+def _watched(args: Sequence[Any]) -> list[bool]:
+    """Whether an active tape asks for their gradients."""
     from tensorflow.python.eager import record
 
-    floating = [a.dtype.is_floating for a in args]
-    watched = [record.should_record_backprop([a]) for a in args]
-    return [f and (w or not any(watched)) for f, w in zip(floating, watched, strict=True)]
+    return [record.should_record_backprop([a]) for a in args]

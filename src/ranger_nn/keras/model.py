@@ -21,6 +21,7 @@ from ranger_nn.errors import InputError, VerificationError
 from ranger_nn.keras import batches, exporting, private
 from ranger_nn.keras.capture import Captured, capture
 from ranger_nn.keras.execute import Runner
+from ranger_nn.keras.loops import no_gradients
 from ranger_nn.keras.lower import ITEMSIZE, inferred
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.planning.report import Plan
@@ -218,6 +219,16 @@ class Regional(keras.Model):
         ]
 
     # ---- steps of training and inference, traced for each shape --------------------------------------------
+
+    def predict_step(self, *args: Any) -> Any:
+        """Keras's own, in which nothing is saved for gradients."""
+        with no_gradients():
+            return super().predict_step(*args)
+
+    def test_step(self, *args: Any) -> Any:
+        """Keras's own, in which nothing is saved for gradients."""
+        with no_gradients():
+            return super().test_step(*args)
 
     def make_train_function(self, force: bool = False) -> None:
         """As `keras.Model.make_train_function`."""
