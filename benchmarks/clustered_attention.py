@@ -14,8 +14,6 @@ partition can exceed. Kept: the share of full attention's weights that fall into
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import common
 from benchmarks.common import interleaved
 from ranger_nn import KMeans
 from ranger_nn.layers.routing import balanced_slots_now
@@ -242,16 +241,8 @@ def keras_speed(tokens: int, width: int, repeats: int) -> None:
 
 def main() -> None:
     """All parts, or Keras alone."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keras", action="store_true")
-    parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    torch.manual_seed(0)
+    given = common.given(__doc__, 3, tokens=TOKENS)
     if given.keras:
-        os.environ.setdefault("KERAS_BACKEND", "tensorflow")
         for width in (64, 16):
             keras_speed(given.tokens, width, given.repeats)
         return

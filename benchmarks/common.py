@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -60,6 +61,20 @@ def options(arguments: Sequence[str] | None = None) -> Options:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     return Options(given.size, given.repeats, given.device, getattr(torch, given.dtype))
+
+
+def given(described: str | None, repeats: int, **more: int) -> argparse.Namespace:
+    """The command line of a benchmark with a Keras part; threads, seed and back end are set. `more`: other numbers."""
+    parser = argparse.ArgumentParser(description=described, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keras", action="store_true")
+    for name, number in {"repeats": repeats, "threads": THREADS, **more}.items():
+        parser.add_argument(f"--{name}", type=int, default=number)
+    found = parser.parse_args()
+    torch.set_num_threads(found.threads)
+    torch.manual_seed(0)
+    if found.keras:
+        os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    return found
 
 
 # ---------------------------------------------------------------------------- what is measured

@@ -10,8 +10,6 @@ scan takes (batch, time, channels, states), so hidden 64 may be its channels or,
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from mambapy.pscan import pscan
 from torch import Tensor, nn
 
+from benchmarks import common
 from benchmarks.common import seconds
 
 STEPS, HIDDEN = 32768, 64
@@ -178,15 +177,8 @@ def keras_speed(repeats: int) -> None:
 
 def main() -> None:
     """PyTorch, or Keras."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keras", action="store_true")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    torch.manual_seed(0)
+    given = common.given(__doc__, 5)
     if given.keras:
-        os.environ.setdefault("KERAS_BACKEND", "tensorflow")
         keras_speed(given.repeats)
         return
     torch_speed(given.repeats)

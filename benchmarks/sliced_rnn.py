@@ -6,8 +6,6 @@ KERAS_BACKEND=jax python -m benchmarks.sliced_rnn --keras       Keras: speed on 
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import common
 from benchmarks.common import seconds
 from ranger_nn.torch import SlicedRNN
 
@@ -147,16 +146,8 @@ def keras_speed(repeats: int) -> None:
 
 def main() -> None:
     """All parts, or Keras alone."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keras", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    torch.manual_seed(0)
+    given = common.given(__doc__, 3, epochs=20)
     if given.keras:
-        os.environ.setdefault("KERAS_BACKEND", "tensorflow")
         keras_speed(given.repeats)
         return
     speed(given.repeats)

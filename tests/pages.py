@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -33,3 +34,13 @@ def links(page: str) -> list[str]:
     """Files that a page names in links and pictures, relative to it."""
     found = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / page).read_text())
     return [link for link in found if "://" not in link]
+
+
+def example(name: str) -> Any:
+    """The module of an example."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found

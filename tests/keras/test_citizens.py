@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from keras import layers, ops
 from ranger_nn import Blocks, Grid, KMeans, TimeSlices
 from ranger_nn.aggregate import Softmax, WeightedMean
 from ranger_nn.keras import BlockDense, ClusteredAttention, RegionalAggregator, SlicedRNN
+from tests.pages import example
 
 BACKEND = keras.backend.backend()
 
@@ -173,12 +173,7 @@ def test_another_width_is_refused() -> None:
 
 def test_the_article_s_network() -> None:
     """Its two-argument form adds the two hidden layers, and they are trained."""
-    path = Path(__file__).parents[2] / "examples" / "article_keras.py"
-    spec = importlib.util.spec_from_file_location("article_keras", path)
-    assert spec is not None
-    assert spec.loader is not None
-    article = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(article)
+    article = example("article_keras")
     net, x = article.SimpleNet(), np.random.default_rng(0).random((100, 2)).astype("float32")
     expected = net(x)
     assert len(net.trainable_variables) == 6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ranger_nn import Blocks, BudgetError, Grid, KMeans, PartitionError, TimeSli
 from ranger_nn.aggregate import Softmax, WeightedMean
 from ranger_nn.keras import BlockDense, RegionalAggregator
 from ranger_nn.torch import RegionalAggregator as TorchAggregator
+from tests.pages import example
 
 BACKEND = keras.backend.backend()
 REDUCTIONS = ["sum", "mean", "weighted_mean", "max", "min", "logsumexp", "softmax", "moments", "concat"]
@@ -263,6 +263,17 @@ def token_set() -> keras.Sequential:
     return keras.Sequential([layers.Flatten(), layers.Dense(2)])
 
 
+def take_weights(twin: TorchAggregator, layer: RegionalAggregator, name: str) -> None:
+    """The Keras layer's centres and weights, in the PyTorch layer."""
+    kernels, biases = (torch.tensor(as_numpy(w)) for w in layer.stacked.stacked_weights)
+    with torch.no_grad():
+        twin.clusters.centres.copy_(torch.tensor(as_numpy(layer.clusters.centres)))
+        for own in twin.local.parameters():
+            own.copy_(kernels.mT if own.dim() == 3 else biases)
+        if name == "softmax":
+            next(iter(twin.score.parameters())).copy_(torch.tensor(as_numpy(layer.score.kernel)).T)
+
+
 @pytest.mark.parametrize(
     ("name", "memory"), [*((n, None) for n in ["stitch", *REDUCTIONS]), ("stitch", "10kB"), ("softmax", "10kB")]
 )
@@ -283,13 +294,7 @@ def test_balanced_clusters_equal_pytorch(name: str, memory: str | None) -> None:
         per_region=True,
     ).eval()
     twin(torch.tensor(x))
-    kernels, biases = (torch.tensor(as_numpy(w)) for w in layer.stacked.stacked_weights)
-    with torch.no_grad():
-        twin.clusters.centres.copy_(torch.tensor(as_numpy(layer.clusters.centres)))
-        for own in twin.local.parameters():
-            own.copy_(kernels.mT if own.dim() == 3 else biases)
-        if name == "softmax":
-            next(iter(twin.score.parameters())).copy_(torch.tensor(as_numpy(layer.score.kernel)).T)
+    take_weights(twin, layer, name)
     np.testing.assert_allclose(as_numpy(y), twin(torch.tensor(x)).detach().numpy(), rtol=1e-4, atol=1e-5)
     assert tuple(layer.compute_output_shape((None, 13, 4)))[1:] == tuple(y.shape[1:])
 
@@ -303,13 +308,7 @@ def test_unbalanced_clusters_equal_pytorch(name: str) -> None:
     twin = TorchAggregator(KMeans(3), name, local=torch.nn.Linear(4, 2), per_region=True).eval()
     y = layer(x, mask=ops.convert_to_tensor(mask))
     twin(torch.tensor(x))
-    kernels, biases = (torch.tensor(as_numpy(w)) for w in layer.stacked.stacked_weights)
-    with torch.no_grad():
-        twin.clusters.centres.copy_(torch.tensor(as_numpy(layer.clusters.centres)))
-        for own in twin.local.parameters():
-            own.copy_(kernels.mT if own.dim() == 3 else biases)
-        if name == "softmax":
-            next(iter(twin.score.parameters())).copy_(torch.tensor(as_numpy(layer.score.kernel)).T)
+    take_weights(twin, layer, name)
     theirs = twin(torch.tensor(x), mask=torch.tensor(mask))
     np.testing.assert_allclose(as_numpy(y), theirs.detach().numpy(), rtol=1e-4, atol=1e-5)
 
@@ -388,12 +387,7 @@ def test_blocks_are_the_uncut_layer(blocks: Blocks, tmp_path: Path) -> None:
 
 def test_the_article_s_examples() -> None:
     """Section 4's blocks, and SimpleNet compiled with sgd and mse, ten epochs."""
-    path = Path(__file__).parents[2] / "examples" / "article_keras.py"
-    spec = importlib.util.spec_from_file_location("article_keras", path)
-    assert spec is not None
-    assert spec.loader is not None
-    article = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(article)
+    article = example("article_keras")
     losses = article.train()
     assert len(losses) == 10
     assert losses[-1] < losses[0]

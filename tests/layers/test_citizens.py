@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ranger_nn import Blocks, Grid, KMeans, TimeSlices
 from ranger_nn.aggregate import Softmax, WeightedMean
 from ranger_nn.torch import BlockDense, ClusteredAttention, RegionalAggregator, SlicedRNN
+from tests.pages import example
 
 
 @pytest.fixture(autouse=True)
@@ -209,12 +209,7 @@ def test_aggregators_of_torch_geometric() -> None:
 
 def test_the_article_s_example() -> None:
     """Ten epochs with its two-argument form; the sum is h1 + h2; section 4's blocks, forward and gradient."""
-    path = Path(__file__).parents[2] / "examples" / "article_torch.py"
-    spec = importlib.util.spec_from_file_location("article_torch", path)
-    assert spec is not None
-    assert spec.loader is not None
-    article = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(article)
+    article = example("article_torch")
     losses = article.train()
     assert len(losses) == 10
     assert losses[-1] < losses[0]

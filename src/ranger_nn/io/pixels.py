@@ -71,9 +71,16 @@ class Pixels:
 
     def apply(self, pixels: Array, dtype: np.dtype[Any]) -> Array:
         """(channels, ...) of `dtype` from (bands, ...) of pixels."""
-        absent = None if self.nodata is None else self.absent(pixels)
+        return self.applied(pixels, dtype)[0]
+
+    def applied(self, pixels: Array, dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
+        """((channels, ...) of `dtype` from (bands, ...) of pixels, where all bands that are taken hold `nodata`: (...) bool).
+
+        The latter is None where no `nodata` is declared.
+        """
         if self.bands is not None:
             pixels = pixels[list(self.bands)]
+        absent = None if self.nodata is None else self._absent(pixels)
         scale = self.scale
         if scale is None:
             scale = 1 / np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else 1.0
@@ -86,12 +93,9 @@ class Pixels:
             x /= self._column(self.std, x)
         if absent is not None:
             x[:, absent] = self.fill
-        return x
+        return x, absent
 
-    def absent(self, pixels: Array) -> Array:
-        """Where all bands that are taken hold `nodata`: (...) bool."""
-        if self.bands is not None:
-            pixels = pixels[list(self.bands)]
+    def _absent(self, pixels: Array) -> Array:
         same = np.isnan(pixels) if self.nodata != self.nodata else pixels == self.nodata
         return np.asarray(same.all(axis=0))
 

@@ -106,6 +106,24 @@ class Loops(Protocol):
         ...
 
 
+class IntegerSteps:
+    """Of `Loops`, what is the same wherever nothing is traced for steps unknown: steps are integers, a branch is an `if`."""
+
+    def loop(self, start: Any, stop: Any, body: Body, carry: Any) -> Any:
+        """One step after the other."""
+        for t in range(start, stop):
+            carry = body(t, carry)
+        return carry
+
+    def branch(self, on: Any, then: Callable[[], list[Any]], other: Callable[[], list[Any]]) -> list[Any]:
+        """`if`."""
+        return then() if on else other()
+
+    def mask(self, x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
+        """x itself where all of it is inside."""
+        return x if first >= 0 and first + x.shape[dim] <= size else where_inside(x, dim, first, size, fill)
+
+
 _NO_GRADIENTS: ContextVar[bool] = ContextVar("no_gradients", default=False)
 
 

@@ -9,21 +9,11 @@ import torch
 from keras import ops
 from torch import Tensor
 
-from ranger_nn.keras.loops import Backward, Body, Forward, where_inside
+from ranger_nn.keras.loops import Backward, Forward, IntegerSteps
 
 
-class TorchLoops:
+class TorchLoops(IntegerSteps):
     """A Python loop; results are written into place."""
-
-    def loop(self, start: Any, stop: Any, body: Body, carry: Any) -> Any:
-        """One step after the other."""
-        for t in range(start, stop):
-            carry = body(t, carry)
-        return carry
-
-    def branch(self, on: Any, then: Callable[[], list[Any]], other: Callable[[], list[Any]]) -> list[Any]:
-        """`if`."""
-        return then() if on else other()
 
     def take(self, x: Any, dim: int, start: Any, length: int) -> Any:
         """A view; copied where it hangs over."""
@@ -44,12 +34,6 @@ class TorchLoops:
     def used_all(self, windows: Any) -> None:
         """Let go of the list: each window goes once it is joined."""
         windows.clear()
-
-    def mask(self, x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
-        """x itself where all of it is inside."""
-        if first >= 0 and first + x.shape[dim] <= size:
-            return x
-        return where_inside(x, dim, first, size, fill)
 
     def add(self, x: Any, dim: int, start: Any, rows: Any) -> Any:
         """In place."""

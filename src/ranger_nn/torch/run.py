@@ -308,10 +308,10 @@ class _Work:
         dtype = np.dtype(np.float64 if value.dtype == "float64" else np.float32)
 
         def read(box: Box) -> Array:
-            pixels = made.reader.read(box[2:])
-            if self.absent is not None:
-                self.absent.write(box[2:], made.pixels.absent(pixels)[np.newaxis])
-            return made.pixels.apply(pixels, dtype)[np.newaxis]
+            x, absent = made.pixels.applied(made.reader.read(box[2:]), dtype)
+            if self.absent is not None and absent is not None:
+                self.absent.write(box[2:], absent[np.newaxis])
+            return x[np.newaxis]
 
         boxes = loaded_boxes(instructions, made.program.external[v], value.shape)
         return Feed(boxes, read, made.device, getattr(torch, value.dtype))
