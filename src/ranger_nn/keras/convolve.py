@@ -84,20 +84,19 @@ def _tensorflow(x: Any, w: Any, strides: Any, dilation: Any, pads: Any, channels
     import tensorflow as tf
 
     rank, name = len(pads), "channels_last" if channels_last else "channels_first"
+    around = [(0, 0), *pads, (0, 0)] if channels_last else [(0, 0), (0, 0), *pads]
+    padded = any(n for pair in pads for n in pair)
     depthwise = groups > 1 and groups == x.shape[-1 if channels_last else 1]
-    planar = rank == 2 and channels_last and (groups == 1 or (depthwise and not _both(strides, dilation)))
-    if not planar:
-        around = [(0, 0), *pads, (0, 0)] if channels_last else [(0, 0), (0, 0), *pads]
-        x = ops.pad(x, around) if any(n for pair in pads for n in pair) else x
-        if depthwise and rank < 3:
-            w = ops.reshape(w, (*w.shape[:-2], groups, w.shape[-1] // groups))
-            return ops.depthwise_conv(x, w, strides, "valid", name, dilation)
-        return ops.conv(x, w, strides, "valid", name, dilation)
-    explicit: Any = [[0, 0], *map(list, pads), [0, 0]] if any(n for pair in pads for n in pair) else "VALID"
-    if groups == 1:
-        return tf.nn.conv2d(x, w, [1, *strides, 1], explicit, dilations=dilation)
-    w = tf.reshape(w, (*w.shape[:-2], groups, w.shape[-1] // groups))
-    return tf.nn.depthwise_conv2d(x, w, [1, *strides, 1], explicit, dilations=dilation)
+    if depthwise and rank < 3:
+        w = ops.reshape(w, (*w.shape[:-2], groups, w.shape[-1] // groups))
+        if rank == 2 and channels_last and not _both(strides, dilation):
+            explicit = [list(pair) for pair in around] if padded else "VALID"
+            return tf.nn.depthwise_conv2d(x, w, [1, *strides, 1], explicit, dilations=dilation)
+    # a copy, but the gradient of an explicitly padded convolution is never oneDNN's, and takes a copy of the input for
+    # every element of the kernel
+    x = ops.pad(x, around) if padded else x
+    run = ops.depthwise_conv if depthwise and rank < 3 else ops.conv
+    return run(x, w, strides, "valid", name, dilation)
 
 
 def _both(strides: Sequence[int], dilation: Sequence[int]) -> bool:

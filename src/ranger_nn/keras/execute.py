@@ -23,6 +23,8 @@ from keras import ops
 from ranger_nn.aggregate.monoid import Extremum, Moments
 from ranger_nn.core.graph import Graph
 from ranger_nn.keras.loops import inside, loops
+from ranger_nn.keras.pieces import Pieces, cut
+from ranger_nn.keras.saved import Checkpoints, Saved, block
 from ranger_nn.planning.rolled import SLICE, WHOLE, WINDOW, Call, Flow, Group, Loop, Take
 from ranger_nn.planning.rolled_search import Rolled
 from ranger_nn.planning.stages import REDUCE
@@ -89,7 +91,21 @@ class Sweep:
         self.functions = {c.node: self._function(c) for c in loop.calls if not c.lifts}
         self.groups = [g for g in loop.groups if any(not c.lifts for c in g.calls)]
         self.exports = [self._exports(g) for g in self.groups]
+        self.saved = Saved(graph, self.flows, self.on)
+        self.checkpoints = Checkpoints(graph, self.flows, self.on)
         self.reads = tuple(dict.fromkeys([s[0] for s in self.slices] + list(self.wholes)))
+        self.places = {f.value: places for f in self.flows if (places := self._places(f)) is not None}
+
+    def _places(self, flow: Flow) -> list[int] | None:
+        """Where readers' rows begin and end within the window; None where it is read as a whole with the new rows."""
+        if any(exports.get(flow.value, False) for exports in self.exports):
+            return None
+        takes = [t for c in self.rolled.calls if not c.lifts for t in c.takes if t.value == flow.value]
+        spans = [(t.first - flow.ahead + flow.kept, t.length) for t in takes if t.source == WINDOW]
+        if (0, flow.rows) in spans:
+            return None
+        ends = {flow.rate, *(n for start, length in spans for n in (start, start + length))}
+        return sorted(n for n in ends if 0 < n < flow.kept)
 
     def _function(self, call: Call) -> Any:
         node = self.graph.nodes[call.node]
@@ -145,7 +161,7 @@ class Sweep:
         """The rows of v that the step made."""
         flow = self.rolled.flows[v]
         with_window = any(exports.get(v, False) for exports in self.exports)
-        return _cut(shown[v], flow.dim or 0, flow.kept, flow.rate) if with_window else shown[v]
+        return cut(shown[v], flow.dim or 0, flow.kept, flow.rate) if with_window else shown[v]
 
     def _kept(self, group: Group) -> list[Flow]:
         own = {self.graph.nodes[c.node].outputs[0] for c in group.calls if not c.lifts}
@@ -181,29 +197,26 @@ class Sweep:
     ) -> list[Any]:
         calls = [c for c in group.calls if not c.lifts]
         last = {take.value: c.node for c in calls for take in c.takes if take.source == WINDOW}
-        full: dict[int, Any] = dict(shown)
+        full: dict[int, Pieces] = {v: Pieces(self.rolled.flows[v].dim or 0, [x]) for v, x in shown.items()}
         after: dict[int, Any] = {}
         given: dict[int, Any] = {}
         for call in calls:
             node = self.graph.nodes[call.node]
             flow = self.rolled.flows[node.outputs[0]]
             xs = [self._read(take, t, full, outside) for take in call.takes]
-            first = flow.rate * t + flow.ahead
-            options = {"position": first} if node.kernel.positional else {}
+            options = {"position": flow.rate * t + flow.ahead} if node.kernel.positional else {}
             y = self.functions[call.node](*xs, **options)
             del xs
             if flow.masked and self._hangs_over(flow, group):
-                y = self.on.mask(y, flow.dim or 0, first, flow.size, 0.0)
-            joined, y = self._join(flow, before, y if flow.kept else self.on.own(y)), None
+                y = self.on.mask(y, flow.dim or 0, flow.rate * t + flow.ahead, flow.size, 0.0)
+            rows, y = self._at_hand(flow, before, y if flow.kept else self.on.own(y)), None
             if flow.kept:
-                after[flow.value] = self.on.own(_cut(joined, flow.dim or 0, flow.rate, flow.kept))
+                after[flow.value] = self.on.own(rows.rows(flow.rate, flow.kept))
             if flow.value in exports:
-                part = joined if exports[flow.value] else _cut(joined, flow.dim or 0, flow.kept, flow.rate)
-                given[flow.value] = part
-                part = None
+                given[flow.value] = rows.rows(0, flow.rows) if exports[flow.value] else rows.rows(flow.kept, flow.rate)
             if flow.value in last:
-                full[flow.value] = joined
-            joined = None  # what is dropped below must not live on in a name
+                full[flow.value] = rows
+            del rows  # what is dropped below must not live on in a name
             for v in [v for v, k in last.items() if k == call.node]:
                 del full[v]
         return [after[f.value] for f in self._kept(group)] + [given[v] for v in exports]
@@ -216,27 +229,31 @@ class Sweep:
                 continue
             flow = self.rolled.flows[self.graph.nodes[call.node].outputs[0]]
             if flow.kept or flow.value in exports:
-                made[flow.value] = self._join(flow, before, self._zeros(flow, flow.rate))
-        after = [self.on.own(_cut(made[f.value], f.dim or 0, f.rate, f.kept)) for f in self._kept(group)]
+                made[flow.value] = self._at_hand(flow, before, self._zeros(flow, flow.rate))
+        after = [self.on.own(made[f.value].rows(f.rate, f.kept)) for f in self._kept(group)]
         given = []
         for v, all_rows in exports.items():
             flow = self.rolled.flows[v]
-            given.append(made[v] if all_rows else _cut(made[v], flow.dim or 0, flow.kept, flow.rate))
+            given.append(made[v].rows(0, flow.rows) if all_rows else made[v].rows(flow.kept, flow.rate))
         return after + given
 
-    def _join(self, flow: Flow, before: Mapping[int, Any], rows: Any) -> Any:
+    def _at_hand(self, flow: Flow, before: Mapping[int, Any], rows: Any) -> Pieces:
+        """The window and the new rows."""
+        dim = flow.dim or 0
         if not flow.kept:
-            return rows
-        joined = ops.concatenate([before[flow.value], rows], axis=flow.dim or 0)
+            return Pieces(dim, [rows])
+        window, places = before[flow.value], self.places.get(flow.value)
         self.on.used(before, flow.value)
-        return joined
+        if places is None:
+            return Pieces(dim, [ops.concatenate([window, rows], axis=dim)])
+        return Pieces(dim, [*self.on.split(window, dim, places), rows])
 
-    def _read(self, take: Take, t: Any, full: Mapping[int, Any], outside: Mapping[Any, Any]) -> Any:
+    def _read(self, take: Take, t: Any, full: Mapping[int, Pieces], outside: Mapping[Any, Any]) -> Any:
         if take.source == WHOLE:
             return outside[take.value]
         if take.source == WINDOW:
             flow = self.rolled.flows[take.value]
-            x = _cut(full[take.value], take.dim, take.first - flow.ahead + flow.kept, take.length)
+            x = full[take.value].rows(take.first - flow.ahead + flow.kept, take.length)
         else:
             x = outside[_rows(take)]
         if take.fill is None:
@@ -248,12 +265,8 @@ class Sweep:
     def _hangs_over(flow: Flow, group: Group) -> bool:
         return flow.rate * group.start + flow.ahead < 0 or flow.rate * group.stop + flow.ahead > flow.size
 
-    def _block(self, flow: Flow, rows: int) -> tuple[tuple[int, ...], str]:
-        value = self.graph.values[flow.value]
-        return tuple(rows if d == flow.dim else n for d, n in enumerate(value.shape)), value.dtype
-
     def _zeros(self, flow: Flow, rows: int) -> Any:
-        return ops.zeros(*self._block(flow, rows))
+        return self.on.zeros(*block(self.graph, flow, rows))
 
     # ---- forward ------------------------------------------------------------------------------------------
 
@@ -268,17 +281,17 @@ class Sweep:
         results, states = [self._open(f) for f in sinks], [self._empty(c) for c in self.lifts]
         saved: list[Any] = []
         if saving and loop.segment:
-            saved = [on.stack(loop.segments, *self._block(f, f.kept)) for f in self.flows]
+            saved = self.checkpoints.open(loop.segments)
 
             def segment(n: Any, carry: Any) -> Any:
                 windows, results, states, saved = carry
-                saved = [on.push(s, n, w) for s, w in zip(saved, windows, strict=True)]
+                saved = self.checkpoints.add(saved, n, windows)
                 windows, results, states, _ = self._walk(self._segment(n), by_value, (windows, results, states, []))
                 return windows, results, states, saved
 
             _, results, states, saved = on.loop(0, loop.segments, segment, (windows, results, states, saved))
         else:
-            saved = self._stacks(loop.stop - loop.start) if saving else []
+            saved = self.saved.open(loop.stop - loop.start) if saving else []
             carry = (windows, results, states, saved)
             _, results, states, saved = self._walk((loop.start, loop.stop), by_value, carry)
         found = [
@@ -301,10 +314,7 @@ class Sweep:
             ]
             del rows
             states = [self._lift(c, t, s, x) for c, s, x in zip(self.lifts, states, lifted, strict=False)]
-            stacks = [
-                on.push(s, t - first + f.parts, _cut(w, f.dim or 0, f.kept - f.block, f.block))
-                for s, f, w in zip(stacks, self.flows, windows, strict=False)
-            ]
+            stacks = self.saved.add(stacks, t - first, windows) if stacks else []
             return windows, results, states, stacks
 
         return on.loop(first, last, body, carry)
@@ -318,21 +328,10 @@ class Sweep:
         last = first + loop.segment
         return first, min(last, loop.stop) if isinstance(n, int) else ops.minimum(last, loop.stop)
 
-    def _stacks(self, steps: int) -> list[Any]:
-        """Room for what so many steps save: the blocks of the window before them, then one for each."""
-        return [self.on.stack(steps + f.parts, *self._block(f, f.block)) for f in self.flows]
-
     def _again(self, n: Any, saved: Sequence[Any], by_value: Mapping[int, Any]) -> list[Any]:
         """What the steps of segment n save, from its checkpoint."""
-        stacks = self._stacks(self.rolled.segment)
-        windows = [self.on.blocks(s, n, 1)[0] for s in saved]
-        for at, (f, w) in enumerate(zip(self.flows, windows, strict=True)):
-            dim = f.dim or 0
-            shape = self._block(f, f.parts * f.block - f.kept)
-            padded = ops.concatenate([ops.zeros(*shape), w], axis=dim) if f.parts * f.block > f.kept else w
-            for part in range(f.parts):
-                stacks[at] = self.on.push(stacks[at], part, _cut(padded, dim, part * f.block, f.block))
-            del w, padded
+        windows = self.checkpoints.windows(saved, n)
+        stacks = self.saved.begin(self.saved.open(self.rolled.segment), windows)
         *_, stacks = self._walk(self._segment(n), by_value, (windows, [], [], stacks))
         return [self.on.full(s, False) for s in stacks]
 
@@ -400,8 +399,8 @@ class Sweep:
         sliced = tuple(dict.fromkeys(list(self.slices)[n][0] for n in cut))
         carry = (
             [self._zeros(self.flows[n], self.flows[n].kept) for n in moving],
-            [ops.zeros(by_value[v].shape, _wide(by_value[v].dtype)) for v in sliced],
-            [ops.zeros(by_value[v].shape, _wide(by_value[v].dtype)) for v in map(list(self.wholes).__getitem__, whole)],
+            [on.zeros(by_value[v].shape, _wide(by_value[v].dtype)) for v in sliced],
+            [on.zeros(by_value[v].shape, _wide(by_value[v].dtype)) for v in map(list(self.wholes).__getitem__, whole)],
         )
 
         def step(t: Any, windows: list[Any], carry: Any) -> Any:
@@ -442,8 +441,7 @@ class Sweep:
         def steps(first: Any, last: Any, stacks: Sequence[Any], carry: Any) -> Any:
             def body(i: Any, carry: Any) -> Any:
                 t = last - 1 - i
-                windows = [self._window(s, f, t - first) for s, f in zip(stacks, self.flows, strict=True)]
-                return step(t, windows, carry)
+                return step(t, self.saved.windows(stacks, t - first), carry)
 
             return on.loop(0, last - first, body, carry)
 
@@ -469,15 +467,6 @@ class Sweep:
             parts = parts[n:]
         return found
 
-    def _window(self, stack: Any, flow: Flow, at: Any) -> Any:
-        """The window of a value, `at` steps after the first of those saved."""
-        n, dim = flow.parts, flow.dim or 0
-        blocks = self.on.blocks(stack, at, n)
-        if n == 1:
-            return blocks[0]
-        rows = n * flow.block
-        return _cut(ops.concatenate(blocks, axis=dim), dim, rows - flow.kept, flow.kept)
-
     def _scatter(
         self, t: Any, values: Sequence[int], places: Sequence[int], into: Sequence[Any], grads: Sequence[Any]
     ) -> list[Any]:
@@ -490,13 +479,6 @@ class Sweep:
 
 def _rows(take: Take) -> Rows:
     return take.value, take.dim, take.rate, take.first, take.length
-
-
-def _cut(x: Any, dim: int, start: int, length: int) -> Any:
-    """Rows [start, start + length) of x: x itself where these are all."""
-    if start == 0 and length == x.shape[dim]:
-        return x
-    return x[(slice(None),) * dim + (slice(start, start + length),)]
 
 
 def _entries(kernel: Any) -> int:

@@ -22,11 +22,14 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import keras
+import numpy as np
 from keras import ops
 
+Block = tuple[tuple[int, ...], str]
 Body = Callable[[Any, Any], Any]
 Forward = Callable[[Sequence[Any], bool], tuple[list[Any], Any]]
 Backward = Callable[[Sequence[Any], Any, Sequence[Any], Sequence[Any], Sequence[bool]], list[Any]]
@@ -43,6 +46,10 @@ class Loops(Protocol):
         """Arrays of one of two functions."""
         ...
 
+    def zeros(self, shape: Sequence[int], dtype: str) -> Any:
+        """Zeros that take no memory before they are needed or after."""
+        ...
+
     def take(self, x: Any, dim: int, start: Any, length: int) -> Any:
         """Rows [start, start + length) of x; outside of it the nearest row."""
         ...
@@ -57,6 +64,10 @@ class Loops(Protocol):
 
     def used_all(self, windows: Any) -> None:
         """This list of windows is not needed any more."""
+        ...
+
+    def split(self, x: Any, dim: int, places: Sequence[int]) -> list[Any]:
+        """x in parts that end at `places`, which rise and lie within it."""
         ...
 
     def mask(self, x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
@@ -79,20 +90,20 @@ class Loops(Protocol):
         """The value, whose first part began at row `first`."""
         ...
 
-    def stack(self, count: int, shape: Sequence[int], dtype: str) -> Any:
-        """Room for `count` blocks, zero to begin with."""
+    def stack(self, count: int, like: Sequence[Block]) -> Any:
+        """Room for `count` lists of blocks, zero to begin with; `like`: shape and dtype of each block."""
         ...
 
-    def push(self, stack: Any, i: Any, block: Any) -> Any:
-        """Block i."""
+    def push(self, stack: Any, i: Any, blocks: Sequence[Any]) -> Any:
+        """List i."""
         ...
 
-    def blocks(self, stack: Any, i: Any, n: int) -> list[Any]:
-        """Blocks i to i + n - 1 of a stack that is full."""
+    def blocks(self, stack: Any, i: Any, like: Sequence[Block]) -> list[Any]:
+        """List i of a stack that is full."""
         ...
 
     def full(self, stack: Any, joined: bool) -> Any:
-        """The stack, after the loop; `joined`: as one tensor, which a file can hold."""
+        """The stack, after the loop; `joined`: of tensors, which a file can hold."""
         ...
 
     def vjp(
@@ -124,24 +135,32 @@ class IntegerSteps:
         return x if first >= 0 and first + x.shape[dim] <= size else where_inside(x, dim, first, size, fill)
 
 
-_NO_GRADIENTS: ContextVar[bool] = ContextVar("no_gradients", default=False)
+@dataclass(frozen=True)
+class Tracing:
+    """What is known of a trace: `gradients`: it may be differentiated; `executor`: TensorFlow's graph executor runs it, not XLA."""
+
+    gradients: bool = True
+    executor: bool = False
+
+
+_TRACING: ContextVar[Tracing] = ContextVar("tracing", default=Tracing())
 
 
 @contextmanager
-def no_gradients() -> Iterator[None]:
-    """What is traced inside is never differentiated, so nothing is saved for it. (A graph cannot tell by itself: whoever
-    calls it may ask for gradients later.)
+def tracing(gradients: bool, executor: bool) -> Iterator[None]:
+    """What is traced inside is known to be so. (A graph cannot tell by itself: whoever calls it may ask for gradients, or
+    compile it.)
     """
-    token = _NO_GRADIENTS.set(True)
+    token = _TRACING.set(Tracing(gradients, executor))
     try:
         yield
     finally:
-        _NO_GRADIENTS.reset(token)
+        _TRACING.reset(token)
 
 
-def never_differentiated() -> bool:
-    """Inside `no_gradients`."""
-    return _NO_GRADIENTS.get()
+def now_tracing() -> Tracing:
+    """What `tracing` says of the trace around this call."""
+    return _TRACING.get()
 
 
 @functools.cache
@@ -165,8 +184,9 @@ def loops() -> Loops:
 
 def inside(first: Any, length: int, size: int, dim: int, rank: int) -> Any:
     """Which of `length` rows from `first` on lie in [0, size): bool, broadcast along `dim` of `rank` dimensions."""
-    rows = ops.arange(length, dtype="int32") + first
-    return ops.reshape(ops.logical_and(rows >= 0, rows < size), [-1 if d == dim else 1 for d in range(rank)])
+    count = np.arange(length, dtype="int32").reshape([-1 if d == dim else 1 for d in range(rank)])
+    rows = ops.convert_to_tensor(count) + first
+    return ops.logical_and(rows >= 0, rows < size)
 
 
 def where_inside(x: Any, dim: int, first: Any, size: int, fill: float) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ranger_nn.keras.loops import Backward, Body, Forward, clipped, where_inside
+from ranger_nn.keras.loops import Backward, Block, Body, Forward, clipped, where_inside
 
 
 class JaxLoops:
@@ -22,6 +22,10 @@ class JaxLoops:
     def branch(self, on: Any, then: Callable[[], list[Any]], other: Callable[[], list[Any]]) -> list[Any]:
         """`lax.cond`: only one side runs."""
         return list(lax.cond(on, lambda: tuple(then()), lambda: tuple(other())))
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Any:
+        """Left to XLA."""
+        return jnp.zeros(shape, dtype)
 
     def take(self, x: Any, dim: int, start: Any, length: int) -> Any:
         """A slice; a gather where it hangs over."""
@@ -43,6 +47,10 @@ class JaxLoops:
 
     def used_all(self, windows: Any) -> None:
         """The compiler knows."""
+
+    def split(self, x: Any, dim: int, places: Sequence[int]) -> list[Any]:
+        """Slices."""
+        return list(jnp.split(x, list(places), axis=dim))
 
     def mask(self, x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
         """Fused by XLA into what makes x."""
@@ -80,17 +88,19 @@ class JaxLoops:
         """Without the rows outside."""
         return lax.slice_in_dim(sink, -first, size - first, axis=dim)
 
-    def stack(self, count: int, shape: Sequence[int], dtype: str) -> Any:
-        """One array."""
-        return jnp.zeros((count, *shape), dtype)
+    def stack(self, count: int, like: Sequence[Block]) -> Any:
+        """An array for each block: XLA lays them out."""
+        return [jnp.zeros((count, *shape), dtype) for shape, dtype in like]
 
-    def push(self, stack: Any, i: Any, block: Any) -> Any:
+    def push(self, stack: Any, i: Any, blocks: Sequence[Any]) -> Any:
         """In place."""
-        return lax.dynamic_update_index_in_dim(stack, block.astype(stack.dtype), i, 0)
+        return [
+            lax.dynamic_update_index_in_dim(s, b.astype(s.dtype), i, 0) for s, b in zip(stack, blocks, strict=True)
+        ]
 
-    def blocks(self, stack: Any, i: Any, n: int) -> list[Any]:
+    def blocks(self, stack: Any, i: Any, like: Sequence[Block]) -> list[Any]:
         """Slices."""
-        return [lax.dynamic_index_in_dim(stack, i + j, 0, keepdims=False) for j in range(n)]
+        return [lax.dynamic_index_in_dim(s, i, 0, keepdims=False) for s in stack]
 
     def full(self, stack: Any, joined: bool) -> Any:
         """As it is."""

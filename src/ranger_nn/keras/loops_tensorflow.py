@@ -1,4 +1,9 @@
-"""Loops on TensorFlow: see `loops.Loops`. The same in eager mode, in graphs and under XLA."""
+"""Loops on TensorFlow: see `loops.Loops`. In eager mode, in graphs and under XLA.
+
+Gradients of stored values are added up by slices written in place, where a graph is known to be for TensorFlow's own
+executor (`loops.tracing`): `TensorStridedSliceUpdate` does so wherever no one else holds the tensor. XLA has that operator
+for constant places alone, and the scatter that it has instead copies the whole tensor each time in an executor.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from ranger_nn.keras.loops import Backward, Body, Forward, clipped, never_differentiated, where_inside
+from ranger_nn.keras.loops import Backward, Block, Body, Forward, clipped, now_tracing, where_inside
 
 FEW = 1024
 """Numbers that may be made at any time."""
@@ -30,6 +35,10 @@ class TensorFlowLoops:
         """`tf.cond`."""
         found = tf.cond(on, lambda: tuple(_in_order(then)), lambda: tuple(_in_order(other)))
         return list(found) if isinstance(found, tuple | list) else [found]
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Any:
+        """Made when the graph runs: `tf.zeros` becomes a constant of the graph, which is there for good."""
+        return tf.raw_ops.Empty(shape=list(shape), dtype=tf.as_dtype(dtype), init=True)
 
     def take(self, x: Any, dim: int, start: Any, length: int) -> Any:
         """A slice; a gather where it hangs over."""
@@ -54,15 +63,29 @@ class TensorFlowLoops:
     def used_all(self, windows: Any) -> None:
         """The compiler knows."""
 
+    def split(self, x: Any, dim: int, places: Sequence[int]) -> list[Any]:
+        """Their gradient is a join; that of slices would be as many zeros as the whole."""
+        sizes = [b - a for a, b in zip([0, *places], [*places, x.shape[dim]], strict=True)]
+        return list(tf.split(x, sizes, axis=dim))
+
     def mask(self, x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
         """Where."""
         return where_inside(x, dim, first, size, fill)
 
     def add(self, x: Any, dim: int, start: Any, rows: Any) -> Any:
-        """By scatter: TensorFlow updates in place where no one else holds x."""
-        lead = [tf.range(n) for n in x.shape[:dim]]
-        index = tf.meshgrid(*lead, clipped(start, rows.shape[dim], x.shape[dim]), indexing="ij")
-        return tf.tensor_scatter_nd_add(x, tf.stack(index, -1), tf.cast(rows, x.dtype))
+        """A slice in place, by scatter where it hangs over; else by scatter, which XLA does in place."""
+        length, size, rows = rows.shape[dim], x.shape[dim], tf.cast(rows, x.dtype)
+
+        def scatter() -> Any:
+            lead = [tf.range(n) for n in x.shape[:dim]]
+            index = tf.meshgrid(*lead, clipped(start, length, size), indexing="ij")
+            return tf.tensor_scatter_nd_add(x, tf.stack(index, -1), rows)
+
+        if size < length or not _in_place():
+            return scatter()
+        inside = tf.logical_and(start >= 0, start + length <= size)
+        found = tf.cond(inside, lambda: _written(x, dim, start, _slice(x, dim, start, length) + rows), scatter)
+        return tf.ensure_shape(found, x.shape)
 
     def open(self, shape: Sequence[int], dtype: str, dim: int, rate: int, count: int, size: int) -> Any:
         """A TensorArray."""
@@ -77,31 +100,31 @@ class TensorFlowLoops:
         return _rebuilt(sink, flow)
 
     def close(self, sink: Any, dim: int, first: int, size: int) -> Any:
-        """Parts joined along `dim`."""
-        x = sink.stack()
-        rank = len(x.shape) - 1
-        if any(n != 1 for n in x.shape[1 : dim + 1]):
-            x = tf.transpose(x, [*range(1, dim + 1), 0, *range(dim + 1, rank + 1)])
-        part = sink.element_shape.as_list()
-        x = tf.reshape(x, [*part[:dim], -1, *part[dim + 1 :]])
-        return _slice(x, dim, -first, size)
+        """Parts joined along `dim`: where nothing comes before it in memory, the rows wanted are a view of all."""
+        x, part = sink.stack(), sink.element_shape.as_list()
+        if any(n != 1 for n in part[:dim]):
+            x = tf.transpose(x, [*range(1, dim + 1), 0, *range(dim + 1, len(part) + 1)])
+            return _slice(tf.reshape(x, [*part[:dim], -1, *part[dim + 1 :]]), dim, -first, size)
+        x = _slice(tf.reshape(x, [-1, *part[dim + 1 :]]), 0, -first, size)
+        return tf.reshape(x, [*part[:dim], size, *part[dim + 1 :]])
 
-    def stack(self, count: int, shape: Sequence[int], dtype: str) -> Any:
-        """A TensorArray; what is not written is zero."""
-        return tf.TensorArray(dtype, size=count, element_shape=list(shape), clear_after_read=False)
+    def stack(self, count: int, like: Sequence[Block]) -> Any:
+        """A TensorArray for each block; what is not written is zero."""
+        return [
+            tf.TensorArray(dtype, size=count, element_shape=shape, clear_after_read=False) for shape, dtype in like
+        ]
 
-    def push(self, stack: Any, i: Any, block: Any) -> Any:
+    def push(self, stack: Any, i: Any, blocks: Sequence[Any]) -> Any:
         """Written."""
-        return stack.write(i, tf.cast(block, stack.dtype))
+        return [array.write(i, tf.cast(b, array.dtype)) for array, b in zip(stack, blocks, strict=True)]
+
+    def blocks(self, stack: Any, i: Any, like: Sequence[Block]) -> list[Any]:
+        """Read, or slices."""
+        return [array.read(i) if isinstance(array, tf.TensorArray) else array[i] for array in stack]
 
     def full(self, stack: Any, joined: bool) -> Any:
         """As it is: joined, it would be there twice for a moment. A SavedModel holds gradients, and no TensorArray."""
-        return stack.stack() if joined else stack
-
-    def blocks(self, stack: Any, i: Any, n: int) -> list[Any]:
-        """Read, or slices."""
-        read = stack.read if isinstance(stack, tf.TensorArray) else stack.__getitem__
-        return [read(i + j) for j in range(n)]
+        return [array.stack() for array in stack] if joined else stack
 
     def vjp(
         self, function: Callable[..., list[Any]], args: Sequence[Any]
@@ -122,7 +145,7 @@ class TensorFlowLoops:
         """`tf.custom_gradient`."""
         args = [tf.convert_to_tensor(a) for a in args]
         watched = _watched(args)
-        if never_differentiated() or (tf.executing_eagerly() and not any(watched)):
+        if not now_tracing().gradients or (tf.executing_eagerly() and not any(watched)):
             return forward(args, False)[0]
         # all, where no tape is active here: the function may be differentiated later
         wanted = [a.dtype.is_floating and (w or not any(watched)) for a, w in zip(args, watched, strict=True)]
@@ -159,6 +182,10 @@ def _in_order(function: Callable[..., Any], *args: Any) -> Any:
     return found
 
 
+def _in_place() -> bool:
+    return now_tracing().executor and not tf.executing_eagerly()
+
+
 def _few(x: Any) -> bool:
     count = x.shape.num_elements()
     return count is not None and count < FEW and x.dtype != tf.variant
@@ -169,6 +196,13 @@ def _slice(x: Any, dim: int, start: Any, length: int) -> Any:
     shape = tf.shape(x)
     size = [length if d == dim else (n if n is not None else shape[d]) for d, n in enumerate(x.shape)]
     return tf.slice(x, begin, size)
+
+
+def _written(x: Any, dim: int, start: Any, rows: Any) -> Any:
+    """x with `rows` at `start`, which lie within it; x is used up."""
+    begin = [start if d == dim else 0 for d in range(dim + 1)]
+    end = [start + rows.shape[dim] if d == dim else n for d, n in enumerate(x.shape[: dim + 1])]
+    return tf.raw_ops.TensorStridedSliceUpdate(input=x, begin=begin, end=end, strides=[1] * (dim + 1), value=rows)
 
 
 def _rebuilt(sink: Any, flow: Any) -> Any:

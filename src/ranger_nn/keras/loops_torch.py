@@ -9,11 +9,15 @@ import torch
 from keras import ops
 from torch import Tensor
 
-from ranger_nn.keras.loops import Backward, Forward, IntegerSteps
+from ranger_nn.keras.loops import Backward, Block, Forward, IntegerSteps
 
 
 class TorchLoops(IntegerSteps):
     """A Python loop; results are written into place."""
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Any:
+        """Nothing is traced."""
+        return ops.zeros(shape, dtype)
 
     def take(self, x: Any, dim: int, start: Any, length: int) -> Any:
         """A view; copied where it hangs over."""
@@ -34,6 +38,10 @@ class TorchLoops(IntegerSteps):
     def used_all(self, windows: Any) -> None:
         """Let go of the list: each window goes once it is joined."""
         windows.clear()
+
+    def split(self, x: Any, dim: int, places: Sequence[int]) -> list[Any]:
+        """Views."""
+        return list(torch.tensor_split(x, list(places), dim=dim))
 
     def add(self, x: Any, dim: int, start: Any, rows: Any) -> Any:
         """In place."""
@@ -58,19 +66,19 @@ class TorchLoops(IntegerSteps):
         """As it is."""
         return sink
 
-    def stack(self, count: int, shape: Sequence[int], dtype: str) -> Any:
-        """A list."""
-        zero = ops.zeros(shape, dtype)
-        return [zero] * count
+    def stack(self, count: int, like: Sequence[Block]) -> Any:
+        """A list of lists."""
+        zeros = [self.zeros(*block) for block in like]
+        return [zeros] * count
 
-    def push(self, stack: Any, i: Any, block: Any) -> Any:
-        """A copy: a view would keep what it was cut from."""
-        stack[i] = block.clone()
+    def push(self, stack: Any, i: Any, blocks: Sequence[Any]) -> Any:
+        """Copies: a view would keep what it was cut from."""
+        stack[i] = [b.clone() for b in blocks]
         return stack
 
-    def blocks(self, stack: Any, i: Any, n: int) -> list[Any]:
+    def blocks(self, stack: Any, i: Any, like: Sequence[Block]) -> list[Any]:
         """From the list."""
-        return list(stack[i : i + n])
+        return list(stack[i])
 
     def full(self, stack: Any, joined: bool) -> Any:
         """As it is."""

@@ -21,7 +21,7 @@ from ranger_nn.errors import InputError, VerificationError
 from ranger_nn.keras import batches, exporting, private
 from ranger_nn.keras.capture import Captured, capture
 from ranger_nn.keras.execute import Runner
-from ranger_nn.keras.loops import no_gradients
+from ranger_nn.keras.loops import tracing
 from ranger_nn.keras.lower import ITEMSIZE, inferred
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.planning.report import Plan
@@ -220,15 +220,23 @@ class Regional(keras.Model):
 
     # ---- steps of training and inference, traced for each shape --------------------------------------------
 
+    def train_step(self, *args: Any) -> Any:
+        """Keras's own."""
+        with self._tracing(gradients=True):
+            return super().train_step(*args)
+
     def predict_step(self, *args: Any) -> Any:
         """Keras's own, in which nothing is saved for gradients."""
-        with no_gradients():
+        with self._tracing(gradients=False):
             return super().predict_step(*args)
 
     def test_step(self, *args: Any) -> Any:
         """Keras's own, in which nothing is saved for gradients."""
-        with no_gradients():
+        with self._tracing(gradients=False):
             return super().test_step(*args)
+
+    def _tracing(self, gradients: bool) -> Any:
+        return tracing(gradients, executor=not self.jit_compile)
 
     def make_train_function(self, force: bool = False) -> None:
         """As `keras.Model.make_train_function`."""
