@@ -94,9 +94,7 @@ class JaxLoops:
 
     def push(self, stack: Any, i: Any, blocks: Sequence[Any]) -> Any:
         """In place."""
-        return [
-            lax.dynamic_update_index_in_dim(s, b.astype(s.dtype), i, 0) for s, b in zip(stack, blocks, strict=True)
-        ]
+        return [lax.dynamic_update_index_in_dim(s, b.astype(s.dtype), i, 0) for s, b in zip(stack, blocks, strict=True)]
 
     def blocks(self, stack: Any, i: Any, like: Sequence[Block]) -> list[Any]:
         """Slices."""

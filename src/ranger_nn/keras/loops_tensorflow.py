@@ -110,9 +110,7 @@ class TensorFlowLoops:
 
     def stack(self, count: int, like: Sequence[Block]) -> Any:
         """A TensorArray for each block; what is not written is zero."""
-        return [
-            tf.TensorArray(dtype, size=count, element_shape=shape, clear_after_read=False) for shape, dtype in like
-        ]
+        return [tf.TensorArray(dtype, size=count, element_shape=shape, clear_after_read=False) for shape, dtype in like]
 
     def push(self, stack: Any, i: Any, blocks: Sequence[Any]) -> Any:
         """Written."""

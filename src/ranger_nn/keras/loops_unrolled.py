@@ -17,6 +17,10 @@ from ranger_nn.keras.loops_tensorflow import TensorFlowLoops
 class UnrolledLoops(IntegerSteps, TensorFlowLoops):
     """One step after the other in the graph: the body is traced for each."""
 
+    def zeros(self, shape: Sequence[int], dtype: str) -> Any:
+        """A constant: converters do not know what is made at run time."""
+        return tf.zeros(shape, dtype)
+
     def take(self, x: Any, dim: int, start: Any, length: int) -> Any:
         """A slice; a gather where it hangs over."""
         size = x.shape[dim]

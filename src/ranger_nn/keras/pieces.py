@@ -40,4 +40,3 @@ def cut(x: Any, dim: int, start: int, length: int) -> Any:
     if start == 0 and length == x.shape[dim]:
         return x
     return x[(slice(None),) * dim + (slice(start, start + length),)]
-

@@ -19,6 +19,7 @@ from ranger_nn.keras.loops import Block, Loops
 from ranger_nn.keras.pieces import cut
 from ranger_nn.planning.rolled import Flow
 
+
 def block(graph: Graph, flow: Flow, rows: int) -> Block:
     """So many rows of a value."""
     value = graph.values[flow.value]

@@ -33,7 +33,9 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a network will be run. Bytes are int; `extra_macs` 0.03 means 3 % of the work is done twice."""
+    """How a network will be run. Bytes are int; `extra_macs` 0.03 means 3 % of the work is done twice; `again`: values that are
+    made again for a late reader in place of being kept.
+    """
 
     model: str
     training: bool
@@ -47,6 +49,7 @@ class Plan:
     sweeps: tuple[SweepRow, ...]
     whole: tuple[str, ...]
     timeline: tuple[int, ...] = ()
+    again: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The table."""
@@ -61,7 +64,7 @@ class Plan:
         """A plan from `to_json`'s text."""
         data = json.loads(text)
         data["sweeps"] = tuple(SweepRow(**row) for row in data["sweeps"])
-        for key in ("axes", "tiles", "whole", "timeline"):
+        for key in ("axes", "tiles", "whole", "timeline", "again"):
             data[key] = tuple(data[key])
         return cls(**data)
 
@@ -102,6 +105,7 @@ def table(plan: Plan) -> str:
         for r in plan.sweeps
         if r.checkpoint
     ]
+    lines += plan.again
     if plan.whole:
         lines.append("stayed whole:")
         lines += [f"  {w}" for w in plan.whole]

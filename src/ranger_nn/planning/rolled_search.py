@@ -1,6 +1,7 @@
 """Choose a rolled slide: the longest steps, and the fewest cuts, whose projected peak is within what is allowed.
 
-Where nothing is in training, sweeps are given checkpoints, one after the other, which costs another forward of each.
+Where nothing is, long windows are made again in place of being kept (`rematerialise.py`), and in training sweeps are given
+checkpoints, one after the other, which costs another forward of each.
 
 Two things are chosen: `block`, the bytes of a sweep's largest value that a step may make, and where sweeps end early.
 A sweep whose values are all light runs in one step, so the first cuts to try are those that part the network's
@@ -18,6 +19,7 @@ from ranger_nn.core.graph import COMPUTED, PARAMETER, Graph
 from ranger_nn.errors import BudgetError, InputError
 from ranger_nn.planning.budget import format_bytes
 from ranger_nn.planning.forward import Demand, Schedule, demand
+from ranger_nn.planning.rematerialise import long_windows, remade, shifted, told
 from ranger_nn.planning.report import Plan, SweepRow
 from ranger_nn.planning.rolled import Loop, roll, rollable
 from ranger_nn.planning.rolled_cost import Cost, checkpointed, cost, last_levels
@@ -31,6 +33,8 @@ LONGER = 8
 """How much longer the first steps of training are."""
 FINEST = 9
 """How often the block is halved."""
+COPIES = 3
+"""How many long windows are made again in place of being kept, at most."""
 CUTS = 6
 """How many cuts are added one after the other."""
 
@@ -68,6 +72,8 @@ class Candidate:
     demand: Demand
     loops: tuple[Loop | None, ...]
     cost: Cost
+    again: tuple[str, ...] = ()
+    """Which values are made again, and why."""
 
 
 def lower(graph: Graph, axes: Sequence[Axis], choice: Choice, training: bool) -> Candidate:
@@ -99,6 +105,24 @@ def checkpoints(found: Candidate) -> Iterator[Candidate]:
             yield before
         else:
             now[at] = found.loops[at]
+
+
+def with_copies(found: Candidate, training: bool) -> Iterator[Candidate]:
+    """The same choice with one long window less each time: first the one that frees the most bytes."""
+    for _ in range(COPIES):
+        graph, axes = found.bounds.graph, found.bounds.axes
+        options = [a for loop in found.loops if loop for a in long_windows(graph, loop)]
+        if not options:
+            return
+        best = max(options, key=lambda a: a.nbytes)
+        other = remade(graph, best)
+        choice = replace(found.choice, cuts=shifted(found.choice.cuts, best))
+        same = [a for a in find_axes(other) if a.name == axes[0].name]
+        again = lower(other, same, choice, training)
+        if again.cost.peak >= found.cost.peak:
+            return
+        found = replace(again, again=(*found.again, told(graph, best)))
+        yield found
 
 
 def _steps(bounds: Bounds, nodes: Sequence[int], choice: Choice) -> int:
@@ -149,15 +173,15 @@ def _light_end(graph: Graph, limit: int) -> int:
 
 
 class Search:
-    """The first choice that fits; then cuts, one after the other; then, in training, the first choice that fits with
-    checkpoints; the least found where nothing does.
+    """The first choice that fits; then cuts, one after the other; then the first choice that fits with long windows made
+    again or, in training, with checkpoints; the least found where nothing does.
     """
 
     def __init__(self, graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> None:
         self.graph, self.axes, self.options, self.training = graph, axes, options, training
         self.best: Candidate | None = None
         self.spare: Candidate | None = None
-        """What to fall back on: the first that fits with checkpoints, or the least."""
+        """What to fall back on: the first that fits with more work, or the least."""
 
     def attempt(self, choice: Choice) -> bool:
         """Roll it; True where it fits."""
@@ -169,12 +193,23 @@ class Search:
         if self._fits(found):
             self.best = self.spare = found
             return True
-        for again in checkpoints(found) if self.training else ():
-            if self.spare is not None and self._fits(self.spare):
+        for other in self._smaller(found):
+            if self.spare is None or other.cost.peak < self.spare.cost.peak:
+                self.spare = other
+            if self._fits(self.spare):
                 break
-            if self.spare is None or again.cost.peak < self.spare.cost.peak:
-                self.spare = again
         return False
+
+    def _smaller(self, found: Candidate) -> Iterator[Candidate]:
+        """The same choice for fewer bytes and more work: the least work first. None once something fits."""
+        if self.spare is not None and self._fits(self.spare):
+            return
+        copies = []
+        for other in with_copies(found, self.training):
+            copies.append(other)
+            yield other
+        for other in (found, *copies) if self.training else ():
+            yield from checkpoints(other)
 
     def _fits(self, found: Candidate) -> bool:
         return self.options.allowed is not None and with_margin(found.cost.peak) <= self.options.allowed
@@ -228,11 +263,12 @@ def make_rolled(graph: Graph, options: Options, training: bool) -> Rolled:
     best = Search(graph, axes, options, training).run()
     projected = with_margin(best.cost.peak)
     if options.allowed is not None and projected > options.allowed:
-        raise _too_small(graph, options.allowed, projected, best)
+        raise _too_small(best, options.allowed, projected)
     for sweep, loop in zip(best.demand.sweeps, best.loops, strict=True):
         if loop is not None:
-            verify_loop(loop, graph, best.bounds, sweep.nodes)
-    plan = _describe(best, options, projected, _untouched(graph, training), training)
+            verify_loop(loop, best.bounds.graph, best.bounds, sweep.nodes)
+    plan = _describe(best, options, projected, graph, training)
+    graph = best.bounds.graph
     last = last_levels(graph, best.stages, best.demand)
     return Rolled(plan, graph, best.stages, best.demand, best.loops, last, training)
 
@@ -251,7 +287,8 @@ def _untouched(graph: Graph, training: bool) -> int:
     return worst
 
 
-def _describe(best: Candidate, options: Options, projected: int, untouched: int, training: bool) -> Plan:
+def _describe(best: Candidate, options: Options, projected: int, given: Graph, training: bool) -> Plan:
+    """`given`: the graph before anything is made again."""
     graph, bounds = best.bounds.graph, best.bounds
     rows = []
     for at, (sweep, loop) in enumerate(zip(best.demand.sweeps, best.loops, strict=True)):
@@ -275,13 +312,13 @@ def _describe(best: Candidate, options: Options, projected: int, untouched: int,
         whole.append(f"{place}: {reason}; {format_bytes(size)}")
     if not bounds.axes:
         whole.append("everything: no axis along which the network can be cut")
-    plain = graph.macs() * (3 if training else 1)
+    plain = given.macs() * (3 if training else 1)
     return Plan(
         graph.name,
         training,
         options.allowed,
         projected,
-        untouched,
+        _untouched(given, training),
         round(max(0.0, best.cost.macs / plain - 1), 6) if plain else 0.0,
         tuple(a.name for a in bounds.axes),
         max((loop.steps for loop in best.loops if loop is not None), default=1),
@@ -289,11 +326,12 @@ def _describe(best: Candidate, options: Options, projected: int, untouched: int,
         tuple(rows),
         tuple(whole),
         best.cost.peaks,
+        best.again,
     )
 
 
-def _too_small(graph: Graph, allowed: int, least: int, best: Candidate) -> BudgetError:
-    k = best.cost.binding
+def _too_small(best: Candidate, allowed: int, least: int) -> BudgetError:
+    graph, k = best.bounds.graph, best.cost.binding
     place = "what the sweeps store"
     if k >= 0:
         place = f"{graph.nodes[k].name} ({graph.nodes[k].where})" if graph.nodes[k].where else graph.nodes[k].name
