@@ -143,7 +143,8 @@ class Tracing:
     executor: bool = False
 
 
-_TRACING: ContextVar[Tracing] = ContextVar("tracing", default=Tracing())
+UNKNOWN = Tracing()
+_TRACING: ContextVar[Tracing] = ContextVar("tracing", default=UNKNOWN)
 
 
 @contextmanager

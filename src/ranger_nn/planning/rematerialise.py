@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from ranger_nn.core.graph import COMPUTED, Graph
 from ranger_nn.planning.budget import format_bytes
@@ -51,7 +52,7 @@ def long_windows(graph: Graph, loop: Loop) -> list[Again]:
                 if t.source == WINDOW and t.value == flow.value and not c.lifts
             }
         )
-        gaps = [(b - a, a) for a, b in zip(firsts, firsts[1:], strict=False)]
+        gaps = [(b - a, a) for a, b in pairwise(firsts)]
         if not flow.kept or not gaps:
             continue
         rows, last = max(gaps)
