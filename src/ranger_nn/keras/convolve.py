@@ -31,6 +31,16 @@ def convolve(x: Any, w: Any, strides: Any, dilation: Any, pads: Pads, channels_l
     return run(x, w, tuple(strides), tuple(dilation), tuple(pads), channels_last, groups)
 
 
+def transpose(x: Any, w: Any, strides: Any, dilation: Any, channels_last: bool) -> Any:
+    """Transposed convolution of `x` with (*kernel, out, in) weights; nothing of the result is cut off."""
+    if keras.backend.backend() == "jax":
+        from ranger_nn.keras import convolve_jax
+
+        return convolve_jax.transpose(x, w, tuple(strides), tuple(dilation), channels_last)
+    name = "channels_last" if channels_last else "channels_first"
+    return ops.conv_transpose(x, w, strides, "valid", None, name, dilation)
+
+
 def pool(x: Any, size: Any, strides: Any, channels_last: bool, average: bool) -> Any:
     """Maximum or average over windows, without padding."""
     name = "channels_last" if channels_last else "channels_first"
@@ -46,22 +56,10 @@ def pool(x: Any, size: Any, strides: Any, channels_last: bool, average: bool) ->
     return run(x.permute(0, rank + 1, *range(1, rank + 1)), size, strides).permute(0, *range(2, rank + 2), 1)
 
 
-def _jax(x: Any, w: Any, strides: Any, dilation: Any, pads: Any, channels_last: bool, groups: int) -> Any:
-    from jax import lax
+def _jax(x: Any, w: Any, strides: Any, dilation: Any, pads: Pads, channels_last: bool, groups: int) -> Any:
+    from ranger_nn.keras import convolve_jax
 
-    rank = len(pads)
-    space = tuple(range(1, rank + 1)) if channels_last else tuple(range(2, rank + 2))
-    data = (0, rank + 1 if channels_last else 1, *space)
-    numbers = lax.ConvDimensionNumbers(data, (rank + 1, rank, *range(rank)), data)
-    return lax.conv_general_dilated(
-        ops.cast(x, w.dtype),
-        w,
-        strides,
-        pads,
-        rhs_dilation=dilation,
-        dimension_numbers=numbers,
-        feature_group_count=groups,
-    )
+    return convolve_jax.convolve(x, w, strides, dilation, tuple(map(tuple, pads)), channels_last, groups)
 
 
 def _torch(x: Any, w: Any, strides: Any, dilation: Any, pads: Any, channels_last: bool, groups: int) -> Any:

@@ -12,7 +12,7 @@ from keras import ops
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link
 from ranger_nn.keras import kernels_window as W
-from ranger_nn.keras.convolve import convolve, pool
+from ranger_nn.keras.convolve import convolve, pool, transpose
 from ranger_nn.keras.lowering import Call, rule
 
 
@@ -104,8 +104,10 @@ def _transposed(call: Call) -> Any:
         "dilation_rate": dilation,
     }
 
+    last = call.channels_last()
+
     def valid(inputs: Any, weights: Any) -> Any:
-        return ops.conv_transpose(inputs, weights, padding="valid", **common)
+        return transpose(inputs, weights, strides, dilation, last)
 
     def whole(inputs: Any, weights: Any) -> Any:
         return ops.conv_transpose(inputs, weights, padding=op.padding, output_padding=op.output_padding, **common)
