@@ -51,7 +51,7 @@ def images(space: Any, last: bool) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype("float32")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=14, deadline=None)
 @given(form=forms(), groups=st.sampled_from([1, 2, 4]), last=st.booleans())
 def test_convolution(form: Any, groups: int, last: bool) -> None:
     """Dense, grouped and depthwise."""
@@ -77,7 +77,7 @@ def test_convolution(form: Any, groups: int, last: bool) -> None:
     assert apart(expected, ours, images(form["space"], last), w) < 1e-5
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(form=forms(), last=st.booleans())
 def test_transposed(form: Any, last: bool) -> None:
     """Keras allows strides or dilation."""

@@ -59,7 +59,7 @@ def pool(x: Any, size: Any, strides: Any, channels_last: bool, average: bool) ->
 def _jax(x: Any, w: Any, strides: Any, dilation: Any, pads: Pads, channels_last: bool, groups: int) -> Any:
     from ranger_nn.keras import convolve_jax
 
-    return convolve_jax.convolve(x, w, strides, dilation, tuple(map(tuple, pads)), channels_last, groups)
+    return convolve_jax.convolve(x, w, strides, dilation, tuple((a, b) for a, b in pads), channels_last, groups)
 
 
 def _torch(x: Any, w: Any, strides: Any, dilation: Any, pads: Any, channels_last: bool, groups: int) -> Any:
