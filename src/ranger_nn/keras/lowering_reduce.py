@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 from keras import ops
 
 from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
@@ -73,11 +74,39 @@ def _moments(call: Call) -> Any:
 
 @rule("BatchNorm")
 def _batch_norm(call: Call) -> Any:
-    function, inputs = call.function()
+    """On TensorFlow scale and shift are made before the sweep: its graphs hoist nothing out of a loop."""
     rank = len(call.out)
     axis = call.op.axis % rank
     row = tuple(None if d == axis else Link(d) for d in range(rank))
-    return call.emit(inputs, Rule((row, *((None,) for _ in inputs[1:])), pointwise=True), Kernel(function))
+    if keras.backend.backend() != "tensorflow":
+        function, inputs = call.function()
+        return call.emit(inputs, Rule((row, *((None,) for _ in inputs[1:])), pointwise=True), Kernel(function))
+    mean, variance, offset, scale = (call.arg(name) for name in ("mean", "variance", "offset", "scale"))
+    shape = tuple(n if d == axis else 1 for d, n in enumerate(call.out))
+    epsilon = call.op.epsilon
+
+    def small(name: str, inputs: list[int], function: Any) -> int:
+        """One number for each channel."""
+        specs = [(shape, call.lower.values[inputs[0]].dtype)]
+        rows = Rule(tuple((None,) * len(call.shape(v)) for v in inputs))
+        return int(call.lower.emit(name, inputs, specs, rows, Kernel(function))[0])
+
+    def scaled(variance: Any, *scale: Any) -> Any:
+        found = ops.rsqrt(ops.reshape(variance, shape) + epsilon)
+        return found * ops.reshape(scale[0], shape) if scale else found
+
+    def shifted(mean: Any, factor: Any, *offset: Any) -> Any:
+        mean = ops.reshape(mean, shape)
+        return ops.reshape(offset[0], shape) - mean * factor if offset else -mean * factor
+
+    factor = small("scale", [variance] if scale is None else [variance, scale], scaled)
+    shift = small("shift", [mean, factor] if offset is None else [mean, factor, offset], shifted)
+    whole: tuple[None, ...] = (None,) * rank
+    return call.emit(
+        [call.arg("x"), factor, shift],
+        Rule((row, whole, whole), pointwise=True),
+        Kernel(lambda x, factor, shift: x * ops.cast(factor, x.dtype) + ops.cast(shift, x.dtype)),
+    )
 
 
 @rule("Softmax", "LogSoftmax", "Sparsemax", "Glu")
