@@ -69,8 +69,12 @@ class TensorFlowLoops:
         return list(tf.split(x, sizes, axis=dim))
 
     def mask(self, x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
-        """Where."""
-        return where_inside(x, dim, first, size, fill)
+        """Where; in inference only in the steps that hang over. (The gradient of a condition is traced out of order.)"""
+        spare = size - x.shape[dim]
+        if not _in_place() or now_tracing().gradients or spare < 0:
+            return where_inside(x, dim, first, size, fill)
+        inside = tf.bitcast(first, tf.uint32) <= spare  # what is below zero is large
+        return tf.cond(inside, lambda: x, lambda: where_inside(x, dim, first, size, fill))
 
     def add(self, x: Any, dim: int, start: Any, rows: Any) -> Any:
         """A slice in place, by scatter where it hangs over; else by scatter, which XLA does in place."""
