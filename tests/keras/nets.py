@@ -310,11 +310,11 @@ def shaken(model: keras.Model, seed: int = 1) -> keras.Model:
     return model
 
 
-def net(width: int = 4) -> keras.Model:
+def net(width: int = 4, pooled: bool = True) -> keras.Model:
     """A network with a skip connection and batch statistics."""
     inputs = keras.Input((None, None, 3))
     x = skip = L.Conv2D(width, 3, padding="same", activation="relu")(inputs)
-    x = L.MaxPooling2D(2)(L.BatchNormalization()(x))
+    x = (L.MaxPooling2D(2) if pooled else L.Conv2D(width, 2, strides=2))(L.BatchNormalization()(x))
     x = L.Conv2DTranspose(width, 2, strides=2, padding="same")(L.Conv2D(2 * width, 3, padding="same")(x))
     return keras.Model(inputs, L.Conv2D(2, 1)(L.Concatenate()([x, skip])), name="net")
 

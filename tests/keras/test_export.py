@@ -88,7 +88,8 @@ def batch_sizes(path: Path) -> list[Any]:
 @pytest.mark.parametrize("format", WORKS)
 def test_exported(format: str, tmp_path: Path) -> None:
     """For the size of the first call; three sweeps, each with its loop."""
-    model = net()
+    # ONNX Runtime refuses the pooling that jax2onnx writes, in untouched models too
+    model = net(pooled=(BACKEND, format) != ("jax", "onnx"))
     small = ranger_nn.regionalize(model, regions=(8,))
     x = images(1)
     small(x)

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ranger_nn.keras.loops import now_tracing
+
 Ints = tuple[int, ...]
 Pads = tuple[tuple[int, int], ...]
 
@@ -27,9 +29,9 @@ Pads = tuple[tuple[int, int], ...]
 def convolve(x: Any, w: Any, strides: Ints, dilation: Ints, pads: Pads, channels_last: bool, groups: int) -> Any:
     """Convolution of `x` with (*kernel, in, out) weights, zeros (before, after) along each spatial dimension."""
     x = x.astype(w.dtype) if channels_last else jnp.moveaxis(x, 1, -1).astype(w.dtype)
-    if groups == 1:
+    if groups == 1 and now_tracing().gradients:
         y = _dense(x, w, strides, dilation, pads)
-    elif groups == x.shape[-1]:
+    elif groups == x.shape[-1] and now_tracing().gradients:
         y = _depthwise(x, w, strides, dilation, pads)
     else:
         y = _run(x, w, strides, dilation, (1,) * len(strides), pads, groups)
@@ -39,7 +41,7 @@ def convolve(x: Any, w: Any, strides: Ints, dilation: Ints, pads: Pads, channels
 def transpose(x: Any, w: Any, strides: Ints, dilation: Ints, channels_last: bool) -> Any:
     """Transposed convolution of `x` with (*kernel, out, in) weights, nothing cut off."""
     x = x.astype(w.dtype) if channels_last else jnp.moveaxis(x, 1, -1).astype(w.dtype)
-    y = _transposed(x, w, strides, dilation)
+    y = (_transposed if now_tracing().gradients else _transposed.fun)(x, w, strides, dilation)
     return y if channels_last else jnp.moveaxis(y, -1, 1)
 
 

@@ -2,7 +2,7 @@
 
     back end      tf_saved_model           onnx                    torch (.pt2)        litert
     tensorflow    a loop                   written out             -                   by TensorFlow's converter
-    jax           a loop                   needs jax2onnx          -                   -
+    jax           a loop                   written out             -                   -
     torch         needs torch_xla          written out             written out         -
 
 Enter at `exporting`.
@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import keras
 from keras import tree
 
 from ranger_nn.errors import MissingExtraError
 from ranger_nn.keras.execute import Runner
+from ranger_nn.keras.loops import Loops, tracing
 
 NEEDED = {
     ("tensorflow", "onnx"): "tf2onnx",
@@ -68,9 +69,10 @@ def signature(model: Any, shapes: Any, format: str) -> list[Any] | None:
 @contextlib.contextmanager
 def exporting(model: Any, unrolled: Any, format: str) -> Iterator[None]:
     """Plans made while this is open have loops that the format can hold; `unrolled.value` says so to the model."""
-    unrolled.value = keras.backend.backend() == "tensorflow" and format == "onnx"
+    unrolled.value = keras.backend.backend() != "torch" and format == "onnx"  # PyTorch's loops are written out anyway
     try:
-        yield
+        with tracing(gradients=format != "onnx", executor=False):  # ONNX holds no gradients
+            yield
     finally:
         unrolled.value = False
 
@@ -81,4 +83,4 @@ def unroll(runner: Runner) -> None:
 
     for sweep in runner.sweeps:
         if sweep is not None:
-            sweep.on = UnrolledLoops()
+            sweep.on = cast(Loops, UnrolledLoops())

@@ -198,4 +198,4 @@ def where_inside(x: Any, dim: int, first: Any, size: int, fill: float) -> Any:
 
 def clipped(start: Any, length: int, size: int) -> Any:
     """Indices of rows, the nearest inside for those outside."""
-    return ops.clip(ops.arange(length, dtype="int32") + start, 0, size - 1)
+    return ops.clip(ops.convert_to_tensor(np.arange(length, dtype="int32")) + start, 0, size - 1)
