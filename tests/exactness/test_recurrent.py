@@ -159,7 +159,13 @@ def test_autocast(layer: type[nn.RNNBase]) -> None:
     model, small = both(layer(5, 7, 2, bidirectional=True), torch.float32)
     (x,) = random_inputs(((STEPS, 4, 5),), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        wanted, given = leaves(model(x)), leaves(small(x))
+        try:
+            wanted = leaves(model(x))
+        except RuntimeError as refused:  # oneDNN has no such LSTM for a processor without AVX-512
+            if "primitive descriptor" not in str(refused):
+                raise
+            pytest.skip(f"PyTorch itself: {refused}")
+        given = leaves(small(x))
         with torch.no_grad():
             plain = leaves(small(x))
     for ours, theirs, again in zip(given, wanted, plain, strict=True):
