@@ -39,7 +39,8 @@ def copied(patch: pytest.MonkeyPatch, segment: int = 0) -> None:
     run = rolled_search.Search.run
 
     def with_copies(self: Any) -> Any:
-        *_, found = [run(self), *rolled_search.with_copies(run(self), self.training)]
+        plain = run(self)
+        *_, found = [plain, *rolled_search.with_copies(plain, self.training)]
         if self.training and segment:
             found = replace(found, loops=tuple(loop and replace(loop, segment=segment) for loop in found.loops))
         return found

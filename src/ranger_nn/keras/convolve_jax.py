@@ -12,12 +12,11 @@ Enter at `convolve` and `transpose`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ranger_nn.keras.loops import now_tracing
@@ -139,8 +138,7 @@ def _depthwise_back(strides: Ints, dilation: Ints, pads: Pads, kept: Any, g: Any
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     grads = g.reshape(*g.shape[:-1], channels, -1)
     found = []
-    for at in range(prod(w.shape[:-2])):
-        place = _unravel(at, w.shape[:-2])
+    for place in np.ndindex(*w.shape[:-2]):
         start = [0, *(i * d for i, d in zip(place, dilation, strict=True)), 0]
         made = [s * (n - 1) + 1 for s, n in zip(strides, g.shape[1:-1], strict=True)]
         limit = [x.shape[0], *(a + n for a, n in zip(start[1:-1], made, strict=True)), channels]
@@ -150,11 +148,3 @@ def _depthwise_back(strides: Ints, dilation: Ints, pads: Pads, kept: Any, g: Any
 
 
 _depthwise.defvjp(_depthwise_ahead, _depthwise_back)
-
-
-def _unravel(at: int, shape: Sequence[int]) -> Ints:
-    place = []
-    for n in reversed(shape):
-        place.append(at % n)
-        at //= n
-    return tuple(reversed(place))

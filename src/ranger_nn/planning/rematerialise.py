@@ -39,44 +39,34 @@ class Again:
 
 def long_windows(graph: Graph, loop: Loop) -> list[Again]:
     """Values whose late readers could do with copies: first the one that frees the most bytes."""
-    makers = {graph.nodes[c.node].outputs[0]: c for c in loop.calls if not c.lifts}
     seeds = {v for node in graph.nodes if node.random for v in node.outputs}
     least = WORTH * sum(f.kept * row_bytes(graph, f) for f in loop.flows.values())
     found = []
     for flow in loop.flows.values():
-        firsts = sorted(
-            {
-                t.first
-                for c in loop.calls
-                for t in c.takes
-                if t.source == WINDOW and t.value == flow.value and not c.lifts
-            }
-        )
+        takes = [(c.node, t) for c in loop.calls if not c.lifts for t in c.takes]
+        readers = [(k, t.first) for k, t in takes if t.source == WINDOW and t.value == flow.value]
+        firsts = sorted({first for _, first in readers})
         gaps = [(b - a, a) for a, b in pairwise(firsts)]
         if not flow.kept or not gaps:
             continue
         rows, last = max(gaps)
         rows = min(rows, flow.kept)
-        nodes = _chain(graph, makers, flow.value)
+        nodes = _chain(graph, loop.flows, flow.value)
         copied = [graph.nodes[k] for k in nodes]
         # noise is drawn for the rows of a step: others would get other noise
         noisy = any(node.random or seeds.intersection(node.inputs) for node in copied)
         if noisy or rows * row_bytes(graph, flow) < least or sum(n.macs for n in copied) > SHARE * graph.macs():
             continue
-        late = [
-            c.node
-            for c in loop.calls
-            if not c.lifts and any(t.source == WINDOW and t.value == flow.value and t.first <= last for t in c.takes)
-        ]
+        late = dict.fromkeys(k for k, first in readers if first <= last)
         found.append(Again(flow.value, tuple(late), nodes, rows, rows * row_bytes(graph, flow)))
     return sorted(found, key=lambda a: -a.nbytes)
 
 
-def _chain(graph: Graph, makers: Collection[int], value: int) -> tuple[int, ...]:
+def _chain(graph: Graph, made: Collection[int], value: int) -> tuple[int, ...]:
     """Positions of the nodes that make `value` in its sweep, from what the sweep reads."""
     found: set[int] = set()
     todo = [value]
-    by_value = {v: k for k, node in enumerate(graph.nodes) for v in node.outputs if v in makers}
+    by_value = {v: k for k, node in enumerate(graph.nodes) for v in node.outputs if v in made}
     while todo:
         k = by_value.get(todo.pop())
         if k is not None and k not in found:
