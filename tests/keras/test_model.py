@@ -105,16 +105,19 @@ def test_the_trace_does_not_grow_with_the_regions() -> None:
     assert sizes[1] < 1.3 * sizes[0]
 
 
-def test_memory_falls_in_the_compiled_program() -> None:
-    """XLA's own count of temporary bytes, forward and training, against the plan's."""
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_memory_falls_in_the_compiled_program(axis: str) -> None:
+    """XLA's own count of temporary bytes, forward and training, against the plan's: of a long image and a wide one."""
     if BACKEND != "jax":
         pytest.skip("XLA's analysis")
     import jax
     import jax.numpy as jnp
 
     model, x = net(16), images(rows=1024)
+    x = np.swapaxes(x, 1, 2) if axis == "columns" else x
     allowed = ranger_nn.plan(model, x.shape).untouched // 6
     small = ranger_nn.regionalize(model, allowed)
+    assert small.plan_for(x).axes == (axis,)
     weights = [[v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables)]
 
     def temporary(run: Any, training: bool) -> int:
@@ -153,13 +156,19 @@ def wide_net() -> keras.Model:
     return keras.Sequential([keras.Input((256, 64, 3)), net(16)])
 
 
+def panorama() -> keras.Model:
+    """Convolutions, of a wide image."""
+    conv = [L.Conv2D(16, 3, padding="same", activation="relu") for _ in range(4)]
+    return keras.Sequential([keras.Input((64, 256, 3)), *conv], name="panorama")
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="counted by PyTorch's allocator")
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("build", [plain, depthwise, wide_net])
+@pytest.mark.parametrize("build", [plain, depthwise, wide_net, panorama])
 def test_measured_is_at_most_projected(build: Any, training: bool) -> None:
     """Every byte of PyTorch's allocator, results left out."""
     model = build()
-    x = ops.convert_to_tensor(np.ones((1, 256, 64, 3), "float32"))
+    x = ops.convert_to_tensor(np.ones((1, *model.input_shape[1:]), "float32"))
     untouched = ranger_nn.plan(model, x.shape, training=training).untouched
     small = ranger_nn.regionalize(model, int(untouched * (0.9 if training else 0.5)))
     projected = small.plan_for(x, training).projected

@@ -10,7 +10,7 @@ import pytest
 from keras import applications, ops, tree
 
 from ranger_nn.keras.model import regionalize
-from tests.keras.nets import MODELS, Subclassed, shaken
+from tests.keras.nets import LOCAL, MODELS, Subclassed, shaken
 from tests.keras.regions import compiled, error, inputs_for
 
 pytestmark = pytest.mark.usefixtures("numpy_weights")
@@ -37,10 +37,10 @@ def chosen(names: Any, quick: Any = QUICK) -> list[Any]:
     return [pytest.param(n, marks=pytest.mark.slow) if n in slow else n for n in names]
 
 
-def forward_error(model: keras.Model, shape: Any, rows: int) -> float:
+def forward_error(model: keras.Model, shape: Any, *regions: int) -> float:
     """Largest relative error, region by region against untouched."""
     x = inputs_for(shaken(model), shape)
-    small, whole = compiled(regionalize(model, regions=(rows,))), compiled(model)
+    small, whole = compiled(regionalize(model, regions=regions)), compiled(model)
     found = _difference(small(x), whole(x))
     if found < 1e-5 or not hasattr(x, "shape"):
         return found
@@ -77,11 +77,11 @@ def trained(given: Any, wanted: Any, model: keras.Model, small: keras.Model) -> 
     return max(error(a, b) for a, b, _ in pairs), max(error(b, c) for _, b, c in pairs)
 
 
-def training_error(name: str) -> float:
+def training_error(name: str, *regions: int) -> float:
     """Difference between the weights after three steps of training."""
     keras.utils.set_random_seed(0)
     model, shape = MODELS[name]()
-    small = regionalize(twin(shaken(model), name), regions=(4,))
+    small = regionalize(twin(shaken(model), name), regions=regions)
     rng = np.random.default_rng(0)
     given = tree.map_structure(lambda t: ops.convert_to_numpy(t).astype("float32"), inputs_for(model, shape))
     results = model(tree.map_structure(ops.convert_to_tensor, given))
@@ -94,7 +94,37 @@ def training_error(name: str) -> float:
 @pytest.mark.parametrize("name", chosen(TRAINED, {"two inputs", "state"}))
 def test_three_steps_of_training(name: str) -> None:
     """Weights, momentum's work on them, and running statistics, as untouched."""
-    assert training_error(name) < 1e-5
+    assert training_error(name, 4) < 1e-5
+
+
+@pytest.mark.parametrize("name", chosen(["u-net", "subclassed", "channels first"]))
+def test_along_columns(name: str) -> None:
+    """Regions that have all rows, and a few columns."""
+    keras.utils.set_random_seed(0)
+    model, shape = (MODELS | LOCAL)[name]()
+    x = inputs_for(model, shape)
+    assert regionalize(model, regions=(99, 4)).plan_for(x).axes == ("columns",)
+    assert forward_error(model, shape, 99, 4) < 1e-5
+
+
+@pytest.mark.parametrize("name", chosen(["subclassed", "state"], {"state"}))
+def test_three_steps_of_training_along_columns(name: str) -> None:
+    """As along rows."""
+    assert training_error(name, 99, 4) < 1e-5
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Keras takes nothing for a bias on other back ends")
+@pytest.mark.parametrize("regions", [(4,), (9, 4)])
+@pytest.mark.parametrize("along", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 8, 8, 4), (1, 4, 8, 8), (1, 8, 4, 6), (1, 9, 8, 4), (1, 8, 9, 4)])
+def test_a_vector_is_added_as_the_untouched_model_does(
+    shape: tuple[int, ...], along: int, regions: tuple[int, ...]
+) -> None:
+    """Keras on TensorFlow goes by lengths to tell a bias, and a region's are others: as long as another dimension, or not."""
+    vector = np.arange(1.0, shape[along] + 1, dtype="float32").reshape([-1 if d == along else 1 for d in range(4)])
+    start = keras.Input(shape[1:])
+    model = keras.Model(start, ops.add(ops.square(start), vector))
+    assert forward_error(model, shape, *regions) == 0.0
 
 
 @pytest.mark.skipif(
@@ -107,7 +137,7 @@ def test_double_precision() -> None:
     try:
         exact = keras.backend.backend() == "tensorflow"
         assert forward_error(*MODELS["u-net"](), 4) < (1e-11 if exact else 1e-6)
-        assert training_error("tcn") < (1e-11 if exact else 1e-6)
+        assert training_error("tcn", 4) < (1e-11 if exact else 1e-6)
     finally:
         keras.config.set_dtype_policy(before)
 

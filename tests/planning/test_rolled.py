@@ -42,11 +42,14 @@ class Kernel:
 
 
 class Net:
-    """A graph put together node by node; values are (1, rows, 64, 8)."""
+    """A graph put together node by node; values are (1, rows, columns, 8). Columns are read whole, unless `both` axes are
+    alike.
+    """
 
-    def __init__(self, rows: int) -> None:
-        self.values = [Value(0, "x", (1, rows, 64, 8), "float32", 4, INPUT, layout=NHWC)]
+    def __init__(self, rows: int, columns: int = 64, both: bool = False) -> None:
+        self.values = [Value(0, "x", (1, rows, columns, 8), "float32", 4, INPUT, layout=NHWC)]
         self.nodes: list[Node] = []
+        self.both = both
 
     def local(
         self, *inputs: int, rows: int | None = None, reach: Reach = IDENTITY, border: Border = Border.FILL
@@ -55,7 +58,7 @@ class Net:
         index = len(self.values)
         shape = self.values[inputs[0]].shape
         out = (1, rows or shape[1], *shape[2:])
-        row = (Link(0), Link(1, reach, border), Link(2), None)
+        row = (Link(0), Link(1, reach, border), Link(2, reach) if self.both else None, None)
         self.values.append(Value(index, f"v{index}", out, "float32", 4, COMPUTED, True))
         kernel = Kernel(None if reach is IDENTITY else 0.0)
         self.nodes.append(Node(f"n{index}", "local", inputs, (index,), Rule((row,) * len(inputs)), kernel, 1000))
@@ -237,6 +240,51 @@ def test_the_check_sees_segments_that_leave_steps_out() -> None:
     short = Short(**{f.name: getattr(loop, f.name) for f in fields(loop)} | {"segment": 3})
     with pytest.raises(PlanError, match="2 segments of 3 steps are not the steps"):
         verify_loop(short, graph, bounds, [c.node for c in loop.calls])
+
+
+def alike(rows: int, columns: int) -> Graph:
+    """Three convolutions over rows and columns."""
+    net = Net(rows, columns, both=True)
+    return net.graph(net.local(net.local(net.local(0, reach=THREE), reach=THREE), reach=THREE))
+
+
+def test_slid_along_the_longer_axis() -> None:
+    """Rows, unless there are at least twice as many columns: a window is as long as the other axis. The plan says which."""
+    assert make_rolled(alike(2048, 2048), Options(), False).plan.axes == ("rows",)
+    assert make_rolled(alike(2048, 3000), Options(), False).plan.axes == ("rows",)
+    wide, high = (make_rolled(alike(*size), Options(), False).plan for size in ((256, 16384), (16384, 256)))
+    assert (wide.axes, high.axes) == (("columns",), ("rows",))
+    assert wide.projected == high.projected
+    assert f" {16384 // wide.steps + 1} columns" in str(wide) or f" {16384 // wide.steps} columns" in str(wide)
+
+
+def test_the_other_axis_where_the_first_needs_too_much() -> None:
+    """Along the 900 columns a window is as long as the 512 rows: less than the least along rows."""
+    graph = alike(512, 900)
+    with pytest.raises(BudgetError) as caught:
+        make_rolled(graph, Options(allowed=1000), False)
+    plan = make_rolled(graph, Options(allowed=caught.value.least), False).plan
+    assert plan.axes == ("columns",)
+    assert plan.projected <= caught.value.least
+    assert make_rolled(graph, Options(allowed=4 * plan.projected), False).plan.axes == ("rows",)
+
+
+def test_regions_say_along_which_axis() -> None:
+    """The one of which a region has not all; one size is of the first."""
+    graph = alike(512, 512)
+    for regions, axis, steps in (((64,), "rows", 8), ((64, 512), "rows", 8), ((512, 32), "columns", 16)):
+        plan = make_rolled(graph, Options(regions=regions), False).plan
+        assert (plan.axes, plan.steps) == ((axis,), steps)
+    with pytest.raises(InputError, match=r"along \(rows, columns\) of sizes \(512, 512\), which cut 2: give one size"):
+        make_rolled(graph, Options(regions=(64, 32)), False)
+
+
+def test_regions_are_of_the_input() -> None:
+    """Whatever the network's largest value is."""
+    net = Net(64)
+    graph = net.graph(net.local(net.local(0, rows=128, reach=UP), reach=THREE))
+    plan = make_rolled(graph, Options(regions=(16,)), False).plan
+    assert (plan.steps, plan.sweeps[0].region) == (4, "32 rows")
 
 
 def test_tiles_are_refused() -> None:

@@ -6,9 +6,13 @@ joined class is an axis along which the network can be partitioned. Enter at `fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ranger_nn.core.graph import COMPUTED, INPUT, NHWC, PARAMETER, Graph, Value
+
+SPATIAL = {1: ("time",), 2: ("rows", "columns"), 3: ("depth", "rows", "columns")}
+"""What the spatial dimensions of a series, an image and a volume are called."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def find_axes(graph: Graph) -> list[Axis]:
     spatial = [k for k in kept if not k[0] or k[1][0] != _channel(values[k[1][1]])] or kept
     return [
         Axis(name, dims, max(values[v].shape[d] for v, d in dims.items()))
-        for name, (_, _, _, dims) in zip(_names([not free for free, *_ in spatial[:3]]), spatial[:3], strict=True)
+        for name, (_, _, _, dims) in zip(_names(graph, spatial[:3]), spatial[:3], strict=True)
     ]
 
 
@@ -104,9 +108,17 @@ def _samples(graph: Graph) -> set[tuple[int, int]]:
     }
 
 
-def _names(ordered: list[bool]) -> list[str]:
-    free = ordered.count(False)
-    spatial = iter({1: ["time"], 2: ["rows", "columns"], 3: ["depth", "rows", "columns"]}.get(free, []))
-    if True in ordered and free == 1:
-        spatial = iter(["rows"])
-    return ["time" if o else next(spatial) for o in ordered]
+def _names(graph: Graph, found: Sequence[tuple[bool, tuple[int, int], int, dict[int, int]]]) -> list[str]:
+    """Time where steps follow one another; for a lone axis of an image or a volume what it is there; else in order."""
+    free = [first for may, first, _, _ in found if may]
+    names = SPATIAL.get(len(free), ())
+    if len(free) == 1:
+        dim, v = free[0]
+        value = graph.values[v]
+        places = [d for d in range(1, len(value.shape)) if d != _channel(value)]
+        if len(value.shape) >= 4 and dim in places and len(places) in SPATIAL:
+            names = (SPATIAL[len(places)][places.index(dim)],)
+        elif len(found) > 1:
+            names = ("rows",)
+    spatial = iter(names)
+    return [next(spatial) if may else "time" for may, *_ in found]

@@ -240,25 +240,35 @@ def _pointwise(call: Call) -> list[int]:
     copies = call.name in {"Cast", "ConvertToTensor", "Copy"} and len(inputs) == 1
     if copies and call.lower.values[inputs[0]].dtype == call.dtype:
         return [inputs[0]]
-    if call.name == "Add" and len(inputs) == 2 and _taken_for_bias(call, inputs):
-        function = _swapped
+    if call.name == "Add" and len(inputs) == 2 and keras.backend.backend() == "tensorflow":
+        function, inputs = _added(call, function, inputs)
     return call.emit(inputs, pointwise([call.shape(v) for v in inputs], call.out), Kernel(function))
 
 
-def _taken_for_bias(call: Call, inputs: Sequence[int]) -> bool:
-    """Keras on TensorFlow takes a vector in any dimension for a bias of the last, where the lengths are the same.
+def _added(call: Call, function: Callable[..., Any], inputs: list[int]) -> tuple[Callable[..., Any], list[int]]:
+    """Keras on TensorFlow takes a vector in any dimension for a bias of the last, or else the second, where that is as long.
 
-    False where the untouched operator does so as well, in a dimension that is not cut: that is what it gives.
+    A region may be as long where the whole is not. So a vector is laid along the dimension that the untouched operator takes
+    it for, right or wrong, and unless that is the last it comes first, where nothing is taken for a bias.
     """
-    shape, out = call.shape(inputs[1]), call.out
-    long = [d for d, n in enumerate(shape) if n > 1]
-    if keras.backend.backend() != "tensorflow" or len(long) != 1 or long[0] == len(shape) - 1:
-        return False
-    return len(out) < 4 or out[-1] != shape[long[0]]
-
-
-def _swapped(x: Any, y: Any) -> Any:
-    return ops.add(y, x)
+    x, vector = (call.shape(v) for v in inputs)
+    own = [d - len(vector) for d, n in enumerate(vector) if n > 1]
+    if len(own) != 1:
+        return function, inputs
+    length = vector[own[0]]
+    along = next((d for d in (-1, 1 - len(x)) if len(x) > 1 and x[d] == length), own[0])
+    if along != own[0]:
+        shape = tuple(length if d == along else 1 for d in range(-len(x), 0))
+        dtype = call.lower.values[inputs[1]].dtype
+        laid = call.lower.emit(
+            "reshape",
+            [inputs[1]],
+            [(shape, dtype)],
+            Rule(((None,) * len(vector),)),
+            Kernel(lambda v: ops.reshape(v, shape)),
+        )
+        inputs = [inputs[0], laid[0]]
+    return function if along == -1 else lambda x, vector: ops.add(vector, x), inputs
 
 
 # each registers its rules

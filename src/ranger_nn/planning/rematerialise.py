@@ -105,11 +105,11 @@ def shifted(cuts: Sequence[int], again: Again) -> tuple[int, ...]:
     return tuple(cut + len(again.nodes) if cut > again.readers[0] else cut for cut in cuts)
 
 
-def told(graph: Graph, again: Again) -> str:
-    """For the plan."""
+def told(graph: Graph, again: Again, axis: str) -> str:
+    """For the plan; `axis`: the name of what is slid along."""
     maker = next(n for n in graph.nodes if again.value in n.outputs)
     reader = graph.nodes[again.readers[0]]
     return (
-        f"{maker.name}: made again for {reader.name}, {again.rows} rows later ({len(again.nodes)} operators); "
+        f"{maker.name}: made again for {reader.name}, {again.rows} {axis} later ({len(again.nodes)} operators); "
         f"its window takes {format_bytes(again.nbytes)} less"
     )

@@ -3,9 +3,10 @@
 Where nothing is, long windows are made again in place of being kept (`rematerialise.py`), and in training sweeps are given
 checkpoints, one after the other, which costs another forward of each.
 
-Two things are chosen: `block`, the bytes of a sweep's largest value that a step may make, and where sweeps end early.
-A sweep whose values are all light runs in one step, so the first cuts to try are those that part the network's
-light end (small feature maps, heavy weights) from its large beginning. Enter at `make_rolled`.
+Three things are chosen: the axis to slide along (a step and its windows are as long as the other one), `block`, the bytes
+of a sweep's largest value that a step may make, and where sweeps end early. A sweep whose values are all light runs in
+one step, so the first cuts to try are those that part the network's light end (small feature maps, heavy weights) from
+its large beginning. Enter at `make_rolled`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ COPIES = 3
 """How many long windows are made again in place of being kept, at most."""
 CUTS = 6
 """How many cuts are added one after the other."""
+UNIT = {"time": "steps", "depth": "slices"}
+"""What there is along an axis that is not called by its elements."""
+LONG = 2
+"""How many times as long as the first an axis is that is slid along in its place."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,11 @@ def with_copies(found: Candidate, training: bool) -> Iterator[Candidate]:
         best = max(options, key=lambda a: a.nbytes)
         other = remade(graph, best)
         choice = replace(found.choice, cuts=shifted(found.choice.cuts, best))
-        same = [a for a in find_axes(other) if a.name == axes[0].name]
+        same = _same(other, axes[0])
         again = lower(other, same, choice, training)
         if again.cost.peak >= found.cost.peak:
             return
-        found = replace(again, again=(*found.again, told(graph, best)))
+        found = replace(again, again=(*found.again, told(graph, best, axes[0].name)))
         yield found
 
 
@@ -131,25 +136,17 @@ def _steps(bounds: Bounds, nodes: Sequence[int], choice: Choice) -> int:
     touched = {v for v in touched if bounds.dim(v, 0) is not None and values[v].kind != PARAMETER}
     if choice.rows is not None:
         first = max((bounds.size(v, 0) for v in bounds.graph.inputs if bounds.dim(v, 0) is not None), default=1)
-        share = max((bounds.size(v, 0) for v in touched), default=1)
-        return max(1, -(-share * -(-first // choice.rows) // first))
+        return min(-(-first // choice.rows), max((bounds.size(v, 0) for v in touched), default=1))
     heaviest = max((values[v].nbytes for v in touched), default=0)
     return 1 if heaviest <= LIGHT * choice.block else -(-heaviest // choice.block)
 
 
-def choices(graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> Iterator[Choice]:
+def choices(graph: Graph, rows: int | None, training: bool) -> Iterator[Choice]:
     """Ever shorter steps, each without a cut and with the light end cut off. Training begins with longer ones: what it
     saves is so many rows for each step.
     """
-    if options.regions is not None:
-        if len(options.regions) > 1 and any(
-            r < _largest(graph, axis) for r, axis in zip(options.regions[1:], axes[1:], strict=False)
-        ):
-            raise InputError(
-                f"a Keras model is slid along one axis ({axes[0].name}); got regions {options.regions}: "
-                f"give one size, such as ({options.regions[0]},)"
-            )
-        yield Choice(STEP_BYTES, rows=options.regions[0])
+    if rows is not None:
+        yield Choice(STEP_BYTES, rows=rows)
         return
     block = STEP_BYTES * (LONGER if training else 1)
     for _ in range(FINEST):
@@ -159,10 +156,6 @@ def choices(graph: Graph, axes: Sequence[Axis], options: Options, training: bool
             yield replace(found, cuts=(end,))
         yield found
         block //= 2
-
-
-def _largest(graph: Graph, axis: Axis) -> int:
-    return max((graph.values[v].shape[axis.dims[v]] for v in graph.inputs if v in axis.dims), default=0)
 
 
 def _light_end(graph: Graph, limit: int) -> int:
@@ -177,8 +170,11 @@ class Search:
     again or, in training, with checkpoints; the least found where nothing does.
     """
 
-    def __init__(self, graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> None:
-        self.graph, self.axes, self.options, self.training = graph, axes, options, training
+    def __init__(
+        self, graph: Graph, axes: Sequence[Axis], allowed: int | None, training: bool, rows: int | None = None
+    ) -> None:
+        """`axes`: the one to slide along, or none; `rows`: of one region, where the user says so."""
+        self.graph, self.axes, self.allowed, self.training, self.rows = graph, axes, allowed, training, rows
         self.best: Candidate | None = None
         self.spare: Candidate | None = None
         """What to fall back on: the first that fits with more work, or the least."""
@@ -188,7 +184,7 @@ class Search:
         found = lower(self.graph, self.axes, choice, self.training)
         if self.best is None or found.cost.peak < self.best.cost.peak:
             self.best = found
-        if self.options.allowed is None:
+        if self.allowed is None:
             return True
         if self._fits(found):
             self.best = self.spare = found
@@ -212,13 +208,13 @@ class Search:
             yield from checkpoints(other)
 
     def _fits(self, found: Candidate) -> bool:
-        return self.options.allowed is not None and with_margin(found.cost.peak) <= self.options.allowed
+        return self.allowed is not None and with_margin(found.cost.peak) <= self.allowed
 
     def run(self) -> Candidate:
         """The choice."""
         if not self.axes:
             return lower(self.graph, self.axes, Choice(1), self.training)
-        if any(self.attempt(choice) for choice in choices(self.graph, self.axes, self.options, self.training)):
+        if any(self.attempt(choice) for choice in choices(self.graph, self.rows, self.training)):
             assert self.best is not None
             return self.best
         assert self.best is not None
@@ -256,11 +252,7 @@ def make_rolled(graph: Graph, options: Options, training: bool) -> Rolled:
     """Plan of a graph; raises BudgetError where nothing fits."""
     if options.schedule == "tile":
         raise InputError('a Keras model is slid along, not tiled: leave schedule out, or give "slide"')
-    axes = find_axes(graph)
-    if axes:
-        graph = rollable(graph, Bounds(graph, tuple(axes[:1])))
-        axes = [a for a in find_axes(graph) if a.name == axes[0].name][:1] or find_axes(graph)[:1]
-    best = Search(graph, axes, options, training).run()
+    best = _best(graph, options, training)
     projected = with_margin(best.cost.peak)
     if options.allowed is not None and projected > options.allowed:
         raise _too_small(best, options.allowed, projected)
@@ -271,6 +263,48 @@ def make_rolled(graph: Graph, options: Options, training: bool) -> Rolled:
     graph = best.bounds.graph
     last = last_levels(graph, best.stages, best.demand)
     return Rolled(plan, graph, best.stages, best.demand, best.loops, last, training)
+
+
+def _best(graph: Graph, options: Options, training: bool) -> Candidate:
+    """Along the first axis along which something fits; the least found where nothing does."""
+    found: Candidate | None = None
+    for axis, rows in _along(graph, options):
+        even = rollable(graph, Bounds(graph, (axis,)))
+        same = _same(even, axis)
+        if not same:
+            continue
+        other = Search(even, same, options.allowed, training, rows).run()
+        if found is None or other.cost.peak < found.cost.peak:
+            found = other
+        if options.allowed is None or with_margin(other.cost.peak) <= options.allowed:
+            return other
+    return found or Search(graph, (), options.allowed, training).run()
+
+
+def _along(graph: Graph, options: Options) -> list[tuple[Axis, int | None]]:
+    """Axes to slide along, the one to try first first, and the user's size of a region along it: the first of the network,
+    unless another is far longer.
+    """
+    axes = find_axes(graph)
+    if options.regions is None:
+        return [(a, None) for a in sorted(axes, key=lambda a: -a.size if a.size >= LONG * axes[0].size else 0)]
+    sizes = [max((graph.values[v].shape[a.dims[v]] for v in graph.inputs if v in a.dims), default=0) for a in axes]
+    given = list(zip(axes, options.regions, sizes, strict=False))
+    cut: list[tuple[Axis, int | None]] = [(a, r) for a, r, size in given if r < size]
+    if len(cut) > 1:
+        names = ", ".join(a.name for a in axes)
+        raise InputError(
+            f"a Keras model is slid along one axis; got regions {options.regions} along ({names}) of sizes {tuple(sizes)}, "
+            f"which cut {len(cut)}: give one size, such as ({options.regions[0]},), or all of an axis, "
+            f"such as ({sizes[0]}, {options.regions[1]})"
+        )
+    return cut or [(a, r) for a, r, _ in given[:1]]
+
+
+def _same(graph: Graph, axis: Axis) -> list[Axis]:
+    """The axis in a graph made from the one in which it was found: that of the same dimensions of the inputs."""
+    dims = {(v, axis.dims[v]) for v in graph.inputs if v in axis.dims}
+    return [a for a in find_axes(graph) if dims & set(a.dims.items())][:1]
 
 
 def _untouched(graph: Graph, training: bool) -> int:
@@ -303,7 +337,8 @@ def _describe(best: Candidate, options: Options, projected: int, given: Graph, t
         kept = max((f.kept for f in loop.flows.values()), default=0) if loop is not None else 0
         kind = "slide" if loop is not None else "whole"
         peak, segment = best.cost.peaks[at], loop.segment if loop is not None else 0
-        rows.append(SweepRow(at, len(sweep.nodes), kind, steps, str(share), str(kept), stored, peak, segment))
+        region = f"{share} {UNIT.get(bounds.axes[0].name, bounds.axes[0].name)}" if bounds.axes else "all"
+        rows.append(SweepRow(at, len(sweep.nodes), kind, steps, region, str(kept), stored, peak, segment))
     whole = []
     for k, reason in sorted(best.stages.reasons.items()):
         node = graph.nodes[k]
