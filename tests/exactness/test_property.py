@@ -289,7 +289,7 @@ def steady(network: Network, inputs: tuple[Tensor, ...], wanted: Gradients) -> b
 )
 @given(
     case=networks(),
-    regions=st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    regions=st.tuples(st.integers(1, 24) | st.just(LARGEST), st.integers(1, 24)),
     schedule=st.sampled_from(["tile", "slide", None]),
 )
 def test_random_networks(case: tuple[Network, tuple[int, ...]], regions: tuple[int, int], schedule: str | None) -> None:

@@ -48,6 +48,14 @@ def test_regions_that_do_not_divide(entry: Entry, schedule: str) -> None:
     check(run(small, entry.inputs(), entry.pick), reference(entry))
 
 
+@pytest.mark.parametrize("entry", entries(SINGLE), indirect=True)
+def test_along_the_last_axis(entry: Entry) -> None:
+    """A slide along columns (in a series along time), by regions that have all of the other axes."""
+    *others, last = entry.regions
+    small = ranger_nn.regionalize(entry.make(), regions=(*(1 << 20 for _ in others), last))
+    check(run(small, entry.inputs(), entry.pick), reference(entry))
+
+
 @pytest.mark.parametrize("entry", entries(), indirect=True)
 def test_inside_a_budget(entry: Entry) -> None:
     """Regions and schedules of the planner's choice, at six tenths of what the fastest plan needs."""

@@ -85,3 +85,30 @@ def test_measured_projected_allowed(entry: Entry, training: bool, share: float) 
     measured = peak(work)
     assert measured <= plan.projected
     assert plan.projected <= CLOSE * measured + WORKSPACE
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_a_wide_image_is_slid_along_its_columns(training: bool) -> None:
+    """It needs what a long one does, but for copies: columns are not one block of memory."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 2, 3)
+    )
+    x = torch.randn(1, 3, 96, 4096)
+    long, wide = (ranger_nn.plan(model, shape, training=training) for shape in ((1, 3, 4096, 96), (1, 3, 96, 4096)))
+    assert (long.axes, wide.axes) == (("rows",), ("columns",))
+    assert wide.projected < 1.5 * long.projected
+    assert wide.projected < 0.8 * wide.untouched
+    allowed = budget(model, x, 0.75, training)
+    small = ranger_nn.regionalize(model, allowed)
+    weights = torch.ones_like(small(x).detach())
+
+    def work() -> Tensor:
+        with torch.set_grad_enabled(training):
+            y = small(x)
+        if training:
+            model.zero_grad(set_to_none=True)
+            y.backward(weights)
+        return y.detach()
+
+    measured = peak(work)
+    assert measured <= ranger_nn.plan(model, x, allowed, training=training).projected <= allowed

@@ -255,7 +255,8 @@ def test_slid_along_the_longer_axis() -> None:
     wide, high = (make_rolled(alike(*size), Options(), False).plan for size in ((256, 16384), (16384, 256)))
     assert (wide.axes, high.axes) == (("columns",), ("rows",))
     assert wide.projected == high.projected
-    assert f" {16384 // wide.steps + 1} columns" in str(wide) or f" {16384 // wide.steps} columns" in str(wide)
+    assert "1 sweeps along columns\n" in str(wide)
+    assert "1 sweeps\n" in str(high)
 
 
 def test_the_other_axis_where_the_first_needs_too_much() -> None:
@@ -274,8 +275,8 @@ def test_regions_say_along_which_axis() -> None:
     graph = alike(512, 512)
     for regions, axis, steps in (((64,), "rows", 8), ((64, 512), "rows", 8), ((512, 32), "columns", 16)):
         plan = make_rolled(graph, Options(regions=regions), False).plan
-        assert (plan.axes, plan.steps) == ((axis,), steps)
-    with pytest.raises(InputError, match=r"along \(rows, columns\) of sizes \(512, 512\), which cut 2: give one size"):
+        assert (plan.axes, plan.steps) == ((axis,), steps), regions
+    with pytest.raises(InputError, match=r"along \(rows, columns\), of sizes \(512, 512\): give one size"):
         make_rolled(graph, Options(regions=(64, 32)), False)
 
 
@@ -284,7 +285,7 @@ def test_regions_are_of_the_input() -> None:
     net = Net(64)
     graph = net.graph(net.local(net.local(0, rows=128, reach=UP), reach=THREE))
     plan = make_rolled(graph, Options(regions=(16,)), False).plan
-    assert (plan.steps, plan.sweeps[0].region) == (4, "32 rows")
+    assert (plan.steps, plan.sweeps[0].region) == (4, "32")
 
 
 def test_tiles_are_refused() -> None:

@@ -46,7 +46,8 @@ def regionalize(
         memory: bytes, or "512MB" / "2GiB": allowed peak of activations, carried rows, materialised values, operator
             workspace and (training) gradients of activations; Variables, the caller's input and the final output do not
             count. None: the fastest plan, which says what it needs.
-        regions: input rows (steps of a series, slices of a volume) of one region, such as (256,); overrides the planner.
+        regions: input rows (steps of a series, slices of a volume) of one region, such as (256,), or all rows and some
+            columns, such as (4096, 256); overrides the planner.
         schedule: "slide", the only one.
         verify: compare the first result of each plan for inference with the untouched model's, where the model is called
             eagerly; this once it needs the untouched model's memory.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from ranger_nn.bounds.axes import Axis
+from ranger_nn.bounds.axes import SPATIAL, Axis
 from ranger_nn.core.graph import Graph
 from ranger_nn.core.program import Program
 from ranger_nn.planning.budget import format_bytes
@@ -33,8 +33,8 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a network will be run. Bytes are int; `extra_macs` 0.03 means 3 % of the work is done twice; `again`: values that are
-    made again for a late reader in place of being kept.
+    """How a network will be run. Bytes are int; `extra_macs` 0.03 means 3 % of the work is done twice; `axes`: those that are
+    cut, the one that is slid along first; `again`: values that are made again for a late reader in place of being kept.
     """
 
     model: str
@@ -78,7 +78,9 @@ class Plan:
 def table(plan: Plan) -> str:
     """Human text of a plan."""
     mode = "training" if plan.training else "inference"
-    lines = [f"{plan.model}, {mode}: {len(plan.sweeps)} sweeps"]
+    usual = any(names[: len(plan.axes)] == plan.axes for names in SPATIAL.values())
+    along = "" if usual else f" along {', '.join(plan.axes)}"
+    lines = [f"{plan.model}, {mode}: {len(plan.sweeps)} sweeps{along}"]
     allowed = format_bytes(plan.allowed) if plan.allowed is not None else "not stated"
     lines.append(
         f"allowed {allowed}   projected {format_bytes(plan.projected)}   untouched about {format_bytes(plan.untouched)}"

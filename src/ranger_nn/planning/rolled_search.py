@@ -18,6 +18,7 @@ from ranger_nn.bounds.axes import Axis, find_axes
 from ranger_nn.bounds.infer import Bounds
 from ranger_nn.core.graph import COMPUTED, PARAMETER, Graph
 from ranger_nn.errors import BudgetError, InputError
+from ranger_nn.planning.along import input_size, slide_first
 from ranger_nn.planning.budget import format_bytes
 from ranger_nn.planning.forward import Demand, Schedule, demand
 from ranger_nn.planning.rematerialise import long_windows, remade, shifted, told
@@ -38,10 +39,6 @@ COPIES = 3
 """How many long windows are made again in place of being kept, at most."""
 CUTS = 6
 """How many cuts are added one after the other."""
-UNIT = {"time": "steps", "depth": "slices"}
-"""What there is along an axis that is not called by its elements."""
-LONG = 2
-"""How many times as long as the first an axis is that is slid along in its place."""
 
 
 @dataclass(frozen=True)
@@ -267,8 +264,19 @@ def make_rolled(graph: Graph, options: Options, training: bool) -> Rolled:
 
 def _best(graph: Graph, options: Options, training: bool) -> Candidate:
     """Along the first axis along which something fits; the least found where nothing does."""
+    axes, regions = slide_first(graph, find_axes(graph), options.regions)
+    rows = None
+    if axes and regions is not None:
+        sizes = [input_size(graph, a) for a in axes]
+        if sum(r < size for r, size in zip(regions, sizes, strict=False)) > 1:
+            names = ", ".join(a.name for a in axes)
+            raise InputError(
+                f"a Keras model is slid along one axis; got regions {regions} along ({names}), of sizes {tuple(sizes)}: "
+                f"give one size, such as ({regions[0]},), or all of one axis, such as ({sizes[0]}, {regions[1]})"
+            )
+        axes, rows = axes[:1], regions[0]
     found: Candidate | None = None
-    for axis, rows in _along(graph, options):
+    for axis in axes:
         even = rollable(graph, Bounds(graph, (axis,)))
         same = _same(even, axis)
         if not same:
@@ -279,26 +287,6 @@ def _best(graph: Graph, options: Options, training: bool) -> Candidate:
         if options.allowed is None or with_margin(other.cost.peak) <= options.allowed:
             return other
     return found or Search(graph, (), options.allowed, training).run()
-
-
-def _along(graph: Graph, options: Options) -> list[tuple[Axis, int | None]]:
-    """Axes to slide along, the one to try first first, and the user's size of a region along it: the first of the network,
-    unless another is far longer.
-    """
-    axes = find_axes(graph)
-    if options.regions is None:
-        return [(a, None) for a in sorted(axes, key=lambda a: -a.size if a.size >= LONG * axes[0].size else 0)]
-    sizes = [max((graph.values[v].shape[a.dims[v]] for v in graph.inputs if v in a.dims), default=0) for a in axes]
-    given = list(zip(axes, options.regions, sizes, strict=False))
-    cut: list[tuple[Axis, int | None]] = [(a, r) for a, r, size in given if r < size]
-    if len(cut) > 1:
-        names = ", ".join(a.name for a in axes)
-        raise InputError(
-            f"a Keras model is slid along one axis; got regions {options.regions} along ({names}) of sizes {tuple(sizes)}, "
-            f"which cut {len(cut)}: give one size, such as ({options.regions[0]},), or all of an axis, "
-            f"such as ({sizes[0]}, {options.regions[1]})"
-        )
-    return cut or [(a, r) for a, r, _ in given[:1]]
 
 
 def _same(graph: Graph, axis: Axis) -> list[Axis]:
@@ -337,8 +325,7 @@ def _describe(best: Candidate, options: Options, projected: int, given: Graph, t
         kept = max((f.kept for f in loop.flows.values()), default=0) if loop is not None else 0
         kind = "slide" if loop is not None else "whole"
         peak, segment = best.cost.peaks[at], loop.segment if loop is not None else 0
-        region = f"{share} {UNIT.get(bounds.axes[0].name, bounds.axes[0].name)}" if bounds.axes else "all"
-        rows.append(SweepRow(at, len(sweep.nodes), kind, steps, region, str(kept), stored, peak, segment))
+        rows.append(SweepRow(at, len(sweep.nodes), kind, steps, str(share), str(kept), stored, peak, segment))
     whole = []
     for k, reason in sorted(best.stages.reasons.items()):
         node = graph.nodes[k]

@@ -25,6 +25,7 @@ from ranger_nn.core.graph import COMPUTED, INPUT, Graph
 from ranger_nn.core.program import Program
 from ranger_nn.errors import BudgetError, InputError
 from ranger_nn.ops.recurrence import chunked, halved, unchunked
+from ranger_nn.planning.along import input_size, slide_first
 from ranger_nn.planning.backward import lower_backward
 from ranger_nn.planning.budget import format_bytes
 from ranger_nn.planning.forward import FOREVER, ForwardLowering, Schedule, lower_forward
@@ -183,13 +184,13 @@ def _starting(graph: Graph, axes: Sequence[Axis], options: Options) -> list[Sche
                 f"regions has {len(options.regions)} sizes {options.regions}, but {graph.name} can be cut along "
                 f"{len(axes)} axes ({names}): give at most {spatial}"
             )
-        counts = [max(1, -(-_input_size(graph, a) // r)) for a, r in zip(axes, options.regions, strict=False)]
+        counts = [max(1, -(-input_size(graph, a) // r)) for a, r in zip(axes, options.regions, strict=False)]
         counts += [1] * (len(axes) - len(counts))
         if options.schedule == "tile":
             return [Schedule(0, tuple(counts))]
         return [Schedule(max(1, counts[0]), (1, *counts[1:]), grain=False)]
     steps = min(base_steps(graph, axes[0]), options.most_steps)
-    limit = max(1, _input_size(graph, axes[0]) // 2)
+    limit = max(1, input_size(graph, axes[0]) // 2)
     if options.schedule == "tile":
         found = []
         count = 1
@@ -198,11 +199,6 @@ def _starting(graph: Graph, axes: Sequence[Axis], options: Options) -> list[Sche
             count *= 2
         return found
     return [Schedule(min(steps, limit), tuple(ones))]
-
-
-def _input_size(graph: Graph, axis: Axis) -> int:
-    sizes = [graph.values[v].shape[d] for v, d in axis.dims.items() if v in graph.inputs]
-    return max(sizes, default=axis.size)
 
 
 def _structural(graph: Graph, best: Candidate, training: bool) -> Iterator[Schedule]:
@@ -362,7 +358,7 @@ class Search:
         if self.options.regions is not None:
             return None
         if schedule.slides and schedule.steps * 2 <= min(
-            256, self.options.most_steps, _input_size(self.graph, self.axes[0]) // 2
+            256, self.options.most_steps, input_size(self.graph, self.axes[0]) // 2
         ):
             return replace(schedule, steps=schedule.steps * 2)
         if len(self.axes) > 1 and schedule.tiles[1] < 8:
@@ -448,6 +444,9 @@ def search(graph: Graph, axes: Sequence[Axis], options: Options, training: bool)
 def make_plan(graph: Graph, options: Options, training: bool) -> Planned:
     """Plan and programs for a graph; raises BudgetError where nothing fits."""
     axes = find_axes(graph)
+    if not options.disk and options.schedule != "tile":  # files are read and written by rows
+        axes, regions = slide_first(graph, axes, options.regions)
+        options = replace(options, regions=regions)
     best = search(graph, axes, options, training)
     whole = lower(unchunked(graph), [], Schedule(0, ()), training)
     projected = with_margin(best.peak)

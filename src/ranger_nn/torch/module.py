@@ -56,7 +56,8 @@ def regionalize(
             workspace and (training) gradients; parameters, the caller's input and the final output do not count.
             None: the fastest plan, which says what it needs.
         regions: size of a region in input elements along the cut axes, such as (rows, columns); overrides the planner.
-        schedule: "tile" (independent regions, halo recomputed) or "slide" (rows kept, nothing recomputed).
+        schedule: "tile" (independent regions, halo recomputed) or "slide" (rows kept, nothing recomputed: along the axis
+            of which `regions` have not all, else along the first or, if it is twice as long, another).
         verify: check the first plan of each kind against the untouched network on a small input.
 
     Raises:

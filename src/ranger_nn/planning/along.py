@@ -1,0 +1,43 @@
+"""Along which axis a slide goes: the first of those given to it.
+
+A step, and the window that each value keeps from one step to the next, are as long as the other axes. So of a long image
+rows are made after rows, of a wide one columns after columns. Enter at `slide_first`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ranger_nn.bounds.axes import Axis
+from ranger_nn.core.graph import Graph
+
+LONG = 2
+"""How many times as long as the first an axis is that is slid along in its place: rows lie together in memory."""
+
+
+def input_size(graph: Graph, axis: Axis) -> int:
+    """Elements along an axis: of the input, whatever the network makes of it."""
+    sizes = [graph.values[v].shape[d] for v, d in axis.dims.items() if v in graph.inputs]
+    return max(sizes, default=axis.size)
+
+
+def slide_first(
+    graph: Graph, axes: Sequence[Axis], regions: tuple[int, ...] | None
+) -> tuple[list[Axis], tuple[int, ...] | None]:
+    """Axes with the one to slide along first, and the user's sizes of a region (input elements) in the same order.
+
+    It is the only one of which a region has not all, without regions the longest. Steps that follow one another
+    (`Axis.ordered`) stay first: along another axis they could not be cut.
+    """
+    if len(axes) < 2 or axes[0].ordered or (regions is not None and len(regions) > len(axes)):
+        return list(axes), regions
+    order = list(range(len(axes)))
+    if regions is None:
+        longest = max(order, key=lambda n: axes[n].size)
+        first = longest if axes[longest].size >= LONG * axes[0].size else 0
+    else:
+        cut = [n for n, r in enumerate(regions) if r < input_size(graph, axes[n])]
+        first = cut[0] if len(cut) == 1 else 0
+        regions = (*regions, *(input_size(graph, a) for a in axes[len(regions) :]))
+    order.sort(key=lambda n: n != first)
+    return [axes[n] for n in order], None if regions is None else tuple(regions[n] for n in order)
