@@ -28,10 +28,9 @@ Pads = tuple[tuple[int, int], ...]
 def convolve(x: Any, w: Any, strides: Ints, dilation: Ints, pads: Pads, channels_last: bool, groups: int) -> Any:
     """Convolution of `x` with (*kernel, in, out) weights, zeros (before, after) along each spatial dimension."""
     x = x.astype(w.dtype) if channels_last else jnp.moveaxis(x, 1, -1).astype(w.dtype)
-    if groups == 1 and now_tracing().gradients:
-        y = _dense(x, w, strides, dilation, pads)
-    elif groups == x.shape[-1] and now_tracing().gradients:
-        y = _depthwise(x, w, strides, dilation, pads)
+    kind = {x.shape[-1]: _depthwise, 1: _dense}.get(groups)
+    if kind is not None and now_tracing().gradients:
+        y = kind(x, w, strides, dilation, pads)
     else:
         y = _run(x, w, strides, dilation, (1,) * len(strides), pads, groups)
     return y if channels_last else jnp.moveaxis(y, -1, 1)

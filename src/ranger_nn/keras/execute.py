@@ -1,7 +1,6 @@
 """Run a rolled plan: prologues as they are, sweeps in a loop of the back end.
 
-Everything that depends on shapes is decided when a `Sweep` is made; its step is traced once, whatever the number of
-steps. In training the step is computed again in backward, from the rows by which its windows moved on:
+In training the step of a sweep (`step.py`) is computed again in backward, from the rows by which its windows moved on:
 
     forward     t = start ... stop - 1     windows, rows -> windows'             saved: the new rows of each window
     backward    t = stop - 1 ... start     windows (from what is saved) -> the step again -> gradients
@@ -22,24 +21,21 @@ from keras import ops
 
 from ranger_nn.aggregate.monoid import Extremum, Moments
 from ranger_nn.core.graph import Graph
-from ranger_nn.keras.loops import inside, loops
-from ranger_nn.keras.pieces import Pieces, cut
-from ranger_nn.keras.saved import Checkpoints, Saved, block
-from ranger_nn.planning.rolled import SLICE, WHOLE, WINDOW, Call, Flow, Group, Loop, Take
+from ranger_nn.keras.loops import Loops, inside, loops
+from ranger_nn.keras.saved import Checkpoints, Saved
+from ranger_nn.keras.step import Step
+from ranger_nn.planning.rolled import Call, Flow, Loop
 from ranger_nn.planning.rolled_search import Rolled
 from ranger_nn.planning.stages import REDUCE
-
-Rows = tuple[int, int, int, int, int]
-"""A slice that a step takes of a stored value: (value, dim, rate, first, length)."""
 
 
 class Runner:
     """A plan made ready to run on the running back end."""
 
-    def __init__(self, rolled: Rolled) -> None:
-        """Kernels are bound here."""
-        self.rolled, self.graph = rolled, rolled.graph
-        self.sweeps = [None if loop is None else Sweep(rolled.graph, loop, rolled.training) for loop in rolled.loops]
+    def __init__(self, rolled: Rolled, on: Loops | None = None) -> None:
+        """Kernels are bound here. `on`: the loops that sweeps run in, if not the back end's own."""
+        self.rolled, self.graph, on = rolled, rolled.graph, on or loops()
+        self.sweeps = [None if loop is None else Sweep(self.graph, loop, rolled.training, on) for loop in rolled.loops]
 
     def __call__(self, known: dict[int, Any]) -> dict[int, Any]:
         """All values that are left: `known` has those that are not computed, and is used up."""
@@ -75,56 +71,22 @@ class Runner:
 class Sweep:
     """One sweep, bound: `sweep(known)` gives its results."""
 
-    def __init__(self, graph: Graph, loop: Loop, training: bool) -> None:
-        """Which rows go where, and the function of each node on its rows."""
-        self.graph, self.rolled, self.on, self.training = graph, loop, loops(), training
-        self.flows = [f for f in loop.flows.values() if f.kept]
-        self.slices: dict[Rows, None] = {}
-        self.wholes: dict[int, None] = {}
-        for call in loop.calls:
-            for take in call.takes:
-                if take.source == SLICE:
-                    self.slices[_rows(take)] = None
-                elif take.source == WHOLE:
-                    self.wholes[take.value] = None
-        self.lifts = [c for c in loop.calls if c.lifts]
-        self.functions = {c.node: self._function(c) for c in loop.calls if not c.lifts}
-        self.groups = [g for g in loop.groups if any(not c.lifts for c in g.calls)]
-        self.exports = [self._exports(g) for g in self.groups]
-        self.saved = Saved(graph, self.flows, self.on)
-        self.checkpoints = Checkpoints(graph, self.flows, self.on)
-        self.reads = tuple(dict.fromkeys([s[0] for s in self.slices] + list(self.wholes)))
-        self.places = {f.value: places for f in self.flows if (places := self._places(f)) is not None}
-
-    def _places(self, flow: Flow) -> list[int] | None:
-        """Where readers' rows begin and end within the window; None where it is read as a whole with the new rows."""
-        if any(exports.get(flow.value, False) for exports in self.exports):
-            return None
-        takes = [t for c in self.rolled.calls if not c.lifts for t in c.takes if t.value == flow.value]
-        spans = [(t.first - flow.ahead + flow.kept, t.length) for t in takes if t.source == WINDOW]
-        if (0, flow.rows) in spans:
-            return None
-        ends = {flow.rate, *(n for start, length in spans for n in (start, start + length))}
-        return sorted(n for n in ends if 0 < n < flow.kept)
-
-    def _function(self, call: Call) -> Any:
-        node = self.graph.nodes[call.node]
-        flow = self.rolled.flows[node.outputs[0]]
-        return node.kernel.region(flow.dim, flow.rate, flow.ahead)
-
-    def _exports(self, group: Group) -> dict[int, bool]:
-        """Values of a group that are used beyond it: True where with their windows, False where the new rows alone."""
-        own = {self.graph.nodes[c.node].outputs[0] for c in group.calls if not c.lifts}
-        beyond = {t.value for g in self.groups if g is not group for c in g.calls if not c.lifts for t in c.takes} & own
-        rows = (set(self.rolled.sinks) | {c.takes[0].value for c in self.lifts}) & own
-        return {v: v in beyond for v in sorted(beyond | rows)}
+    def __init__(self, graph: Graph, loop: Loop, training: bool, on: Loops) -> None:
+        """Its step, and what is saved for backward."""
+        self.graph, self.loop, self.training, self.on = graph, loop, training, on
+        self.step = Step(graph, loop, on)
+        self.slices, self.wholes, self.lifts = list(self.step.slices), list(self.step.wholes), self.step.lifts
+        self.reads = tuple(dict.fromkeys([s[0] for s in self.slices] + self.wholes))
+        self.flows = self.step.flows
+        self.saved = Saved(graph, self.flows, on)
+        self.checkpoints = Checkpoints(graph, self.flows, on)
 
     def __call__(self, known: Mapping[int, Any]) -> dict[int, Any]:
         """Values of the sweep's results and reductions."""
         args = [known[v] for v in self.reads]
         found = self.on.differentiable(self._forward, self._backward, args)
-        results = dict(zip(self.rolled.sinks, found, strict=False))
-        rest = found[len(self.rolled.sinks) :]
+        results = dict(zip(self.loop.sinks, found, strict=False))
+        rest = found[len(self.loop.sinks) :]
         for call in self.lifts:
             kernel = self.graph.nodes[call.node].kernel
             count = _entries(kernel)
@@ -132,152 +94,13 @@ class Sweep:
             rest = rest[count:]
         return results
 
-    # ---- one step -----------------------------------------------------------------------------------------
-
-    def step(
-        self, t: Any, windows: Sequence[Any], slices: Sequence[Any], wholes: Sequence[Any]
-    ) -> tuple[list[Any], list[Any], list[Any]]:
-        """(windows after step t, new rows of each result, rows that each reduction takes)."""
-        before = dict(zip([f.value for f in self.flows], windows, strict=True))
-        self.on.used_all(windows)
-        outside: dict[Any, Any] = dict(zip(self.slices, slices, strict=True)) | dict(
-            zip(self.wholes, wholes, strict=True)
-        )
-        after: dict[int, Any] = {}
-        shown: dict[int, Any] = {}
-        for group, exports in zip(self.groups, self.exports, strict=True):
-            found = self._group(group, exports, t, before, outside, shown)
-            kept = [f.value for f in self._kept(group)]
-            after |= zip(kept, found, strict=False)
-            shown |= zip(exports, found[len(kept) :], strict=True)
-        rows = [self._new(v, shown) for v in self.rolled.sinks]
-        lifted = [
-            self._new(c.takes[0].value, shown) if c.takes[0].source == WINDOW else outside[_rows(c.takes[0])]
-            for c in self.lifts
-        ]
-        return [after[f.value] for f in self.flows], rows, lifted
-
-    def _new(self, v: int, shown: Mapping[int, Any]) -> Any:
-        """The rows of v that the step made."""
-        flow = self.rolled.flows[v]
-        with_window = any(exports.get(v, False) for exports in self.exports)
-        return cut(shown[v], flow.dim or 0, flow.kept, flow.rate) if with_window else shown[v]
-
-    def _kept(self, group: Group) -> list[Flow]:
-        own = {self.graph.nodes[c.node].outputs[0] for c in group.calls if not c.lifts}
-        return [f for f in self.flows if f.value in own]
-
-    def _group(
-        self,
-        group: Group,
-        exports: Mapping[int, bool],
-        t: Any,
-        before: Mapping[int, Any],
-        outside: Mapping[Any, Any],
-        shown: Mapping[int, Any],
-    ) -> list[Any]:
-        """Windows of the group, then what is used beyond it."""
-
-        def run() -> list[Any]:
-            return self._calls(group, exports, t, before, outside, shown)
-
-        if group.start <= self.rolled.start and group.stop >= self.rolled.stop:
-            return run()
-        on = (t >= group.start) & (t < group.stop)
-        return self.on.branch(on, run, lambda: self._idle(group, exports, before))
-
-    def _calls(
-        self,
-        group: Group,
-        exports: Mapping[int, bool],
-        t: Any,
-        before: Mapping[int, Any],
-        outside: Mapping[Any, Any],
-        shown: Mapping[int, Any],
-    ) -> list[Any]:
-        calls = [c for c in group.calls if not c.lifts]
-        last = {take.value: c.node for c in calls for take in c.takes if take.source == WINDOW}
-        full: dict[int, Pieces] = {v: Pieces(self.rolled.flows[v].dim or 0, [x]) for v, x in shown.items()}
-        after: dict[int, Any] = {}
-        given: dict[int, Any] = {}
-        for call in calls:
-            node = self.graph.nodes[call.node]
-            flow = self.rolled.flows[node.outputs[0]]
-            xs = [self._read(take, t, full, outside) for take in call.takes]
-            options = {"position": flow.rate * t + flow.ahead} if node.kernel.positional else {}
-            y = self.functions[call.node](*xs, **options)
-            del xs
-            if flow.masked and self._hangs_over(flow, group):
-                y = self.on.mask(y, flow.dim or 0, flow.rate * t + flow.ahead, flow.size, 0.0)
-            rows, y = self._at_hand(flow, before, y if flow.kept else self.on.own(y)), None
-            if flow.kept:
-                after[flow.value] = self.on.own(rows.rows(flow.rate, flow.kept))
-            if flow.value in exports:
-                given[flow.value] = rows.rows(0, flow.rows) if exports[flow.value] else rows.rows(flow.kept, flow.rate)
-            if flow.value in last:
-                full[flow.value] = rows
-            del rows  # what is dropped below must not live on in a name
-            for v in [v for v, k in last.items() if k == call.node]:
-                del full[v]
-        return [after[f.value] for f in self._kept(group)] + [given[v] for v in exports]
-
-    def _idle(self, group: Group, exports: Mapping[int, bool], before: Mapping[int, Any]) -> list[Any]:
-        """Windows move on, with rows of zeros."""
-        made = {}
-        for call in group.calls:
-            if call.lifts:
-                continue
-            flow = self.rolled.flows[self.graph.nodes[call.node].outputs[0]]
-            if flow.kept or flow.value in exports:
-                made[flow.value] = self._at_hand(flow, before, self._zeros(flow, flow.rate))
-        after = [self.on.own(made[f.value].rows(f.rate, f.kept)) for f in self._kept(group)]
-        given = []
-        for v, all_rows in exports.items():
-            flow = self.rolled.flows[v]
-            given.append(made[v].rows(0, flow.rows) if all_rows else made[v].rows(flow.kept, flow.rate))
-        return after + given
-
-    def _at_hand(self, flow: Flow, before: Mapping[int, Any], rows: Any) -> Pieces:
-        """The window and the new rows."""
-        dim = flow.dim or 0
-        if not flow.kept:
-            return Pieces(dim, [rows])
-        window, places = before[flow.value], self.places.get(flow.value)
-        self.on.used(before, flow.value)
-        if places is None:
-            return Pieces(dim, [ops.concatenate([window, rows], axis=dim)])
-        return Pieces(dim, [*self.on.split(window, dim, places), rows])
-
-    def _read(self, take: Take, t: Any, full: Mapping[int, Pieces], outside: Mapping[Any, Any]) -> Any:
-        if take.source == WHOLE:
-            return outside[take.value]
-        if take.source == WINDOW:
-            flow = self.rolled.flows[take.value]
-            x = full[take.value].rows(take.first - flow.ahead + flow.kept, take.length)
-        else:
-            x = outside[_rows(take)]
-        if take.fill is None:
-            return x
-        size = self.graph.values[take.value].shape[take.dim]
-        return self.on.mask(x, take.dim, take.rate * t + take.first, size, take.fill)
-
-    @staticmethod
-    def _hangs_over(flow: Flow, group: Group) -> bool:
-        return flow.rate * group.start + flow.ahead < 0 or flow.rate * group.stop + flow.ahead > flow.size
-
-    def _zeros(self, flow: Flow, rows: int) -> Any:
-        return self.on.zeros(*block(self.graph, flow, rows))
-
     # ---- forward ------------------------------------------------------------------------------------------
 
-    def _fetch(self, t: Any, by_value: Mapping[int, Any]) -> list[Any]:
-        return [self.on.take(by_value[v], dim, rate * t + first, length) for v, dim, rate, first, length in self.slices]
-
     def _forward(self, args: Sequence[Any], saving: bool) -> tuple[list[Any], Any]:
-        loop, on = self.rolled, self.on
+        loop, on = self.loop, self.on
         by_value = dict(zip(self.reads, args, strict=True))
         sinks = [loop.flows[v] for v in loop.sinks]
-        windows = [self._zeros(f, f.kept) for f in self.flows]
+        windows = [self.step.zeros(f, f.kept) for f in self.flows]
         results, states = [self._open(f) for f in sinks], [self._empty(c) for c in self.lifts]
         saved: list[Any] = []
         if saving and loop.segment:
@@ -302,12 +125,12 @@ class Sweep:
     def _walk(self, steps: tuple[Any, Any], by_value: Mapping[int, Any], carry: Any) -> Any:
         """Steps [first, last); `carry`: windows, and results, states of reductions, stacks: none, where not wanted."""
         on, (first, last) = self.on, steps
-        sinks = [self.rolled.flows[v] for v in self.rolled.sinks]
+        sinks = [self.loop.flows[v] for v in self.loop.sinks]
         wholes = [by_value[v] for v in self.wholes]
 
         def body(t: Any, carry: Any) -> Any:
             windows, results, states, stacks = carry
-            windows, rows, lifted = self.step(t, windows, self._fetch(t, by_value), wholes)
+            windows, rows, lifted = self.step(t, windows, self.step.fetch(t, by_value), wholes)
             results = [
                 on.put(r, f.dim or 0, t - f.start, f.stop - f.start, x, f.rate * t + f.ahead)
                 for r, f, x in zip(results, sinks, rows, strict=False)
@@ -321,7 +144,7 @@ class Sweep:
 
     def _segment(self, n: Any) -> tuple[Any, Any]:
         """Steps of segment n."""
-        loop = self.rolled
+        loop = self.loop
         first = loop.start + n * loop.segment
         if (loop.stop - loop.start) % loop.segment == 0:
             return first, first + loop.segment
@@ -331,7 +154,7 @@ class Sweep:
     def _again(self, n: Any, saved: Sequence[Any], by_value: Mapping[int, Any]) -> list[Any]:
         """What the steps of segment n save, from its checkpoint."""
         windows = self.checkpoints.windows(saved, n)
-        stacks = self.saved.begin(self.saved.open(self.rolled.segment), windows)
+        stacks = self.saved.begin(self.saved.open(self.loop.segment), windows)
         *_, stacks = self._walk(self._segment(n), by_value, (windows, [], [], stacks))
         return [self.on.full(s, False) for s in stacks]
 
@@ -384,7 +207,7 @@ class Sweep:
     def _backward(
         self, args: Sequence[Any], saved: Any, results: Sequence[Any], grads: Sequence[Any], wanted: Sequence[bool]
     ) -> list[Any]:
-        loop, on = self.rolled, self.on
+        loop, on = self.loop, self.on
         by_value = dict(zip(self.reads, args, strict=True))
         asked = {v for v, w in zip(self.reads, wanted, strict=True) if w}
         grads = [
@@ -396,16 +219,16 @@ class Sweep:
         moving = [n for n, f in enumerate(self.flows) if _floating(self.graph.values[f.value].dtype)]
         cut = [n for n, s in enumerate(self.slices) if s[0] in asked]
         whole = [n for n, v in enumerate(self.wholes) if v in asked]
-        sliced = tuple(dict.fromkeys(list(self.slices)[n][0] for n in cut))
+        sliced = tuple(dict.fromkeys(self.slices[n][0] for n in cut))
         carry = (
-            [self._zeros(self.flows[n], self.flows[n].kept) for n in moving],
+            [self.step.zeros(self.flows[n], self.flows[n].kept) for n in moving],
             [on.zeros(by_value[v].shape, _wide(by_value[v].dtype)) for v in sliced],
-            [on.zeros(by_value[v].shape, _wide(by_value[v].dtype)) for v in map(list(self.wholes).__getitem__, whole)],
+            [on.zeros(by_value[v].shape, _wide(by_value[v].dtype)) for v in (self.wholes[n] for n in whole)],
         )
 
         def step(t: Any, windows: list[Any], carry: Any) -> Any:
             onward, into_slices, into_wholes = carry
-            slices, wholes = self._fetch(t, by_value), [by_value[v] for v in self.wholes]
+            slices, wholes = self.step.fetch(t, by_value), [by_value[v] for v in self.wholes]
             chosen = [windows[n] for n in moving] + [slices[n] for n in cut] + [wholes[n] for n in whole]
 
             def again(*chosen: Any) -> list[Any]:
@@ -455,7 +278,7 @@ class Sweep:
             _, into_slices, into_wholes = steps(loop.start, loop.stop, saved, carry)
         total: dict[int, Any] = dict(zip(sliced, into_slices, strict=True))
         for n, g in zip(whole, into_wholes, strict=True):
-            v = list(self.wholes)[n]
+            v = self.wholes[n]
             total[v] = total[v] + g if v in total else g
         return [ops.cast(total[v], by_value[v].dtype) if v in total else None for v in self.reads]
 
@@ -472,13 +295,9 @@ class Sweep:
     ) -> list[Any]:
         found = dict(zip(values, into, strict=True))
         for n, grad in zip(places, grads, strict=False):
-            v, dim, rate, first, _ = list(self.slices)[n]
+            v, dim, rate, first, _ = self.slices[n]
             found[v] = self.on.add(found[v], dim, rate * t + first, grad)
         return [found[v] for v in values]
-
-
-def _rows(take: Take) -> Rows:
-    return take.value, take.dim, take.rate, take.first, take.length
 
 
 def _entries(kernel: Any) -> int:

@@ -19,7 +19,6 @@ import keras
 from keras import tree
 
 from ranger_nn.errors import MissingExtraError
-from ranger_nn.keras.execute import Runner
 from ranger_nn.keras.loops import Loops, tracing
 
 NEEDED = {
@@ -77,10 +76,8 @@ def exporting(model: Any, unrolled: Any, format: str) -> Iterator[None]:
         unrolled.value = False
 
 
-def unroll(runner: Runner) -> None:
-    """Write the loops of a plan out."""
+def unrolled() -> Loops:
+    """Loops that are written out, step by step."""
     from ranger_nn.keras.loops_unrolled import UnrolledLoops
 
-    for sweep in runner.sweeps:
-        if sweep is not None:
-            sweep.on = cast(Loops, UnrolledLoops())
+    return cast(Loops, UnrolledLoops())

@@ -200,9 +200,8 @@ class Regional(keras.Model):
         found = self._plans.value.get(key)
         if found is None:
             captured = _captured(self.untouched, inputs, training, masks)
-            found = Ready(captured, Runner(make_rolled(captured.graph, self._options.value, training)))
-            if self._unrolled.value:
-                exporting.unroll(found.runner)
+            rolled = make_rolled(captured.graph, self._options.value, training)
+            found = Ready(captured, Runner(rolled, exporting.unrolled() if self._unrolled.value else None))
             self._plans.value[key] = found
         return found
 
