@@ -50,7 +50,7 @@ def options(arguments: list[str] | None, size: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Untouched Keras model against regional, in processes of their own.")
     parser.add_argument("--backend", default="jax", choices=BACKENDS)
     parser.add_argument("--size", type=int, default=size, help="side of the image")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory", help="what is allowed, such as 100MB (default: the target's share of the estimate)")
     parser.add_argument("--side", choices=("untouched", "regional", "both"), help="run one process's part")
     return parser.parse_args(arguments)

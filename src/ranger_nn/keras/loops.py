@@ -3,7 +3,7 @@
                  jax                         tensorflow                  torch
     loop         lax.fori_loop               tf.while_loop               a Python loop; steps are integers
     branch       lax.cond                    tf.cond                     `if`
-    results      dynamic_update_slice        TensorArray                 copy_ into a view
+    results      dynamic_update_slice        a slice, or TensorArray     copy_ into a view
     gradient     jax.custom_vjp              tf.custom_gradient          torch.autograd.Function
 
 `own`, `used` and `used_all` say when memory may go. PyTorch runs each line as it is met and frees what no name holds, and

@@ -92,19 +92,25 @@ class TensorFlowLoops:
         return tf.ensure_shape(found, x.shape)
 
     def open(self, shape: Sequence[int], dtype: str, dim: int, rate: int, count: int, size: int) -> Any:
-        """A TensorArray."""
+        """All rows, written in place; else a TensorArray, whose parts keep the memory between them from the allocator."""
+        if _in_place():
+            whole = [rate * count if d == dim else n for d, n in enumerate(shape)]
+            return tf.raw_ops.Empty(shape=whole, dtype=tf.as_dtype(dtype))
         part = [rate if d == dim else n for d, n in enumerate(shape)]
         return tf.TensorArray(dtype, size=count, element_shape=part)
 
     def put(self, sink: Any, dim: int, i: Any, count: int, rows: Any, first: Any) -> Any:
-        """Written at most once in a loop; what does not count writes what stands there."""
-        dtype = sink.dtype
-        ok = tf.logical_and(i >= 0, i < count)
-        flow = tf.cond(ok, lambda: sink.write(i, tf.cast(rows, dtype)).flow, lambda: sink.flow)
-        return _rebuilt(sink, flow)
+        """Written at most once in a loop, where it counts."""
+        rows, ok = tf.cast(rows, sink.dtype), tf.logical_and(i >= 0, i < count)
+        if isinstance(sink, tf.TensorArray):
+            return _rebuilt(sink, tf.cond(ok, lambda: sink.write(i, rows).flow, lambda: sink.flow))
+        found = tf.cond(ok, lambda: _written(sink, dim, i * rows.shape[dim], rows), lambda: sink)
+        return tf.ensure_shape(found, sink.shape)
 
     def close(self, sink: Any, dim: int, first: int, size: int) -> Any:
-        """Parts joined along `dim`: where nothing comes before it in memory, the rows wanted are a view of all."""
+        """The rows wanted: of parts joined along `dim` a view, where nothing comes before it in memory."""
+        if not isinstance(sink, tf.TensorArray):
+            return sink if sink.shape[dim] == size else _slice(sink, dim, -first, size)
         x, part = sink.stack(), sink.element_shape.as_list()
         if any(n != 1 for n in part[:dim]):
             x = tf.transpose(x, [*range(1, dim + 1), 0, *range(dim + 1, len(part) + 1)])
