@@ -251,7 +251,7 @@ def test_torch_is_not_loaded_for_keras() -> None:
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="other back ends know when gradients are asked for")
 def test_predict_saves_nothing_for_gradients() -> None:
-    """A graph that anyone may differentiate keeps the rows of every step; that of `predict` does not."""
+    """A graph that anyone may differentiate keeps the rows of every step; that of `predict` does not, nor parts of results."""
     import tensorflow as tf
 
     model, shape = chain(L.Conv2D(4, 3, padding="same"), L.Conv2D(4, 3, padding="same"), shape=(1, 64, 8, 3))
@@ -263,7 +263,7 @@ def test_predict_saves_nothing_for_gradients() -> None:
         every = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
         return sum(n.op == "TensorListReserve" for n in every)
 
-    assert lists(lambda x: regional(x, training=False)) > lists(regional.predict_step) == 1
+    assert lists(lambda x: regional(x, training=False)) > lists(regional.predict_step) == 0
     x = tf.random.normal(shape)
     with tf.GradientTape() as tape:
         tape.watch(x)
