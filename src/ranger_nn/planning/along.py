@@ -31,13 +31,12 @@ def slide_first(
     """
     if len(axes) < 2 or axes[0].ordered or (regions is not None and len(regions) > len(axes)):
         return list(axes), regions
-    order = list(range(len(axes)))
+    sizes = [input_size(graph, a) for a in axes]
     if regions is None:
-        longest = max(order, key=lambda n: axes[n].size)
-        first = longest if axes[longest].size >= LONG * axes[0].size else 0
+        first = sizes.index(max(sizes)) if max(sizes) >= LONG * sizes[0] else 0
     else:
-        cut = [n for n, r in enumerate(regions) if r < input_size(graph, axes[n])]
+        cut = [n for n, r in enumerate(regions) if r < sizes[n]]
         first = cut[0] if len(cut) == 1 else 0
-        regions = (*regions, *(input_size(graph, a) for a in axes[len(regions) :]))
-    order.sort(key=lambda n: n != first)
+        regions = (*regions, *sizes[len(regions) :])
+    order = sorted(range(len(axes)), key=lambda n: n != first)
     return [axes[n] for n in order], None if regions is None else tuple(regions[n] for n in order)
