@@ -1,4 +1,4 @@
-"""MONAI's BasicUNet with batch norm in eval mode: inference by sliding regions."""
+"""MONAI's BasicUNet with batch norm in eval mode: inference by sliding regions, of a square image and of a wide one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ def cases(chosen: Options) -> list[Case]:
     side = chosen.side(2048)
     return [
         Case(
-            f"BasicUNet 1x3x{side}x{side}, inference, slide",
+            f"BasicUNet 1x3x{rows}x{columns}, inference, slide",
             network(chosen),
-            chosen.draw(1, 3, side, side),
+            chosen.draw(1, 3, rows, columns),
             share=1 / 10,
             schedule="slide",
             macs_target=0.01,
             time_target=1.0,
         )
+        for rows, columns in ((side, side), (side // 4, side * 4))
     ]
 
 
