@@ -57,6 +57,22 @@ def peak(work: Callable[[], Tensor]) -> int:
     return used.peak
 
 
+def work_of(net: nn.Module, x: Tensor, training: bool) -> Callable[[], Tensor]:
+    """A forward (its first result), and in training a backward whose output gradient exists before."""
+    with torch.no_grad():
+        weights = torch.ones_like(leaves(net(x))[0])
+
+    def work() -> Tensor:
+        with torch.set_grad_enabled(training):
+            y = leaves(net(x))[0]
+        if training:
+            net.zero_grad(set_to_none=True)
+            y.backward(weights)
+        return y.detach()
+
+    return work
+
+
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("entry", [e for e in ZOO if e.name in NAMES], ids=lambda e: e.name)
@@ -71,18 +87,7 @@ def test_measured_projected_allowed(entry: Entry, training: bool, share: float) 
     assert plan.projected <= plan.allowed
     small = ranger_nn.regionalize(model, memory=allowed)
 
-    with torch.no_grad():
-        weights = torch.ones_like(leaves(small(x))[0])
-
-    def work() -> Tensor:
-        with torch.set_grad_enabled(training):
-            y = leaves(small(x))[0]
-        if training:
-            model.zero_grad(set_to_none=True)
-            y.backward(weights)
-        return y.detach()
-
-    measured = peak(work)
+    measured = peak(work_of(small, x, training))
     assert measured <= plan.projected
     assert plan.projected <= CLOSE * measured + WORKSPACE
 
@@ -100,15 +105,5 @@ def test_a_wide_image_is_slid_along_its_columns(training: bool) -> None:
     assert wide.projected < 0.8 * wide.untouched
     allowed = budget(model, x, 0.75, training)
     small = ranger_nn.regionalize(model, allowed)
-    weights = torch.ones_like(small(x).detach())
-
-    def work() -> Tensor:
-        with torch.set_grad_enabled(training):
-            y = small(x)
-        if training:
-            model.zero_grad(set_to_none=True)
-            y.backward(weights)
-        return y.detach()
-
-    measured = peak(work)
+    measured = peak(work_of(small, x, training))
     assert measured <= ranger_nn.plan(model, x, allowed, training=training).projected <= allowed

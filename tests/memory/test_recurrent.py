@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ranger_nn
-from tests.memory.test_promise import CLOSE, WORKSPACE, peak
+from tests.memory.test_promise import CLOSE, WORKSPACE, peak, work_of
 from tests.nets import Tagger
 
 STEPS, BATCH, WIDTH = 1024, 8, 64
@@ -26,22 +26,6 @@ class Output(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y, states = self.layer(x)
         return (states[0] if isinstance(states, tuple) else states) if self.last else y
-
-
-def work_of(net: nn.Module, x: Tensor, training: bool) -> Callable[[], Tensor]:
-    """A forward, and in training a backward whose output gradient exists before."""
-    with torch.no_grad():
-        weights = torch.ones_like(net(x))
-
-    def work() -> Tensor:
-        with torch.set_grad_enabled(training):
-            y = net(x)
-        if training:
-            net.zero_grad(set_to_none=True)
-            y.backward(weights)
-        return y.detach()
-
-    return work
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

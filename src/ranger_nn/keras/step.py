@@ -10,7 +10,8 @@ more in backward, where it is differentiated. Enter at `Step`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from keras import ops
@@ -21,6 +22,7 @@ from ranger_nn.keras.pieces import Pieces, cut
 from ranger_nn.keras.saved import block
 from ranger_nn.planning.rolled import SLICE, WHOLE, WINDOW, Call, Flow, Group, Loop, Take
 
+Made = Callable[[], list[Any]]
 Rows = tuple[int, int, int, int, int]
 """A slice that a step takes of a stored value: (value, dim, rate, first, length)."""
 
@@ -85,7 +87,8 @@ class Step:
         after: dict[int, Any] = {}
         shown: dict[int, Any] = {}
         for group, exports in zip(self.groups, self.exports, strict=True):
-            found = self._group(group, exports, t, before, outside, shown)
+            run = partial(self._calls, group, exports, t, before, outside, shown)
+            found = self._group(group, t, run, partial(self._idle, group, exports, before))
             kept = [f.value for f in self._kept(group)]
             after |= zip(kept, found, strict=False)
             shown |= zip(exports, found[len(kept) :], strict=True)
@@ -106,24 +109,12 @@ class Step:
         own = {self.graph.nodes[c.node].outputs[0] for c in group.calls if not c.lifts}
         return [f for f in self.flows if f.value in own]
 
-    def _group(
-        self,
-        group: Group,
-        exports: Mapping[int, bool],
-        t: Any,
-        before: Mapping[int, Any],
-        outside: Mapping[Any, Any],
-        shown: Mapping[int, Any],
-    ) -> list[Any]:
-        """Windows of the group, then what is used beyond it."""
-
-        def run() -> list[Any]:
-            return self._calls(group, exports, t, before, outside, shown)
-
+    def _group(self, group: Group, t: Any, run: Made, idle: Made) -> list[Any]:
+        """What the group makes in step t: `run` where it has something to do."""
         if group.start <= self.loop.start and group.stop >= self.loop.stop:
             return run()
         on = (t >= group.start) & (t < group.stop)
-        return self.on.branch(on, run, lambda: self._idle(group, exports, before))
+        return self.on.branch(on, run, idle)
 
     def _calls(
         self,
@@ -134,6 +125,7 @@ class Step:
         outside: Mapping[Any, Any],
         shown: Mapping[int, Any],
     ) -> list[Any]:
+        """Windows of the group, then what is used beyond it."""
         calls = [c for c in group.calls if not c.lifts]
         last = {take.value: c.node for c in calls for take in c.takes if take.source == WINDOW}
         full: dict[int, Pieces] = {v: Pieces(self.loop.flows[v].dim or 0, [x]) for v, x in shown.items()}

@@ -132,8 +132,8 @@ def _steps(bounds: Bounds, nodes: Sequence[int], choice: Choice) -> int:
     touched = {v for k in nodes for v in (*bounds.graph.nodes[k].inputs, *bounds.graph.nodes[k].outputs)}
     touched = {v for v in touched if bounds.dim(v, 0) is not None and values[v].kind != PARAMETER}
     if choice.rows is not None:
-        first = max((bounds.size(v, 0) for v in bounds.graph.inputs if bounds.dim(v, 0) is not None), default=1)
-        return min(-(-first // choice.rows), max((bounds.size(v, 0) for v in touched), default=1))
+        steps = -(-input_size(bounds.graph, bounds.axes[0]) // choice.rows)
+        return min(steps, max((bounds.size(v, 0) for v in touched), default=1))
     heaviest = max((values[v].nbytes for v in touched), default=0)
     return 1 if heaviest <= LIGHT * choice.block else -(-heaviest // choice.block)
 
