@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -247,6 +248,22 @@ def test_torch_is_not_loaded_for_keras() -> None:
         "assert 'ranger_nn.torch.module' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="oneDNN's joined operators are TensorFlow's")
+def test_depthwise_with_bias_where_tensorflow_uses_onednn() -> None:
+    """Joined with its bias, a depthwise convolution of explicit padding aborts the process."""
+    code = (
+        "import keras, numpy as np, ranger_nn\n"
+        "L = keras.layers\n"
+        "m = keras.Sequential([keras.Input((64, 64, 3)), L.Conv2D(8, 3, padding='same', activation='relu'),\n"
+        "    L.DepthwiseConv2D(3, padding='same', activation='relu6', bias_initializer='ones'), L.Conv2D(4, 1)])\n"
+        "x = np.random.default_rng(0).standard_normal((1, 64, 64, 3)).astype('float32')\n"
+        "y = ranger_nn.regionalize(m, regions=(16,)).predict(x, verbose=0)\n"
+        "assert abs(y - m.predict(x, verbose=0)).max() < 1e-5\n"
+    )
+    environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="other back ends know when gradients are asked for")

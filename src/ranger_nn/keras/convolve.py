@@ -8,6 +8,7 @@ and `pool`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -87,7 +88,7 @@ def _tensorflow(x: Any, w: Any, strides: Any, dilation: Any, pads: Any, channels
     depthwise = groups > 1 and groups == x.shape[-1 if channels_last else 1]
     if depthwise and rank < 3:
         w = ops.reshape(w, (*w.shape[:-2], groups, w.shape[-1] // groups))
-        if rank == 2 and channels_last and not _both(strides, dilation):
+        if rank == 2 and channels_last and not _both(strides, dilation) and not (padded and _onednn()):
             explicit = [list(pair) for pair in around] if padded else "VALID"
             return tf.nn.depthwise_conv2d(x, w, [1, *strides, 1], explicit, dilations=dilation)
     # a copy, but the gradient of an explicitly padded convolution is never oneDNN's, and takes a copy of the input for
@@ -95,6 +96,19 @@ def _tensorflow(x: Any, w: Any, strides: Any, dilation: Any, pads: Any, channels
     x = ops.pad(x, around) if padded else x
     run = ops.depthwise_conv if depthwise and rank < 3 else ops.conv
     return run(x, w, strides, "valid", name, dilation)
+
+
+@functools.cache
+def _onednn() -> bool:
+    """Whether TensorFlow's graphs use oneDNN here. They then join a depthwise convolution and the bias after it, and where the
+    padding is explicit the joined operator aborts the process (TensorFlow 2.21: `DepthwiseConv2DNativeShapeImpl`).
+    """
+    try:
+        from tensorflow.python.util import _pywrap_util_port
+
+        return bool(_pywrap_util_port.IsMklEnabled())
+    except (ImportError, AttributeError):
+        return True  # a copy more
 
 
 def _both(strides: Sequence[int], dilation: Sequence[int]) -> bool:

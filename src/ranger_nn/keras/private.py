@@ -2,7 +2,7 @@
 
 Keras records calls, attaches masks and casts Variables by names that begin with an underscore or live in `keras.src`,
 and they may change with any version. One that is gone is an error that says which versions have it. Nothing else in the
-adapter uses such a name (the loops use two of TensorFlow's). Enter anywhere.
+adapter uses such a name (`loops_tensorflow.py` uses two of TensorFlow's, `convolve.py` one). Enter anywhere.
 """
 
 from __future__ import annotations
