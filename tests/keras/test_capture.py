@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from keras import KerasTensor, ops
+from keras import KerasTensor, ops, tree
 from keras import layers as L
 
 import ranger_nn.keras
@@ -44,6 +45,36 @@ def test_each_layer_on_regions(name: str) -> None:
 
     rows()
     assert not [n.rule.reason for n in found.graph.nodes if n.rule.reason]
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="traces nothing")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", LOCAL | MODELS)
+def test_a_plan_belongs_to_no_trace(name: str, training: bool) -> None:
+    """A plan that is made while one function is traced runs in others as well: making it leaves no tensor in it."""
+    model, shape = (LOCAL | MODELS)[name]()
+    like = tree.map_structure(lambda t: KerasTensor(t.shape, dtype=t.dtype), inputs_for(model, shape))
+    regional = ranger_nn.regionalize(model, regions=(4,))
+    assert not made_by(lambda: regional.prepared(like, [None] * len(tree.flatten(like)), training))
+
+
+def made_by(run: Callable[[], Any]) -> list[Any]:
+    """Operations that `run` leaves in the function that is being traced around it."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return list(jax.make_jaxpr(lambda: (run(), 0)[1])().eqns)
+    import tensorflow as tf
+
+    found: list[Any] = []
+
+    @tf.function(autograph=False)
+    def traced() -> None:
+        run()
+        found.extend(tf.compat.v1.get_default_graph().get_operations())
+
+    traced.get_concrete_function()
+    return found
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,6 +7,7 @@
 for, not clipped: `link.reach.needs(start, start + rows)`; rows outside of the value hold `fill(i)`. Inputs without a link
 to `dim` come whole. It pads the other dimensions as the layer does. With `positional` it also takes the keyword
 `position`, the index of the output's first row (an integer tensor): averages that count, edges that repeat, random masks.
+`region` itself makes no tensor: a plan that is made while one graph is traced runs in others (`predict`, then `evaluate`).
 
     whole(*inputs)             the untouched operator
     fill(i)                    what rows outside of input i must hold; None: anything finite, they are not used

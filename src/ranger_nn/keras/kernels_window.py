@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from ranger_nn.core.reach import Reach
@@ -71,6 +72,13 @@ def pad(x: Any, widths: dict[int, tuple[int, int]], value: float = 0.0) -> Any:
 def inside(rows: Any, size: int, first: Any, count: int) -> Any:
     """Where the nearest of [0, size) to each row stands among `count` rows given from `first` on."""
     return ops.clip(ops.clip(rows, 0, size - 1) - first, 0, count - 1)
+
+
+def _shares(side: Side) -> np.ndarray:
+    """What the average over each window of a padded dimension is multiplied with: its indices by those inside."""
+    first = np.arange(side.out) * side.stride - side.before
+    inside = np.minimum(first + side.kernel, side.size) - np.maximum(first, 0)
+    return side.kernel / np.maximum(inside, 1)
 
 
 def _on_torch() -> bool:
@@ -150,25 +158,20 @@ class AveragePool(Window):
         if self.repeats:
             return lambda x, position: self._repeated(x, side, position)
         widths = self._widths(side.dim)
-        fixed = [self._inside(s, ops.arange(s.out, dtype="int32")) for s in self.sides if s.dim in widths]
-        others = [s for s in self.sides if s.dim in widths]
+        fixed = [(s, _shares(s)) for s in self.sides if s.dim in widths]
 
         def local(x: Any, position: Any) -> Any:
             y = self.valid(pad(x, widths))
-            counts = [(side, self._inside(side, ops.arange(rows, dtype="int32") + position)), *zip(others, fixed)]
-            for s, inside in counts:
+            first = (ops.arange(rows, dtype="int32") + position) * side.stride - side.before
+            inside = ops.minimum(first + side.kernel, side.size) - ops.maximum(first, 0)
+            wide = "float64" if keras.backend.standardize_dtype(y.dtype) == "float64" else "float32"
+            cut = side.kernel / ops.cast(ops.maximum(inside, 1), wide)
+            for s, shares in ((side, ops.cast(cut, y.dtype)), *fixed):
                 shape = [-1 if d == s.dim else 1 for d in range(len(x.shape))]
-                y = y * ops.reshape(ops.cast(s.kernel / inside, y.dtype), shape)
+                y = y * ops.reshape(ops.convert_to_tensor(shares, y.dtype), shape)
             return y
 
         return local
-
-    @staticmethod
-    def _inside(side: Side, out: Any) -> Any:
-        first = out * side.stride - side.before
-        last = ops.minimum(first + side.kernel, side.size)
-        wide = "float64" if keras.config.floatx() == "float64" else "float32"
-        return ops.cast(ops.maximum(last - ops.maximum(first, 0), 1), wide)
 
     def _repeated(self, x: Any, side: Side, position: Any) -> Any:
         for s in self.sides:
