@@ -17,6 +17,10 @@ ENVIRONMENT := .venv
 BIN := $(ENVIRONMENT)/bin
 READY := $(ENVIRONMENT)/.ready
 
+# XLA plans and fuses as ever but makes plainer machine code: on JAX nearly all of the time is compiling. `make test-slow`
+# compiles in full.
+QUICKLY := JAX_DISABLE_MOST_OPTIMIZATIONS=1
+
 .PHONY: demo test test-slow lint bench format clean
 
 demo: $(READY)
@@ -26,7 +30,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" --ignore=tests/keras
 	for backend in tensorflow jax torch; do \
 	  echo "Keras on $$backend"; \
-	  KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" tests/keras || exit 1; \
+	  $(QUICKLY) KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" tests/keras || exit 1; \
 	done
 
 # What takes long and is not part of `make test`: large models of the zoo, all of keras.applications, heavy compilations.
