@@ -16,6 +16,7 @@ from keras import ops
 
 from ranger_nn.core.reach import Reach
 from ranger_nn.keras.kernels import Kernel, Local
+from ranger_nn.keras.loops import clipped
 from ranger_nn.ops import window
 
 Ints = tuple[int, ...]
@@ -75,7 +76,7 @@ def inside(rows: Any, size: int, first: Any, count: int) -> Any:
 
 
 def _shares(side: Side) -> np.ndarray:
-    """What the average over each window of a padded dimension is multiplied with: its indices by those inside."""
+    """What the average of each window is multiplied with where padding counts as zeros: its indices by those inside."""
     first = np.arange(side.out) * side.stride - side.before
     inside = np.minimum(first + side.kernel, side.size) - np.maximum(first, 0)
     return side.kernel / np.maximum(inside, 1)
@@ -158,17 +159,15 @@ class AveragePool(Window):
         if self.repeats:
             return lambda x, position: self._repeated(x, side, position)
         widths = self._widths(side.dim)
-        fixed = [(s, _shares(s)) for s in self.sides if s.dim in widths]
+        padded = [(s, _shares(s)) for s in self.sides if s.before or s.after]
 
         def local(x: Any, position: Any) -> Any:
             y = self.valid(pad(x, widths))
-            first = (ops.arange(rows, dtype="int32") + position) * side.stride - side.before
-            inside = ops.minimum(first + side.kernel, side.size) - ops.maximum(first, 0)
-            wide = "float64" if keras.backend.standardize_dtype(y.dtype) == "float64" else "float32"
-            cut = side.kernel / ops.cast(ops.maximum(inside, 1), wide)
-            for s, shares in ((side, ops.cast(cut, y.dtype)), *fixed):
-                shape = [-1 if d == s.dim else 1 for d in range(len(x.shape))]
-                y = y * ops.reshape(ops.convert_to_tensor(shares, y.dtype), shape)
+            for s, every in padded:
+                shares = ops.convert_to_tensor(every, y.dtype)
+                if s is side:
+                    shares = ops.take(shares, clipped(position, rows, s.out), axis=0)
+                y = y * ops.reshape(shares, [-1 if d == s.dim else 1 for d in range(len(x.shape))])
             return y
 
         return local
