@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ranger_nn.bounds.axes import Axis
 from ranger_nn.core.graph import Graph, Node
-from ranger_nn.core.reach import Interval
+from ranger_nn.core.reach import Box, Interval
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,26 @@ class Bounds:
         if link is None or link.out_dim != out:
             return 0, size
         return link.needs(start, stop, size)
+
+    def box(self, node: Node, position: int, out: Box) -> Box:
+        """Region of input `position` that the region `out` of the node's output needs.
+
+        A dimension of length one lies on no axis (`find_axes`), yet what it is linked to may be cut: a class token
+        is read by the region that holds its row, and by no other.
+        """
+        value, result = node.inputs[position], node.outputs[0]
+        shape, box = self.graph.values[value].shape, []
+        places = {axis.dims.get(value): a for a, axis in enumerate(self.axes)}
+        cut = {axis.dims.get(result) for axis in self.axes}
+        for d, (size, link) in enumerate(zip(shape, node.rule.links[position], strict=True)):
+            if d in places:
+                o = self.dim(result, places[d])
+                box.append(self.needs(node, position, places[d], *(out[o] if o is not None else (0, 1))))
+            elif link is not None and link.out_dim in cut:
+                box.append(link.needs(*out[link.out_dim], size))
+            else:
+                box.append((0, size))
+        return tuple(box)
 
     def follow(self, node: Node, position: int, axis: int, row: int, end: bool) -> int:
         """First row of input `position` that output rows from `row` on read; with `end`, the row after the last

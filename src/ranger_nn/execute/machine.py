@@ -15,7 +15,7 @@ Step = tuple[Callable[..., Any], tuple[Read, ...], tuple[int, ...], tuple[int, .
 
 
 class Engine(Protocol):
-    """What the loop asks of a framework: six functions on its tensors, and kernels bound to boxes."""
+    """What the loop asks of a framework: two functions on its tensors, and kernels bound to boxes."""
 
     def narrow(self, x: Any, dim: int, start: int, length: int) -> Any:
         """View of [start, start + length) along `dim`."""

@@ -510,7 +510,7 @@ class BackwardStrip(Strip):
             return
         grad, out, place = self._gradient(v, rows)
         wanted = tuple(self.graph.values[u].differentiable for u in node.inputs)
-        boxes = [self.in_box(node, i, out) for i in range(len(node.inputs))]
+        boxes = [self.bounds.box(node, i, out) for i in range(len(node.inputs))]
         if any(wanted):
             reads = [
                 self.b.read(u, box, self.windows) if i in node.vjp_reads else Read((), 0, 0, box)

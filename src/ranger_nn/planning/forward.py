@@ -357,18 +357,6 @@ class Strip:
                 box[d] = self.intervals[a][v]
         return tuple(box)
 
-    def in_box(self, node: Node, position: int, out: Box) -> Box:
-        """Region of an input that the output region `out` needs."""
-        v, result = node.inputs[position], node.outputs[0]
-        box = [(0, n) for n in self.graph.values[v].shape]
-        for a in range(len(self.bounds.axes)):
-            d = self.bounds.dim(v, a)
-            if d is None:
-                continue
-            o = self.bounds.dim(result, a)
-            box[d] = self.bounds.needs(node, position, a, *(out[o] if o is not None else (0, 1)))
-        return tuple(box)
-
     # -- instructions
 
     def _run(self, k: int, node: Node, v: int, rows: Interval) -> None:
@@ -376,7 +364,7 @@ class Strip:
             return
         out = self.out_box(v, rows)
         value = self.graph.values[v]
-        boxes = [self.in_box(node, i, out) for i in range(len(node.inputs))]
+        boxes = [self.bounds.box(node, i, out) for i in range(len(node.inputs))]
         reads = [self.p.read(u, box, self.windows) for u, box in zip(node.inputs, boxes, strict=True)]
         out_bytes = box_bytes(out, value.itemsize)
         view, may_copy = None, node.may_copy

@@ -11,6 +11,7 @@ from torch import Tensor
 from ranger_nn.core import program as P
 from ranger_nn.core.graph import Graph
 from ranger_nn.core.program import Instruction
+from ranger_nn.execute.guard import Form
 from ranger_nn.torch.layout import FORMATS
 
 
@@ -35,6 +36,11 @@ class TorchEngine:
     def join(parts: Any, dim: int) -> Tensor:
         """Concatenation along `dim`."""
         return torch.cat(parts, dim)
+
+    @staticmethod
+    def form(x: Tensor) -> Form:
+        """Shape and dtype, as a graph's values have them."""
+        return tuple(x.shape), str(x.dtype)[6:]
 
     def bind(self, instruction: Instruction) -> Callable[..., Any]:
         """The closure of one instruction."""

@@ -209,6 +209,6 @@ class RunningStatistics(Kernel):
                 unbiased = stats[1, 0] * (self.n / (self.n - 1) if self.n > 1 else 1.0)
                 mean.mul_(1 - self.momentum).add_(stats[0, 0].to(mean.dtype), alpha=self.momentum)
                 var.mul_(1 - self.momentum).add_(unbiased.to(var.dtype), alpha=self.momentum)
-            return stats.new_zeros(1)
+            return torch.zeros(1)
 
         return local

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ranger_nn.errors import InputError
+from ranger_nn.execute.guard import guarded
 from ranger_nn.execute.machine import Step, bind, run
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.planning.report import Plan
@@ -30,7 +31,7 @@ Memory = int | str | None
 
 @dataclass
 class Ready:
-    """A plan made ready to run: closures for forward and backward."""
+    """A plan made ready to run: closures for forward and backward; `tried`: which of them have run without a fault."""
 
     captured: Captured
     planned: Planned
@@ -38,6 +39,17 @@ class Ready:
     forward: list[Step]
     backward: list[Step] | None
     autocast: torch.dtype | None = None
+    tried: set[str] = field(default_factory=set)
+
+    def run(self, which: str, slots: list[Any], on_region: Callable[[int], None] | None = None) -> None:
+        """Run "forward" or "backward" over `slots`; the first time every result is held to its region."""
+        steps: list[Step] = getattr(self, which)
+        if which not in self.tried:
+            program = self.planned.forward if which == "forward" else self.planned.backward
+            assert program is not None
+            steps = guarded(steps, program.instructions, self.planned.graph, self.engine.form)
+        run(steps, slots, self.engine, on_region)
+        self.tried.add(which)
 
 
 def regionalize(
@@ -280,7 +292,7 @@ class Regional(nn.Module):
             slots[slot] = tensor.detach()
             del v
         with torch.no_grad():
-            run(ready.forward, slots, ready.engine, self._progress(program.regions))
+            ready.run("forward", slots, self._progress(program.regions))
         return slots
 
     def _pull_back(
@@ -302,7 +314,7 @@ class Regional(nn.Module):
                 )
         amp = ready.autocast
         with torch.no_grad(), torch.autocast(ready.engine.device.type, dtype=amp, enabled=amp is not None):
-            run(ready.backward, slots, ready.engine)
+            ready.run("backward", slots)
         found = [program.results.get(v) for v in ready.captured.sources]
         return [None if s is None else slots[s] for s in found]
 

@@ -23,6 +23,7 @@ from torch import nn
 from ranger_nn.core.program import FINISH, RUN, Instruction
 from ranger_nn.core.reach import Box
 from ranger_nn.errors import InputError
+from ranger_nn.execute.guard import guarded
 from ranger_nn.execute.machine import bind
 from ranger_nn.execute.machine import run as loop
 from ranger_nn.execute.resume import Boundary, boundaries, replay
@@ -328,7 +329,8 @@ class _Work:
         engine = FileEngine(made.graph, made.device, lambda v: self._owner(v, again))
         by_region = {end.region: (k, end) for k, end in enumerate(self.ends)}
         with torch.no_grad():
-            loop(bind(instructions, engine), slots, engine, lambda region: self._ended(*by_region[region], slots))
+            steps = guarded(bind(instructions, engine), instructions, made.graph, engine.form)
+            loop(steps, slots, engine, lambda region: self._ended(*by_region[region], slots))
         return slots
 
     def _restore(self, slots: list[Any], journal: Journal) -> None:
