@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ranger_nn
+from tests.nets.pieces import PIECES, piece
 from tests.support import Gradients, check, differences, random_inputs, randomise, run
 
 EXAMPLES = int(os.environ.get("RANGER_EXAMPLES", "60"))
@@ -230,9 +231,15 @@ def gate(draw: Draw, ndim: int, channels: int) -> nn.Module:
     return Gate(channels)
 
 
+def pieces(draw: Draw, ndim: int, channels: int, size: list[int]) -> nn.Module:
+    """Tokens, wraps, causal pads, first differences, single rows, reshapes at odd offsets."""
+    kind = draw(st.sampled_from(PIECES))
+    return piece(kind, lambda low, high: draw(st.integers(low, high)), ndim, channels, size)
+
+
 KINDS = (
     convolution, convolution, convolution, transposed, transposed, pool, pool, resize, resize,
-    padding, crop, roll, norm, activation, gate,
+    padding, crop, roll, norm, activation, gate, pieces, pieces, pieces,
 )  # fmt: skip
 
 
@@ -254,7 +261,9 @@ def networks(draw: Draw) -> tuple[Network, tuple[int, ...]]:
         other = draw(st.sampled_from([None, None, draw(st.integers(0, last))]))
         align = draw(st.sampled_from(["crop", "nearest", "linear"]))
         step = Step(source, other, align, draw(st.sampled_from(["add", "cat", "gate"])))
-        layer = draw(st.sampled_from(KINDS))(draw, ndim, values[source].shape[1])
+        kind, channels = draw(st.sampled_from(KINDS)), values[source].shape[1]
+        size = list(values[source].shape[2:])
+        layer = pieces(draw, ndim, channels, size) if kind is pieces else kind(draw, ndim, channels)
         try:
             value = joined(layer.eval()(values[source]), step, values)
         except (RuntimeError, ValueError):
