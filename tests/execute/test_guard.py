@@ -93,7 +93,9 @@ def test_a_region_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
         Bounds, "box", lambda self, node, i, out: tuple((0, 1) if b == (1, 1) else b for b in box(self, node, i, out))
     )
     net = ranger_nn.regionalize(Net(), regions=(5, 12), schedule="slide")
-    with pytest.raises(PlanError, match=r"Net: cat_0 gave shape \(1, 4, \d+, 12\).*of region \(\(0, 1\), \(0, 4\), \(2"):
+    with pytest.raises(
+        PlanError, match=r"Net: cat_0 gave shape \(1, 4, \d+, 12\).*of region \(\(0, 1\), \(0, 4\), \(2"
+    ):
         net(torch.randn(1, 2, 17, 12))
 
 

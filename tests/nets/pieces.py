@@ -6,6 +6,7 @@ Each is a module on (batch, channels, *space) in one to three dimensions, with `
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -146,7 +147,7 @@ class Chop(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[self.axis]
         ends = sorted({0, n, *(a % n for a in self.at)})
-        parts = [x.narrow(self.axis, a, b - a) * (1 + k) for k, (a, b) in enumerate(zip(ends, ends[1:]))]
+        parts = [x.narrow(self.axis, a, b - a) * (1 + k) for k, (a, b) in enumerate(itertools.pairwise(ends))]
         turn = self.turn % len(parts)
         return torch.cat(parts[turn:] + parts[:turn], self.axis)
 

@@ -49,8 +49,8 @@ def guarded(
 ) -> list[Step]:
     """The steps, each of which raises PlanError where its result is not what the plan says; `form` reads a tensor."""
     return [
-        (_checked(function, i, graph, form), *rest)
-        for (function, *rest), i in zip(steps, instructions, strict=True)  # type: ignore[misc]
+        (_checked(function, i, graph, form), reads, outs, frees, region)
+        for (function, reads, outs, frees, region), i in zip(steps, instructions, strict=True)
     ]
 
 

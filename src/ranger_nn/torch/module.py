@@ -70,7 +70,8 @@ def regionalize(
         regions: size of a region in input elements along the cut axes, such as (rows, columns); overrides the planner.
         schedule: "tile" (independent regions, halo recomputed) or "slide" (rows kept, nothing recomputed: along the axis
             of which `regions` have not all, else along the first or, if it is twice as long, another).
-        verify: check the first plan of each kind against the untouched network on a small input.
+        verify: check the first plan of each kind against the untouched network on small inputs: outputs and gradients, by
+            slides, tiles and (with `memory`) a tight budget, in several regions of every sweep.
 
     Raises:
         BudgetError: `memory` is not a positive amount, or nothing fits: it names the least that does.
@@ -264,7 +265,7 @@ class Regional(nn.Module):
         backward = bind(planned.backward.instructions, engine) if planned.backward is not None else None
         ready = Ready(captured, planned, engine, bind(planned.forward.instructions, engine), backward, autocast)
         if self._verify:
-            verify_small(self, leaves, spec)
+            verify_small(self, leaves, spec, grad)
         return ready
 
     def _gather(self, ready: Ready, inputs: list[Any]) -> list[Tensor]:
