@@ -229,7 +229,7 @@ class Row:
 
 HEADER = (
     "work", "peak untouched", "peak ours", "ratio (target)", "extra macs", "time untouched",
-    "time ratio (target)", "max diff", "allowed / projected / measured MB", "capture and plan",
+    "time ratio to PyTorch as it comes (target)", "max diff", "allowed / projected / measured MB", "capture and plan",
 )  # fmt: skip
 
 

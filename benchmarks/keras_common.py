@@ -124,7 +124,7 @@ def judged(value: float, target: float | None, form: str = "{:.3f}") -> str:
 def table(work: str, chosen: argparse.Namespace, plain: Any, ours: Any, both: Any, limits: Limits) -> None:
     """The printed row."""
     print(
-        "| work | back end | peak untouched | peak ours | ratio (target) | first call ratio | time untouched | time ratio | max diff |"
+        "| work | back end | peak untouched | peak ours | ratio (target) | first call ratio | time untouched | time ratio to Keras as it comes | max diff |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     cells = (
