@@ -23,9 +23,11 @@ from ranger_nn.core.fuse import fuse
 from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, Node, Rule, Value
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
+from ranger_nn.torch.alone import alone
 from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
 from ranger_nn.torch.layout import result_layout
 from ranger_nn.torch.recurrent_ops import whole_recurrences
+from ranger_nn.torch.twin import Twin
 
 VIEWS = {
     "slice",
@@ -61,6 +63,8 @@ class Captured:
     rebuild: Callable[[list[Any]], Any]
     output_values: list[int | Any]
     constants: list[Any] = field(default_factory=list)
+    strides: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Of each output, as the untouched network gives it."""
 
 
 class Lower:
@@ -244,7 +248,8 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     try:
         with warnings.catch_warnings(), whole_recurrences():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, args, kwargs, strict=False)
+            twin = Twin(model)
+            return twin.restored(torch.export.export(twin.module, args, kwargs, strict=False))
     except Exception as error:
         line, said = _user_line(error), (str(error).strip().splitlines() or [""])[0]
         name = getattr(model, "name_in_errors", type(model).__name__)
@@ -305,17 +310,22 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     Raises CaptureError where `torch.export` cannot, InputError where the model writes into its input.
     """
     kwargs = kwargs or {}
-    rng = torch.get_rng_state()
-    try:
+    with alone():
         program = export(model, args, kwargs)
-    finally:
-        torch.set_rng_state(rng)
-    lower = Lower(grad)
-    try:
-        return _lower_program(model, program, lower)
-    except AliasError:
-        program = program.run_decompositions({})
-        return _lower_program(model, program, Lower(grad))
+        try:
+            captured = _lower_program(model, program, Lower(grad))
+        except AliasError:
+            program = program.run_decompositions({})
+            captured = _lower_program(model, program, Lower(grad))
+    return replace(captured, strides=_output_strides(program, captured))
+
+
+def _output_strides(program: Any, captured: Captured) -> dict[int, tuple[int, ...]]:
+    """Of each output value, as the untouched network gives it."""
+    last = next(n for n in program.graph.nodes if n.op == "output")
+    args = [a for s, a in zip(program.graph_signature.output_specs, last.args[0], strict=True) if s.kind.name == "USER_OUTPUT"]
+    tensors = [a.meta["val"] for a in args if isinstance(a, FxNode) and isinstance(a.meta.get("val"), Tensor)]
+    return {v: tuple(map(int, t.stride())) for v, t in zip(captured.output_values, tensors, strict=True)}
 
 
 class AliasError(Exception):
