@@ -36,6 +36,8 @@ def alone() -> Iterator[None]:
         # Operators are traced above the choice of a back end: its flags, which are the process's, may stay.
         stack.enter_context(patch.object(_TRACE, "_ignore_backend_decomps", nullcontext))
         stack.enter_context(patch.object(_TRACE, "_override_builtin_ops", _builtins(_TRACE._override_builtin_ops)))
+        # It puts back what forward writes into attributes: a twin's are its own (`torch/frozen.py` looks at them).
+        stack.enter_context(patch.object(_TRACE, "_detect_attribute_assignment", lambda model: nullcontext()))
         # What the tracing saves for a backward that never comes is not for the caller's hooks (checkpoint, offloading).
         stack.enter_context(saved_tensors_hooks(lambda x: x, lambda x: x))
         yield

@@ -24,10 +24,10 @@ from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, No
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
 from ranger_nn.torch.alone import alone
+from ranger_nn.torch.frozen import exported
 from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
 from ranger_nn.torch.layout import result_layout
 from ranger_nn.torch.recurrent_ops import whole_recurrences
-from ranger_nn.torch.twin import Twin
 
 VIEWS = {
     "slice",
@@ -248,8 +248,9 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     try:
         with warnings.catch_warnings(), whole_recurrences():
             warnings.simplefilter("ignore")
-            twin = Twin(model)
-            return twin.restored(torch.export.export(twin.module, args, kwargs, strict=False))
+            return exported(model, lambda twin: torch.export.export(twin, args, kwargs, strict=False))
+    except CaptureError:
+        raise
     except Exception as error:
         line, said = _user_line(error), (str(error).strip().splitlines() or [""])[0]
         name = getattr(model, "name_in_errors", type(model).__name__)

@@ -29,7 +29,7 @@ from torch.nn.modules import module as nn_module
 from ranger_nn.torch.twin import LARGEST, plain
 
 SMALL = 64
-"""A tensor attribute of so few elements may have been read as numbers: any write into it is another state."""
+"""A tensor attribute of so few elements may have been read as numbers: with others in it, it is another state."""
 DEPTH = 2
 """Objects within objects are looked into: a configuration and its sections, not a whole training loop."""
 STATES = 256
@@ -90,6 +90,7 @@ class Walk:
         self._dicts: list[Any] = []
         self._sequences: list[Any] = []
         self._tensors: list[weakref.ref[Tensor]] = []
+        self._registered = {id(t) for t in itertools.chain(model.parameters(), model.buffers())}
         self._probes: list[Callable[[], Any]] = []
         self._module(model)
         for hooks in (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks):
@@ -137,17 +138,22 @@ class Walk:
                 self._mappings.append(value)
                 for key, tensor in list(value.items()):
                     self._values.append(key)
-                    self._tensor(tensor)
-                    self.trained |= tensor is not None and tensor.requires_grad
+                    self._state(tensor)
             elif name in _HOOKS:
                 self._hooks(value)
             else:
                 self._any(value)
 
-    def _tensor(self, t: Tensor | None) -> None:
+    def _state(self, t: Tensor | None) -> None:
         if t is None:
             self._values.append(None)
-            return
+        elif id(t) in self._registered:
+            self._tensor(t)
+            self.trained |= t.requires_grad
+        else:  # of a module in a plain list: a constant to torch.export
+            self._constant(t)
+
+    def _tensor(self, t: Tensor) -> None:
         self._tensors.append(weakref.ref(t))
         place = self._seen.setdefault(id(t), len(self._seen))  # tied parameters are one value of the graph
         self._values += (type(t), place, _facts(t))
@@ -191,8 +197,8 @@ class Walk:
         self._tensor(t)
         alive = weakref.ref(t)  # as long as it lives, every reference to the tensor is this one
         self._values.append(_Same(alive))
-        if t.numel() <= SMALL and not t.requires_grad and not t.is_inference():
-            self._probe(lambda: getattr(alive(), "_version", None))
+        if t.numel() <= SMALL and not t.requires_grad:
+            self._probe(lambda: _content(alive()))
 
     def _container(self, x: Any) -> None:
         self._values += (type(x), len(x))
@@ -247,6 +253,15 @@ def _facts(t: Tensor | None) -> Any:
         return None
     strides = t.stride() if t.layout == torch.strided else t.layout
     return t.dtype, t.shape, t.device, t.requires_grad, strides
+
+
+def _content(t: Tensor | None) -> Any:
+    """What a small tensor holds, which forward may have read as numbers; elsewhere than on the CPU, how often it changed."""
+    if t is None or type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided:
+        return None
+    if t.device.type != "cpu":
+        return None if t.is_inference() else t._version
+    return t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _numbers(hook: Any) -> Any:
