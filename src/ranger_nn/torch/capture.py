@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node as FxNode
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from ranger_nn.core.fuse import fuse
@@ -262,6 +264,11 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
                 "again for any size, with torch.export.export(model, (x,), dynamic_shapes=({2: Dim.AUTO, 3: Dim.AUTO},)) "
                 "where Dim is torch.export.Dim."
             ) from error
+        if _packs(error):
+            raise CaptureError(
+                f"torch.export cannot capture {name}{line}: it packs or unpacks a sequence, whose lengths are data. Run the "
+                "recurrence on the padded tensor and mask its result, or regionalize the modules before and after it."
+            ) from error
         if _refuses_input(error):
             raise InputError(
                 f"{name} refuses inputs {shapes}{line}: {said}. "
@@ -292,6 +299,11 @@ def _refuses_input(error: BaseException) -> bool:
         return False
     words = ("expected", "must match", "should be", "size", "shape", "dtype", "channels", "got input")
     return isinstance(error, (RuntimeError, ValueError, IndexError, TypeError)) and any(w in text for w in words)
+
+
+def _packs(error: BaseException) -> bool:
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return any(isinstance(x, PackedSequence) for frame in frames for x in frame.f_locals.values())
 
 
 def _user_line(error: BaseException) -> str:
@@ -365,7 +377,7 @@ def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
             source = ("state", spec.target)
         else:
             source = ("constant", program.constants[spec.target])
-        trained = kind == "PARAMETER" and _requires_grad(model, spec.target)
+        trained = _requires_grad(model, spec.target) if source[0] == "state" else source[1].requires_grad
         lower.env[node] = lower.external(
             node.name, like, PARAMETER if kind == "PARAMETER" else CONSTANT, source, trained
         )
@@ -414,8 +426,9 @@ def _has(model: nn.Module, target: str) -> bool:
 
 
 def _requires_grad(model: nn.Module, target: str) -> bool:
+    owner, _, name = target.rpartition(".")
     try:
-        return model.get_parameter(target).requires_grad
+        return bool(getattr(model.get_submodule(owner), name).requires_grad)
     except AttributeError:
         return True
 
@@ -431,7 +444,7 @@ def _lower_nodes(model: nn.Module, graph: Any, lower: Lower, owner: nn.Module, u
             for part in str(node.target).split("."):
                 found = getattr(found, part)
             if isinstance(found, Tensor):
-                lower.env[node] = lower.external(node.name, found, CONSTANT, ("constant", found), False)
+                lower.env[node] = lower.external(node.name, found, CONSTANT, ("constant", found), found.requires_grad)
             else:
                 lower.env[node] = found
             continue

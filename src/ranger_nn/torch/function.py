@@ -28,8 +28,8 @@ class Run(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.kept = slots
         results = tuple(ready.output(v, slots) for v in graph.outputs)
-        if any(not graph.values[v].differentiable for v in graph.outputs):
-            ctx.mark_non_differentiable(*[r for r in results if not r.is_floating_point()])
+        fixed = [r for v, r in zip(graph.outputs, results, strict=True) if not graph.values[v].differentiable]
+        ctx.mark_non_differentiable(*fixed)
         return results
 
     @staticmethod
