@@ -32,15 +32,21 @@ def alone() -> Iterator[None]:
     with _LOCK, ExitStack() as stack:
         tracer: Any = torch.fx._symbolic_trace._Patcher
         stack.enter_context(patch.object(tracer, "patch_method", _patch_method(tracer.patch_method)))
-        stack.enter_context(patch.object(_TRACE, "_compiling_state_context", _compiling))
+        stack.enter_context(_replaced("_compiling_state_context", _compiling))
         # Operators are traced above the choice of a back end: its flags, which are the process's, may stay.
-        stack.enter_context(patch.object(_TRACE, "_ignore_backend_decomps", nullcontext))
-        stack.enter_context(patch.object(_TRACE, "_override_builtin_ops", _builtins(_TRACE._override_builtin_ops)))
+        stack.enter_context(_replaced("_ignore_backend_decomps", nullcontext))
+        original = getattr(_TRACE, "_override_builtin_ops", nullcontext)
+        stack.enter_context(_replaced("_override_builtin_ops", _builtins(original)))
         # It puts back what forward writes into attributes: a twin's are its own (`torch/frozen.py` looks at them).
-        stack.enter_context(patch.object(_TRACE, "_detect_attribute_assignment", lambda model: nullcontext()))
+        stack.enter_context(_replaced("_detect_attribute_assignment", lambda model: nullcontext()))
         # What the tracing saves for a backward that never comes is not for the caller's hooks (checkpoint, offloading).
         stack.enter_context(saved_tensors_hooks(lambda x: x, lambda x: x))
         yield
+
+
+def _replaced(name: str, function: Callable[..., Any]) -> Any:
+    """A context of `torch.export`'s, which another release may not have."""
+    return patch.object(_TRACE, name, function) if hasattr(_TRACE, name) else nullcontext()
 
 
 class _Here:

@@ -336,7 +336,11 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
 def _output_strides(program: Any, captured: Captured) -> dict[int, tuple[int, ...]]:
     """Of each output value, as the untouched network gives it."""
     last = next(n for n in program.graph.nodes if n.op == "output")
-    args = [a for s, a in zip(program.graph_signature.output_specs, last.args[0], strict=True) if s.kind.name == "USER_OUTPUT"]
+    args = [
+        a
+        for s, a in zip(program.graph_signature.output_specs, last.args[0], strict=True)
+        if s.kind.name == "USER_OUTPUT"
+    ]
     tensors = [a.meta["val"] for a in args if isinstance(a, FxNode) and isinstance(a.meta.get("val"), Tensor)]
     return {v: tuple(map(int, t.stride())) for v, t in zip(captured.output_values, tensors, strict=True)}
 

@@ -24,7 +24,7 @@ from ranger_nn.torch.twin import Twin, plain
 
 _OF_MODULES = frozenset(nn.Module().__dict__)
 """Fields that every module has: forward writes none of them."""
-_DICE = (random._inst, np.random.mtrand._rand)  # type: ignore[attr-defined]
+_DICE = (random._inst, np.random.mtrand._rand)
 Fields = dict[tuple[str, str], Any]
 
 
@@ -71,10 +71,14 @@ def _now(x: Any, depth: int = 0) -> Any:
 
 
 def _refuse_memory(
-    twin: nn.Module, written: list[tuple[str, str]], first: ExportedProgram, export: Callable[[nn.Module], ExportedProgram]
+    twin: nn.Module,
+    written: list[tuple[str, str]],
+    first: ExportedProgram,
+    export: Callable[[nn.Module], ExportedProgram],
 ) -> None:
     """The second call: what the first one computed and left is there as a tensor of its own."""
-    modules, left = dict(twin.named_modules()), {}
+    modules = dict(twin.named_modules())
+    left: dict[int, tuple[str, str]] = {}
     for name, field in written:
         modules[name].__dict__[field] = _solid(modules[name].__dict__[field], (name, field), left)
     before = _fields(twin)
@@ -94,7 +98,9 @@ def _solid(x: Any, key: tuple[str, str], left: dict[int, tuple[str, str]]) -> An
     """With tensors in the place of fake ones, which belong to the capture that made them."""
     if isinstance(x, FakeTensor):
         with torch._C._DisableTorchDispatch():
-            made = torch.empty_strided(tuple(map(int, x.shape)), tuple(map(int, x.stride())), dtype=x.dtype, device=x.device)
+            made = torch.empty_strided(
+                tuple(map(int, x.shape)), tuple(map(int, x.stride())), dtype=x.dtype, device=x.device
+            )
         left[id(made)] = key
         return made
     if isinstance(x, dict):
@@ -128,9 +134,7 @@ def _dice() -> Any:
     return random.getstate(), state[1].tobytes(), state[2]
 
 
-def _refuse_dice(
-    model: nn.Module, first: ExportedProgram, export: Callable[[nn.Module], ExportedProgram]
-) -> None:
+def _refuse_dice(model: nn.Module, first: ExportedProgram, export: Callable[[nn.Module], ExportedProgram]) -> None:
     """Some thread has drawn: this one's functions are looked at while it exports again.
 
     A draw that nobody uses (LayerDrop in eval mode) leaves the program as it is; in training the branch not taken may be rare.

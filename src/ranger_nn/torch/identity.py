@@ -14,7 +14,6 @@ import functools
 import itertools
 import operator
 import struct
-import sys
 import threading
 import types
 import weakref

@@ -67,7 +67,9 @@ def check_call(model: nn.Module, args: Any, kwargs: Any) -> None:
             "regions: call the untouched module there (.module), or use torch.autograd."
         )
     level: Any = forward_ad
-    if level._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors + [*model.parameters()]):
+    if level._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors + [*model.parameters()]
+    ):
         raise InputError(
             f"{name} was called with dual tensors: a program of regions has no forward-mode derivative. Call the untouched "
             "module there (.module), or use reverse mode."

@@ -170,7 +170,7 @@ class Regional(nn.Module):
         return self.__dict__["_holder"][0]
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The untouched module's mode: there is no other."""
         return self.module.training
 

@@ -12,7 +12,7 @@ import copy
 import enum
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -20,8 +20,31 @@ from torch import Tensor, nn
 
 LARGEST = 4096
 """Containers of more items are data (vocabularies, samples), no place for modules: shared, not copied."""
-_SHARED = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, enum.Enum, torch.dtype, torch.device)
-_LIBRARIES = ("torch", "numpy", "builtins", "threading", "multiprocessing", "asyncio", "logging", "concurrent", "weakref")
+_SHARED = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+    type,
+    types.ModuleType,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+)
+_LIBRARIES = (
+    "torch",
+    "numpy",
+    "builtins",
+    "threading",
+    "multiprocessing",
+    "asyncio",
+    "logging",
+    "concurrent",
+    "weakref",
+)
 """Objects of these are handles or hold none of the model's: shared."""
 
 
@@ -66,9 +89,12 @@ class Twin:
             return self._parameter
         if isinstance(x, (list, dict, tuple, set, collections.deque)):
             return self._container if len(x) <= LARGEST else self._same
-        for kind, function in self._KINDS.items():
-            if isinstance(x, kind):
-                return functools.partial(function, self)
+        if isinstance(x, types.MethodType):
+            return self._method
+        if isinstance(x, types.FunctionType):
+            return self._function
+        if isinstance(x, functools.partial):
+            return self._partial
         return self._object if plain(x) else self._same
 
     def _same(self, x: Any) -> Any:
@@ -158,19 +184,14 @@ class Twin:
         made.__dict__.update({name: self._of(value) for name, value in list(x.__dict__.items())})
         return made
 
-    _KINDS: dict[type, Any] = {
-        types.MethodType: _method,
-        functools.partial: _partial,
-        types.FunctionType: _function,
-    }
-
 
 def plain(x: Any) -> bool:
     """An object of a Python class that holds nothing but its `__dict__`, and that nothing happens to when it goes."""
-    return _plain_class(type(x)) and isinstance(getattr(x, "__dict__", None), dict)
+    cls: Hashable = type(x)
+    return _plain_class(cls) and isinstance(getattr(x, "__dict__", None), dict)
 
 
 @functools.lru_cache(maxsize=1024)  # more classes than a model has
-def _plain_class(cls: type) -> bool:
+def _plain_class(cls: Any) -> bool:
     slots = any(vars(base).get("__slots__") for base in cls.__mro__)
     return not (slots or cls.__module__.partition(".")[0] in _LIBRARIES or hasattr(cls, "__del__"))
