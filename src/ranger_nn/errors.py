@@ -77,6 +77,13 @@ class PlanError(RangerError, RuntimeError):
     """
 
 
+class GradientError(RangerError, RuntimeError):
+    """A gradient was asked for that a program of regions does not have, such as the gradient of a gradient.
+
+    Call the untouched module where it is needed: it has the same parameters.
+    """
+
+
 class PartitionError(RangerError, ValueError):
     """A partition, an aggregator or a layer over regions cannot be what it was asked to be.
 

@@ -12,17 +12,21 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node as FxNode
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from ranger_nn.core.fuse import fuse
 from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, Node, Rule, Value
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
+from ranger_nn.torch.alone import alone
+from ranger_nn.torch.frozen import exported
 from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
 from ranger_nn.torch.layout import result_layout
 from ranger_nn.torch.recurrent_ops import whole_recurrences
@@ -61,6 +65,8 @@ class Captured:
     rebuild: Callable[[list[Any]], Any]
     output_values: list[int | Any]
     constants: list[Any] = field(default_factory=list)
+    strides: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Of each output, as the untouched network gives it."""
 
 
 class Lower:
@@ -244,7 +250,9 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     try:
         with warnings.catch_warnings(), whole_recurrences():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, args, kwargs, strict=False)
+            return exported(model, lambda twin: torch.export.export(twin, args, kwargs, strict=False))
+    except CaptureError:
+        raise
     except Exception as error:
         line, said = _user_line(error), (str(error).strip().splitlines() or [""])[0]
         name = getattr(model, "name_in_errors", type(model).__name__)
@@ -255,6 +263,11 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
                 f"{name} is an archive of torch.export for inputs of one size, and refuses {shapes}: {said}. Export it "
                 "again for any size, with torch.export.export(model, (x,), dynamic_shapes=({2: Dim.AUTO, 3: Dim.AUTO},)) "
                 "where Dim is torch.export.Dim."
+            ) from error
+        if _packs(error):
+            raise CaptureError(
+                f"torch.export cannot capture {name}{line}: it packs or unpacks a sequence, whose lengths are data. Run the "
+                "recurrence on the padded tensor and mask its result, or regionalize the modules before and after it."
             ) from error
         if _refuses_input(error):
             raise InputError(
@@ -288,6 +301,11 @@ def _refuses_input(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, ValueError, IndexError, TypeError)) and any(w in text for w in words)
 
 
+def _packs(error: BaseException) -> bool:
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return any(isinstance(x, PackedSequence) for frame in frames for x in frame.f_locals.values())
+
+
 def _user_line(error: BaseException) -> str:
     import traceback
 
@@ -305,17 +323,26 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     Raises CaptureError where `torch.export` cannot, InputError where the model writes into its input.
     """
     kwargs = kwargs or {}
-    rng = torch.get_rng_state()
-    try:
+    with alone():
         program = export(model, args, kwargs)
-    finally:
-        torch.set_rng_state(rng)
-    lower = Lower(grad)
-    try:
-        return _lower_program(model, program, lower)
-    except AliasError:
-        program = program.run_decompositions({})
-        return _lower_program(model, program, Lower(grad))
+        try:
+            captured = _lower_program(model, program, Lower(grad))
+        except AliasError:
+            program = program.run_decompositions({})
+            captured = _lower_program(model, program, Lower(grad))
+    return replace(captured, strides=_output_strides(program, captured))
+
+
+def _output_strides(program: Any, captured: Captured) -> dict[int, tuple[int, ...]]:
+    """Of each output value, as the untouched network gives it."""
+    last = next(n for n in program.graph.nodes if n.op == "output")
+    args = [
+        a
+        for s, a in zip(program.graph_signature.output_specs, last.args[0], strict=True)
+        if s.kind.name == "USER_OUTPUT"
+    ]
+    tensors = [a.meta["val"] for a in args if isinstance(a, FxNode) and isinstance(a.meta.get("val"), Tensor)]
+    return {v: tuple(map(int, t.stride())) for v, t in zip(captured.output_values, tensors, strict=True)}
 
 
 class AliasError(Exception):
@@ -354,7 +381,7 @@ def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
             source = ("state", spec.target)
         else:
             source = ("constant", program.constants[spec.target])
-        trained = kind == "PARAMETER" and _requires_grad(model, spec.target)
+        trained = _requires_grad(model, spec.target) if source[0] == "state" else source[1].requires_grad
         lower.env[node] = lower.external(
             node.name, like, PARAMETER if kind == "PARAMETER" else CONSTANT, source, trained
         )
@@ -403,8 +430,9 @@ def _has(model: nn.Module, target: str) -> bool:
 
 
 def _requires_grad(model: nn.Module, target: str) -> bool:
+    owner, _, name = target.rpartition(".")
     try:
-        return model.get_parameter(target).requires_grad
+        return bool(getattr(model.get_submodule(owner), name).requires_grad)
     except AttributeError:
         return True
 
@@ -420,7 +448,7 @@ def _lower_nodes(model: nn.Module, graph: Any, lower: Lower, owner: nn.Module, u
             for part in str(node.target).split("."):
                 found = getattr(found, part)
             if isinstance(found, Tensor):
-                lower.env[node] = lower.external(node.name, found, CONSTANT, ("constant", found), False)
+                lower.env[node] = lower.external(node.name, found, CONSTANT, ("constant", found), found.requires_grad)
             else:
                 lower.env[node] = found
             continue

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ranger_nn.core import program as P
 from ranger_nn.core.graph import Graph
 from ranger_nn.core.program import Instruction
 from ranger_nn.execute.guard import Form
-from ranger_nn.torch.layout import FORMATS
+from ranger_nn.torch.layout import FORMATS, gapless
 
 
 def _write(target: Tensor, source: Tensor) -> None:
@@ -26,9 +27,11 @@ def _add(target: Tensor, source: Tensor) -> None:
 class TorchEngine:
     """Binds instructions of one graph to PyTorch calls, on one device."""
 
-    def __init__(self, graph: Graph, device: torch.device) -> None:
-        """`device`: where buffers are made."""
-        self.graph, self.device = graph, device
+    def __init__(
+        self, graph: Graph, device: torch.device, strides: Mapping[int, tuple[int, ...]] = MappingProxyType({})
+    ) -> None:
+        """`device`: where buffers are made; `strides`: of outputs, in which order of memory."""
+        self.graph, self.device, self.strides = graph, device, strides
 
     narrow: Any = staticmethod(torch.Tensor.narrow)
 
@@ -55,6 +58,9 @@ class TorchEngine:
             shape, dtype, device = i.shape, getattr(torch, value.dtype), self.device
             last = value.layout and i.value not in self.graph.outputs
             order = FORMATS[len(shape)] if last else torch.contiguous_format
+            given = self.strides.get(i.value, ()) if i.value in self.graph.outputs and shape == value.shape else ()
+            if i.op == P.ALLOC and given and gapless(shape, given):
+                return lambda: torch.empty_strided(shape, given, dtype=dtype, device=device)
             if i.op == P.ALLOC:
                 return lambda: torch.empty(shape, dtype=dtype, device=device, memory_format=order)
             return lambda: torch.empty(shape, dtype=dtype, device=device, memory_format=order).zero_()

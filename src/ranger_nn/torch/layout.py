@@ -49,6 +49,25 @@ def channels_last(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, strides)
 
 
+def in_strides(x: Tensor, strides: Sequence[int] | None) -> Tensor:
+    """The tensor in these strides (plain ones where they leave gaps or there are none), copied where it has others."""
+    if strides is None or not gapless(x.shape, strides):
+        return x.contiguous()
+    if all(a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True) if n != 1):
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def gapless(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """True where a tensor fills its memory without gap or overlap."""
+    step = 1
+    for stride, n in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
+        if stride != step:
+            return False
+        step *= n
+    return True
+
+
 def dense(read: Read) -> bool:
     """True where the region, held channels-last, needs no copy: joined, uncut, or rows of a single sample."""
     if len(read.parts) != 1:

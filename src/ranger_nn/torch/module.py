@@ -1,19 +1,19 @@
 """`regionalize`: an `nn.Module` that runs another one region by region, with the very same parameters.
 
 The wrapper shares the untouched module's parameters, buffers and children (the same dictionaries), so that
-`state_dict`, `to`, optimisers and checkpoints see no difference. Plans are made per input shape, dtype, device and
-mode, and cached. Enter at `regionalize` and `plan`.
+`state_dict`, `to`, optimisers and checkpoints see no difference. Plans are made per input shape, dtype, device, mode and
+state of the module (`torch/identity.py`), and the last ones used are kept. Enter at `regionalize` and `plan`.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils import _pytree as pytree
 
 from ranger_nn.errors import InputError
@@ -24,6 +24,11 @@ from ranger_nn.planning.report import Plan
 from ranger_nn.planning.search import Options, Planned, make_plan
 from ranger_nn.torch.capture import Captured, capture
 from ranger_nn.torch.engine import TorchEngine
+from ranger_nn.torch.function import Run
+from ranger_nn.torch.identity import Identity, settings
+from ranger_nn.torch.inputs import check_call, check_gradient_hooks, check_model, leaf_key, stand_in
+from ranger_nn.torch.layout import in_strides
+from ranger_nn.torch.recent import Recent
 from ranger_nn.torch.verification import verify_small
 
 Memory = int | str | None
@@ -40,6 +45,31 @@ class Ready:
     backward: list[Step] | None
     autocast: torch.dtype | None = None
     tried: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Constants are the caller's own tensors: whether they are trained may change."""
+        self.constants = [where for kind, where in self.captured.sources.values() if kind == "constant"]
+        self.trained = self._trained()
+
+    def _trained(self) -> list[bool]:
+        return [c.requires_grad for c in self.constants]
+
+    @property
+    def current(self) -> bool:
+        """False where a constant has become trained, or is no longer, since the plan was made."""
+        return self.backward is None or self.trained == self._trained()
+
+    @property
+    def lacks_gradients(self) -> bool:
+        """True where something is trained that no input and no parameter showed."""
+        return self.backward is None and any(self._trained())
+
+    def output(self, v: int, slots: list[Any]) -> Tensor:
+        """An output in the order of memory that the untouched network gives it, where it was held channels-last."""
+        result: Tensor = slots[self.planned.forward.results[v]]
+        if not self.captured.graph.values[v].layout:
+            return result
+        return in_strides(result, self.captured.strides.get(v))
 
     def run(self, which: str, slots: list[Any], on_region: Callable[[int], None] | None = None) -> None:
         """Run "forward" or "backward" over `slots`; the first time every result is held to its region."""
@@ -62,6 +92,9 @@ def regionalize(
 ) -> Regional:
     """A module that computes what `model` computes, region by region, inside `memory`.
 
+    The plans used last are kept, 32 of them. `torch.compile` leaves the wrapper's call as it is, a break in its graph;
+    `torch.export`, `torch.onnx.export` and `torch.jit.trace` see the untouched module: the same numbers, without regions.
+
     Args:
         model: any module that `torch.export` can capture. Its parameters are shared, not copied.
         memory: bytes, or "512MB" / "2GiB": allowed peak of activations, carried rows, materialised values, operator
@@ -76,11 +109,12 @@ def regionalize(
     Raises:
         BudgetError: `memory` is not a positive amount, or nothing fits: it names the least that does.
         CaptureError: `torch.export` cannot capture the model; it names the line.
-        InputError: wrong rank or dtype, or the model writes into its input.
+        GradientError: backward with `create_graph=True`.
+        InputError: wrong rank or dtype, a model that hides what it computes (ScriptModule, DistributedDataParallel), or
+            one that writes into its input.
         VerificationError: `verify` found a difference.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"regionalize takes a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     options = Options.checked(parse_memory(memory), regions, schedule)
     return Regional(model, options, verify)
 
@@ -96,15 +130,16 @@ def plan(
 ) -> Plan:
     """The plan for `model` on `x` (a tensor, a tuple of tensors, meta tensors, or a shape); nothing is run.
 
-    `training`: plan forward and backward together.
+    `training`: plan forward and backward together, with the gradient of `x` where it requires one.
     """
+    check_model(model)
     options = Options.checked(parse_memory(memory), regions, schedule)
-    args = example_inputs(model, x)
+    args = example_inputs(model, x, training)
     captured = capture(model, args, grad=training)
     return make_plan(captured.graph, options, training).plan
 
 
-def example_inputs(model: nn.Module, x: Any) -> tuple[Any, ...]:
+def example_inputs(model: nn.Module, x: Any, grad: bool = False) -> tuple[Any, ...]:
     """Fake tensors on the model's device for a tensor, a tuple of them, or a shape."""
     from torch._subclasses import FakeTensorMode
 
@@ -114,69 +149,51 @@ def example_inputs(model: nn.Module, x: Any) -> tuple[Any, ...]:
     default = state.dtype if state is not None and state.dtype.is_floating_point else torch.float32
     with FakeTensorMode(allow_non_fake_inputs=True):
         return tuple(
-            torch.empty(tuple(t.shape), dtype=t.dtype, device=device if t.is_meta else t.device)
+            stand_in(t.to(device) if t.is_meta else t, grad)
             if isinstance(t, Tensor)
             else torch.empty(tuple(t), dtype=default, device=device)
             for t in tensors
         )
 
 
-class _Run(torch.autograd.Function):
-    """One call of a training program: backward runs the backward program."""
-
-    @staticmethod
-    def forward(ctx: Any, regional: Regional, ready: Ready, count: int, *tensors: Tensor) -> Any:
-        ctx.rng = torch.get_rng_state() if any(n.random for n in ready.captured.graph.nodes) else None
-        slots = regional._execute(ready, tensors)
-        ctx.regional, ctx.ready, ctx.count = regional, ready, count
-        ctx.save_for_backward(*tensors)
-        ctx.kept = slots
-        outputs = ready.captured.graph.outputs
-        results = tuple(_plain(ready, v, slots[ready.planned.forward.results[v]]) for v in outputs)
-        for v in outputs:
-            if not ready.captured.graph.values[v].differentiable:
-                ctx.mark_non_differentiable(*[r for r in results if not r.is_floating_point()])
-        return results
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        ready: Ready = ctx.ready
-        tensors = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None
-        if kept is None:  # backward a second time: the same random numbers again
-            with torch.random.fork_rng(devices=[], enabled=ctx.rng is not None):
-                if ctx.rng is not None:
-                    torch.set_rng_state(ctx.rng)
-                kept = ctx.regional._execute(ready, tensors)
-        found = ctx.regional._pull_back(ready, tensors, kept, grads)
-        return (None, None, None, *found)
-
-
 class Regional(nn.Module):
     """`model`, region by region. `on_region(done, total)`, if set, is called after every region step."""
+
+    NOT_IN_TWINS = ("_ready", "_identity", "_options", "_verify", "on_region")
+    """Fields that say how to run, not what: a twin of the wrapper shares them, and no plan depends on them."""
 
     def __init__(self, model: nn.Module, options: Options, verify: bool) -> None:
         """Use `regionalize`."""
         super().__init__()
-        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[name] = model.__dict__[name]
-        self.training = model.training
         self.__dict__["_holder"] = (model,)
         self._options = options
         self._verify = verify
-        self._ready: dict[Any, Ready] = {}
-        self._lock = threading.Lock()
         self.on_region: Callable[[int, int], None] | None = None
+        self._share()
+
+    def _share(self) -> None:
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[name] = self.module.__dict__[name]
+        self._ready: Recent[Ready] = Recent()
+        self._identity = Identity()
 
     @property
     def module(self) -> nn.Module:
         """The untouched module."""
         return self.__dict__["_holder"][0]
 
+    @property
+    def training(self) -> bool:
+        """The untouched module's mode: there is no other."""
+        return self.module.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_holder" in self.__dict__:  # not while nn.Module sets up its fields
+            self.module.training = mode
+
     def train(self, mode: bool = True) -> Regional:
-        """As `nn.Module.train`, for the untouched module too."""
-        super().train(mode)
+        """As `nn.Module.train`, of the untouched module."""
         self.module.train(mode)
         return self
 
@@ -184,18 +201,22 @@ class Regional(nn.Module):
         super()._apply(fn, recurse)
         return self
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise InputError(
+            "DataParallel copies modules for each call, and a regional module shares those of the untouched one: use "
+            "torch.nn.parallel.DistributedDataParallel."
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """Plans hold closures: they are made again after copying or unpickling."""
         state = dict(self.__dict__)
-        state.update(_ready={}, _lock=None, on_region=None)
+        state.update(_ready=None, _identity=None, on_region=None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Share the untouched module's dictionaries again."""
         super().__setstate__(state)
-        self._lock = threading.Lock()
-        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[name] = self.module.__dict__[name]
+        self._share()
 
     def plan_for(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan used for these inputs in the present mode."""
@@ -203,67 +224,37 @@ class Regional(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the untouched module."""
-        ready, inputs = self._prepare(args, kwargs)
-        tensors = self._gather(ready, inputs)
-        if ready.backward is None:
-            slots = self._execute(ready, tensors)
-            found = {
-                v: _plain(ready, v, slots[ready.planned.forward.results[v]])
-                for v in ready.captured.graph.outputs
-                if v in ready.planned.forward.results
-            }
-            by_value = {v: found.get(v) for v in ready.captured.graph.outputs}
-        else:
-            outs = _Run.apply(self, ready, len(tensors), *tensors)
-            by_value = dict(zip(ready.captured.graph.outputs, outs, strict=True))
-        external = dict(zip(ready.captured.sources, tensors, strict=True))
-        return ready.captured.rebuild(
-            [by_value[v] if by_value.get(v) is not None else external[v] for v in ready.captured.output_values]
-        )
+        if _exported(args):
+            return self.module(*args, **kwargs)
+        return _by_regions(self, args, kwargs)
 
     # ---- preparation --------------------------------------------------------------------------------------
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ready, list[Any]]:
-        self.module.training = self.training
+        check_call(self.module, args, kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        for leaf in leaves:
-            if isinstance(leaf, Tensor) and (leaf.layout != torch.strided):
-                raise InputError(f"inputs must be dense (strided) tensors, got layout {leaf.layout}")
-        grad = torch.is_grad_enabled() and (
-            any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
-            or any(p.requires_grad for p in self.parameters())
-        )
-        device = next((x.device for x in leaves if isinstance(x, Tensor)), torch.device("cpu"))
-        amp = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        key = (
-            spec,
-            tuple(_leaf_key(x, grad) for x in leaves),
-            grad,
-            amp,
-            tuple(m.training for m in self.modules()),
-            tuple(p.requires_grad for p in self.parameters()) if grad else (),
-            tuple((p.dtype, p.device) for p in self.parameters()),
-        )
-        ready = self._ready.get(key)
-        if ready is None:
-            with self._lock:
-                ready = self._ready.get(key)
-                if ready is None:
-                    ready = self._make(leaves, spec, grad, device, amp)
-                    self._ready[key] = ready
+        state, trained = self._identity.of(self.module)
+        given = any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
+        ready = self._planned(leaves, spec, torch.is_grad_enabled() and (given or trained), state)
+        if torch.is_grad_enabled() and ready.lacks_gradients:
+            ready = self._planned(leaves, spec, True, state)
         return ready, leaves
 
-    def _make(
-        self, leaves: list[Any], spec: Any, grad: bool, device: torch.device, autocast: torch.dtype | None
-    ) -> Ready:
-        _check_inputs(self.module, leaves)
-        fake = [_fake(x, grad) for x in leaves]
-        args, kwargs = pytree.tree_unflatten(fake, spec)
+    def _planned(self, leaves: list[Any], spec: Any, grad: bool, state: int) -> Ready:
+        device = next(x.device for x in leaves if isinstance(x, Tensor))
+        key = (spec, tuple(leaf_key(x, grad) for x in leaves), grad, settings(device), state)
+        return self._ready.get_or_make(key, lambda: self._make(leaves, spec, grad, device), lambda r: r.current)
+
+    def _make(self, leaves: list[Any], spec: Any, grad: bool, device: torch.device) -> Ready:
+        if grad:
+            check_gradient_hooks(self.module)
+        args, kwargs = pytree.tree_unflatten([stand_in(x, grad) for x in leaves], spec)
         captured = capture(self.module, args, kwargs, grad=grad)
         planned = make_plan(captured.graph, self._options, grad)
-        engine = TorchEngine(planned.graph, device)
+        engine = TorchEngine(planned.graph, device, captured.strides)
         backward = bind(planned.backward.instructions, engine) if planned.backward is not None else None
-        ready = Ready(captured, planned, engine, bind(planned.forward.instructions, engine), backward, autocast)
+        amp = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        ready = Ready(captured, planned, engine, bind(planned.forward.instructions, engine), backward, amp)
         if self._verify:
             verify_small(self, leaves, spec, grad)
         return ready
@@ -320,23 +311,23 @@ class Regional(nn.Module):
         return [None if s is None else slots[s] for s in found]
 
 
-def _plain(ready: Ready, v: int, result: Tensor) -> Tensor:
-    """An output in plain strides, as the untouched network gives it, where it was held channels-last."""
-    return result.contiguous() if ready.captured.graph.values[v].layout else result
+@torch.compiler.disable
+def _by_regions(regional: Regional, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of the wrapper. `torch.compile` must not look into it: it would trace every region."""
+    ready, inputs = regional._prepare(args, kwargs)
+    tensors = regional._gather(ready, inputs)
+    graph, found = ready.captured.graph, ready.planned.forward.results
+    if ready.backward is None:
+        slots = regional._execute(ready, tensors)
+        outputs = {v: ready.output(v, slots) for v in graph.outputs if v in found}
+    else:
+        outputs = dict(zip(graph.outputs, Run.apply(regional, ready, *tensors), strict=True))
+    external = dict(zip(ready.captured.sources, tensors, strict=True))
+    return ready.captured.rebuild([outputs[v] if v in outputs else external[v] for v in ready.captured.output_values])
 
 
-def _leaf_key(x: Any, grad: bool) -> Any:
-    if isinstance(x, Tensor):
-        return tuple(x.shape), x.dtype, x.device, grad and x.requires_grad
-    return x
-
-
-def _fake(x: Any, grad: bool) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, requires_grad=grad and x.requires_grad)
-
-
-def _check_inputs(model: nn.Module, leaves: list[Any]) -> None:
-    if not any(isinstance(x, Tensor) for x in leaves):
-        raise InputError(f"{type(model).__name__} was called without a tensor: regions are cut from input tensors")
+def _exported(args: tuple[Any, ...]) -> bool:
+    """True where the call is recorded for a file or another tool: operators of the untouched module, not of regions."""
+    if torch.compiler.is_exporting():
+        return True
+    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or any(isinstance(x, Proxy) for x in args))

@@ -76,13 +76,13 @@ class whole_recurrences(TorchFunctionMode):  # noqa: N801 (used as a function)
 def _given(name: str, projected: bool, dtype: torch.dtype) -> torch.dtype:
     device = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
     layer: Any = {
-        "lstm": lambda: torch.nn.LSTM(2, 2, proj_size=int(projected)),
-        "gru": lambda: torch.nn.GRU(2, 2),
-        "rnn_tanh": lambda: torch.nn.RNN(2, 2),
-        "rnn_relu": lambda: torch.nn.RNN(2, 2, nonlinearity="relu"),
-    }[name]()
+        "lstm": lambda: torch.nn.LSTM(2, 2, proj_size=int(projected), device="meta"),
+        "gru": lambda: torch.nn.GRU(2, 2, device="meta"),
+        "rnn_tanh": lambda: torch.nn.RNN(2, 2, device="meta"),
+        "rnn_relu": lambda: torch.nn.RNN(2, 2, nonlinearity="relu", device="meta"),
+    }[name]()  # without weights: drawing them would move the caller's random numbers
     try:
         with torch.no_grad():
-            return layer.to(device, dtype)(torch.zeros(1, 1, 2, dtype=dtype, device=device))[0].dtype
+            return layer.to_empty(device=device).to(dtype)(torch.zeros(1, 1, 2, dtype=dtype, device=device))[0].dtype
     except RuntimeError:  # a dtype that this device does not run: no model does either
         return dtype

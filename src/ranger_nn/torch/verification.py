@@ -7,7 +7,6 @@ memory was stated, a tight budget, for which the planner uses all that it knows.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from ranger_nn.core.graph import Graph
 from ranger_nn.errors import BudgetError, VerificationError
 from ranger_nn.planning.along import input_size
 from ranger_nn.planning.search import Options, make_plan
+from ranger_nn.torch.twin import Twin
 
 LIMIT = 96
 """Elements along a long dimension: enough for several regions of a network that halves its maps a few times."""
@@ -45,7 +45,7 @@ def verify_small(regional: Any, leaves: list[Any], spec: Any, grad: bool, limit:
     """
 
     def fresh() -> nn.Module:  # a network may note sizes that it has seen (Swin its windows)
-        return copy.deepcopy(regional.module).eval()
+        return Twin(regional.module).module.eval()
 
     with torch.random.fork_rng(devices=[]):
         try:

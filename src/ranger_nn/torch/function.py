@@ -1,0 +1,68 @@
+"""One call of a training program, as autograd sees it: backward runs the backward program. Enter at `Run.apply`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ranger_nn.errors import GradientError
+
+if TYPE_CHECKING:
+    from ranger_nn.torch.module import Ready, Regional
+
+
+class Run(torch.autograd.Function):
+    """A call that can be differentiated once."""
+
+    @staticmethod
+    def forward(ctx: Any, regional: Regional, ready: Ready, *tensors: Tensor) -> Any:
+        """The outputs."""
+        graph, device = ready.captured.graph, ready.engine.device
+        ctx.rng = _random_state(device) if any(n.random for n in graph.nodes) else None
+        slots = regional._execute(ready, tensors)
+        ctx.regional, ctx.ready = regional, ready
+        ctx.save_for_backward(*tensors)
+        ctx.kept = slots
+        results = tuple(ready.output(v, slots) for v in graph.outputs)
+        fixed = [r for v, r in zip(graph.outputs, results, strict=True) if not graph.values[v].differentiable]
+        ctx.mark_non_differentiable(*fixed)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """The gradients of all tensors."""
+        ready: Ready = ctx.ready
+        tensors = ctx.saved_tensors
+        # Autograd computes with gradients on exactly where create_graph=True asks for a gradient of the gradient.
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *grads)):
+            raise GradientError(
+                f"create_graph=True: {ready.captured.graph.name} runs by regions, and its gradient cannot be differentiated "
+                "again: what depends on it would be left out of the sum. Use the untouched module for this loss (.module), "
+                "or leave create_graph out."
+            )
+        kept, ctx.kept = ctx.kept, None
+        if kept is None:
+            with _replayed(ctx.rng, ready.engine.device):  # a second time: the same random numbers again
+                kept = ctx.regional._execute(ready, tensors)
+        found = ctx.regional._pull_back(ready, tensors, kept, grads)
+        return (None, None, *found)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the processor, and of the device that kernels draw on."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _replayed(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=state is not None):
+        if state is not None:
+            torch.set_rng_state(state[0])
+            if state[1] is not None:
+                torch.cuda.set_rng_state(state[1], device)
+        yield

@@ -1,0 +1,108 @@
+"""What may be regionalized and with what it may be called: each refusal says what to do.
+
+Enter at `check_model`, `check_call` and `check_gradient_hooks`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from ranger_nn.errors import CaptureError, InputError
+from ranger_nn.torch.identity import token
+from ranger_nn.torch.layout import gapless
+
+_WRAPPERS = {
+    "DistributedDataParallel": "wrap the regional module: DistributedDataParallel(regionalize(model.module))",
+    "FullyShardedDataParallel": "wrap the regional module: FullyShardedDataParallel(regionalize(model.module))",
+    "DataParallel": "regionalize what is inside (model.module), and use DistributedDataParallel around it",
+    "OptimizedModule": "regionalize what torch.compile was given (model._orig_mod)",
+}
+
+
+def check_model(model: Any) -> None:
+    """Raises InputError for what is no module, and for modules that hide what they compute."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"regionalize takes a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        kind, place = type(module).__name__, f"its {name!r}" if name else "it"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"regionalize cannot capture {type(model).__name__}: {place} is compiled by TorchScript, whose operators "
+                "torch.export does not see. Give the Python module that it was made from, with its state_dict."
+            )
+        if kind in _WRAPPERS and type(module).__module__.startswith("torch."):
+            raise InputError(f"regionalize cannot look into {kind} ({place} is one): {_WRAPPERS[kind]}.")
+
+
+def check_call(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """Raises InputError for inputs that no region can be cut from, or that are called in a way no region follows."""
+    name = type(model).__name__
+    leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence))
+    for leaf in leaves:
+        if isinstance(leaf, PackedSequence):
+            raise InputError(
+                f"{name} was called with a PackedSequence, whose lengths are data: a plan is made for shapes. Give the padded "
+                "tensor (torch.nn.utils.rnn.pad_packed_sequence), or call the untouched module."
+            )
+        if isinstance(leaf, (np.ndarray, np.generic)):
+            raise InputError(
+                f"{name} was called with a NumPy {type(leaf).__name__} of {leaf.dtype}: give a tensor, torch.from_numpy(x)."
+            )
+        if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+            raise InputError(f"inputs must be dense (strided) tensors, got layout {leaf.layout}")
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    if not tensors:
+        raise InputError(f"{name} was called without a tensor: regions are cut from input tensors")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise InputError(
+            f"{name} was called inside a transform of torch.func (grad, vmap, jvp ...), which cannot look into a program of "
+            "regions: call the untouched module there (.module), or use torch.autograd."
+        )
+    level: Any = forward_ad
+    if level._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors + [*model.parameters()]
+    ):
+        raise InputError(
+            f"{name} was called with dual tensors: a program of regions has no forward-mode derivative. Call the untouched "
+            "module there (.module), or use reverse mode."
+        )
+
+
+def check_gradient_hooks(model: nn.Module) -> None:
+    """Raises CaptureError where a hook would see, and may change, gradients within the network."""
+    hooked = [n or type(model).__name__ for n, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
+    if nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks:
+        hooked.append("every module (a global hook)")
+    if hooked:
+        raise CaptureError(
+            f"{hooked[0]} has a backward hook, which would not be called: regions have no gradient of a whole module. Remove "
+            "it, register it on the regional module, or use hooks of tensors (parameter.register_hook)."
+        )
+
+
+def leaf_key(x: Any, grad: bool) -> Any:
+    """What a plan depends on of one input."""
+    if not isinstance(x, Tensor):
+        return token(x)
+    return tuple(x.shape), x.dtype, x.device, grad and x.requires_grad, _strides(x)
+
+
+def stand_in(x: Any, grad: bool) -> Any:
+    """A tensor like `x` for capture, with nothing in it."""
+    if not isinstance(x, Tensor):
+        return x
+    like = torch.empty_strided(x.shape, _strides(x), dtype=x.dtype, device=x.device)
+    return like.requires_grad_(grad and x.requires_grad)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Those of a dense tensor, whatever their order; others are read as they come and stand for plain ones."""
+    return x.stride() if gapless(x.shape, x.stride()) else torch.empty(x.shape, device="meta").stride()
