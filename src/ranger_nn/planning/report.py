@@ -185,7 +185,21 @@ def describe(
         tuple(rows),
         tuple(whole),
         samples,
+        _made_again(graph, lowering),
     )
+
+
+def _made_again(graph: Graph, lowering: ForwardLowering) -> tuple[str, ...]:
+    """What is said of weights that are made again at each step."""
+    remade = [v for v in lowering.remade.producer if _read_by_others(graph, lowering, v)]
+    size = format_bytes(sum(graph.values[v].nbytes for v in remade))
+    said = f"made again wherever they are read: {len(remade)} weights that forward computes, {size} not held"
+    return (said,) if remade else ()
+
+
+def _read_by_others(graph: Graph, lowering: ForwardLowering, v: int) -> bool:
+    producers = lowering.stages.weights
+    return any(v in node.inputs for k, node in enumerate(graph.nodes) if k not in producers)
 
 
 def _halo(lowering: ForwardLowering, nodes: Sequence[int], axis: int) -> int:
