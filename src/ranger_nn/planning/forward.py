@@ -191,9 +191,10 @@ class ForwardLowering:
     def read(self, v: int, box: Box, window: dict[int, Located] | None = None) -> Read:
         """Read a region, from the sweep's window if it is there."""
         value = self.graph.values[v]
-        if any(hi <= lo for lo, hi in box) and 0 not in value.shape:
+        place = (window or {}).get(v) or self.places.get(v)
+        if any(hi <= lo for lo, hi in box) and (place is None or 0 not in value.shape):
             return Read((), 0, 0, box)
-        place = (window or {}).get(v) or self.places[v]
+        assert place is not None, f"value {v} is read before it is made"
         return self.builder.read(place, box, value.itemsize, value.shape)
 
     def _prologue(self, at: int, k: int) -> None:

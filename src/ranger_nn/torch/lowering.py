@@ -27,6 +27,7 @@ from ranger_nn.torch import kernels_reduce as R
 from ranger_nn.torch import kernels_resample as S
 from ranger_nn.torch import kernels_window as W
 from ranger_nn.torch.capture import SAME, Lower, Ref, Static, closure, resolve
+from ranger_nn.torch.lowering_contraction import depends_on_input, lower_bilinear, lower_einsum, lower_product
 from ranger_nn.torch.lowering_recurrent import lower_recurrent
 
 aten = torch.ops.aten
@@ -551,10 +552,18 @@ def _linear(op: Operator) -> Any:
 @rule("matmul", "bmm")
 def _matmul(op: Operator) -> Any:
     left, right = op.arg("self"), op.arg("other", op.arg("mat2"))
+    a, b = op.shape(left), op.shape(right)
+    if min(len(a), len(b)) < 2:
+        return lower_product(op)
     function, inputs = op.call()
-    fixed = op.lower.values[left].kind in ("parameter", "constant")
-    region = contraction.matmul(op.shape(left), op.shape(right), op.out, fixed)
-    return op.emit(inputs, region, K.Call(function), macs=prod(op.out) * op.shape(left)[-1])
+    rows, columns = depends_on_input(op, left), depends_on_input(op, right)
+    region = contraction.matmul(a, b, op.out, (columns, b[-1]) > (rows, a[-2]))
+    return op.emit(inputs, region, K.Call(function), macs=prod(op.out) * a[-1])
+
+
+for _name in ("mm", "mv", "inner", "tensordot", "addmm", "addmv", "baddbmm", "addbmm"):
+    RULES[_name] = lower_product
+RULES["einsum"], RULES["bilinear"] = lower_einsum, lower_bilinear
 
 
 @rule("scaled_dot_product_attention")
