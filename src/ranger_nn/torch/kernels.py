@@ -179,8 +179,8 @@ class Light(Call):
         return at.out_bytes
 
 
-class Contraction(Call):
-    """A product whose operands the operator may permute and join to matrices, and the result back."""
+class Copying(Call):
+    """An operator that may copy its operands into another order, and the result back: products, transforms, sorting."""
 
     def scratch(self, at: Extent) -> int:
         """Copies of the operands, and the result before it is put in order."""

@@ -20,7 +20,7 @@ from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Border, Link, Reach
 from ranger_nn.ops import contraction, movement, reduction, resample, window
-from ranger_nn.ops.pointwise import local_except, opaque, pointwise
+from ranger_nn.ops.pointwise import opaque, pointwise
 from ranger_nn.torch import kernels as K
 from ranger_nn.torch import kernels_movement as M
 from ranger_nn.torch import kernels_reduce as R
@@ -28,11 +28,44 @@ from ranger_nn.torch import kernels_resample as S
 from ranger_nn.torch import kernels_window as W
 from ranger_nn.torch.capture import SAME, Lower, Ref, Static, closure, resolve
 from ranger_nn.torch.lowering_contraction import depends_on_input, lower_bilinear, lower_einsum, lower_product
+from ranger_nn.torch.lowering_dims import (
+    LOSSES,
+    REDUCTIONS,
+    SCANS,
+    emit_pointwise,
+    lower_gather,
+    lower_grid,
+    lower_index,
+    lower_loss,
+    lower_one_hot,
+    lower_reduction,
+    lower_scan,
+    lower_search,
+)
+from ranger_nn.torch.lowering_parts import taken_apart
 from ranger_nn.torch.lowering_recurrent import lower_recurrent
 
 aten = torch.ops.aten
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 RULES: dict[str, Callable[[Operator], Any]] = {}
+POINTWISE = {
+    *(
+        "hardswish",
+        "log_sigmoid",
+        "rsub",
+        "fill",
+        "zero",
+        "complex",
+        "polar",
+        "real",
+        "imag",
+        "resolve_conj",
+        "resolve_neg",
+    ),
+    *("special_ndtr", "special_polygamma", "alias_copy"),
+}
+"""Pointwise operators that ATen does not tag: found by running all operators on permuted elements, here those left over
+by the rules below and by `taken_apart`."""
 
 
 def rule(*names: str) -> Callable[[Callable[[Operator], Any]], Callable[[Operator], Any]]:
@@ -84,6 +117,15 @@ class Operator:
         """The operator with constants bound, and its tensors."""
         return closure(self.lower, self.target, self.node.args, self.node.kwargs)
 
+    def each(self, name: str, value: Any) -> Callable[..., Any]:
+        """The operator with one constant argument replaced, as a function of its tensors."""
+        names = [a.name for a in self.target._schema.arguments]
+        args = [value if n == name else a for n, a in zip(names, self.node.args, strict=False)]
+        kwargs = dict(self.node.kwargs)
+        if names.index(name) >= len(args):
+            kwargs[name] = value
+        return closure(self.lower, self.target, tuple(args), kwargs)[0]
+
     def emit(self, inputs: Sequence[int], region: Rule, kernel: K.Kernel, **options: Any) -> Any:
         """Add the node."""
         return self.lower.emit(self.name, inputs, self.like, region, kernel, **options)
@@ -106,8 +148,10 @@ def lower_operator(lower: Lower, node: FxNode, target: Any) -> Any:
         result = RULES[name](op)
         if result is not None:
             return result
-    elif torch.Tag.pointwise in target.tags and isinstance(like, Tensor):
+    elif (torch.Tag.pointwise in target.tags or name in POINTWISE) and isinstance(like, Tensor):
         return _pointwise(op)
+    elif (result := taken_apart(op)) is not None:
+        return result
     return _whole(op, f"{name} has no region rule" if name not in RULES else f"this form of {name} has no region rule")
 
 
@@ -335,7 +379,7 @@ def _reduce(op: Operator, x: int, dims: tuple[int, ...], keepdim: bool, monoid: 
     return op.lower.emit(op.name, [x], like, reduction.reduction(op.shape(x), dims, keepdim), kern)
 
 
-@rule("mean", "sum", "amax", "amin", "var", "std")
+@rule("mean", "sum", "amax", "amin", "var")
 def _reduction(op: Operator) -> Any:
     x = op.arg("self")
     shape = op.shape(x)
@@ -343,7 +387,13 @@ def _reduction(op: Operator) -> Any:
     dims = tuple(range(len(shape))) if dims in (None, []) else dims
     dims = (dims,) if isinstance(dims, int) else dims
     axes = tuple(d % len(shape) for d in dims)
-    if op.name == "std" or op.arg("dtype") is not None or not op.like.dtype.is_floating_point:
+    dtype = str(op.like.dtype)[6:]
+    if op.name in {"mean", "sum"} and op.lower.values[x].dtype != dtype:
+        x = emit_pointwise(
+            op, lambda t, to=op.like.dtype: t.to(to), [x], torch.empty(shape, dtype=op.like.dtype, device="meta")
+        )
+        return _reduce(op, x, axes, bool(op.arg("keepdim", False)), Sum(mean=op.name == "mean"))
+    if not op.like.dtype.is_floating_point or not shape:
         return None
     correction = op.arg("correction", 1 if op.arg("unbiased", True) else 0)
     monoid: Any = {
@@ -491,45 +541,17 @@ def _layer_norm(op: Operator) -> Any:
     return op.emit(inputs, Rule(tuple(links)), K.ChannelNorm(function))
 
 
-@rule(
-    "softmax",
-    "log_softmax",
-    "_softmax",
-    "_log_softmax",
-    "cumsum",
-    "glu",
-    "argmax",
-    "linalg_vector_norm",
-    "max",
-    "min",
-    "prod",
-    "flip",
-    "sort",
-    "logsumexp",
-)
-def _along_dim(op: Operator) -> Any:
-    x = op.arg("self")
-    if not isinstance(x, int) or (not isinstance(op.like, Tensor) and op.name not in {"max", "min"}):
-        return None
-    rank, dim = len(op.shape(x)), op.arg("dim", op.arg("dims"))
-    dims = [dim] if isinstance(dim, int) else dim
-    if not dims or len(op.tensors()) != 1:
-        return None
-    function, inputs = op.call()
-    axes = {d % rank for d in dims}
-    like = op.like
-    if op.name == "glu":
-        row = tuple(None if d in axes else Link(d) for d in range(rank))
-        return op.emit(inputs, Rule((row,)), K.Call(function))
-    if isinstance(like, (list, tuple)):
-        return None
-    if len(like.shape) == rank and op.name in {"softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "flip"}:
-        return op.emit(inputs, local_except([op.shape(x)], op.out, axes), K.Call(function))
-    if op.name in {"argmax", "linalg_vector_norm", "logsumexp", "prod"}:
-        keep = bool(op.arg("keepdim", False))
-        links = reduction.reduction(op.shape(x), axes, keep).links
-        return op.emit(inputs, Rule(links), K.Call(function))
-    return None
+for _names, _function in (
+    (SCANS, lower_scan),
+    (REDUCTIONS, lower_reduction),
+    (LOSSES, lower_loss),
+    (("gather", "index_select"), lower_gather),
+    (("index",), lower_index),
+    (("one_hot",), lower_one_hot),
+    (("bucketize", "isin"), lower_search),
+    (("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), lower_grid),
+):
+    RULES.update(dict.fromkeys(_names, _function))
 
 
 @rule("linear")
@@ -785,9 +807,15 @@ def _prelu(op: Operator) -> Any:
     return op.emit([x, weight], Rule((row, (None,) * len(op.shape(weight))), pointwise=True), K.Call(op.call()[0]))
 
 
-@rule("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty_like")
-def _constant_like(op: Operator) -> Any:
-    return None
+@rule("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "zeros", "ones", "full")
+def _filled(op: Operator) -> Any:
+    """One number, expanded where it is read: it takes no memory, and depends on no input."""
+    number = 0 if "zeros" in op.name else 1 if "ones" in op.name else op.arg("fill_value")
+    if not isinstance(number, (bool, int, float)):
+        return None
+    one = torch.full((), number, dtype=op.like.dtype)
+    source = op.lower.external(op.name, one, "constant", ("constant", one), False)
+    return op.emit([source], Rule(((),)), M.Expand(), alias=0) if op.out else source
 
 
 def scatter(lower: Lower, base: int, written: int, view: FxNode) -> int | None:

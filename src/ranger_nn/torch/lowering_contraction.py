@@ -119,7 +119,7 @@ def _emit(
         rows.insert(0, aligned(op.shape(inputs[0]), op.out, set(range(len(op.out))) - cut))
     if inputs[-len(factors) :] != list(factors):
         return None
-    return op.emit(inputs, Rule(tuple(rows)), K.Contraction(function), macs=prod(sizes.values()))
+    return op.emit(inputs, Rule(tuple(rows)), K.Copying(function), macs=prod(sizes.values()))
 
 
 def _cut(op: Operator, factors: Sequence[int], operands: Sequence[Labels], out: Labels) -> int:
