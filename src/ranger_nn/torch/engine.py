@@ -62,6 +62,8 @@ class TorchEngine:
         if i.op == P.MERGE:
             n_a, n_b = i.count
             return lambda a, b: kernel.merge(a, b, n_a, n_b)
+        if i.op in (P.LIFT, P.REDUCE_VJP):
+            kernel = kernel.at(i.reads[0].box)
         return {P.LIFT: kernel.lift, P.FINISH: kernel.finish, P.REDUCE_VJP: kernel.region_vjp}[i.op]
 
     def _filled(self, i: Instruction, function: Callable[..., Any]) -> Callable[..., Any]:

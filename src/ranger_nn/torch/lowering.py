@@ -32,7 +32,9 @@ from ranger_nn.torch.lowering_dims import (
     LOSSES,
     REDUCTIONS,
     SCANS,
+    emit_extremum,
     emit_pointwise,
+    emit_reduce,
     lower_gather,
     lower_grid,
     lower_index,
@@ -41,6 +43,7 @@ from ranger_nn.torch.lowering_dims import (
     lower_reduction,
     lower_scan,
     lower_search,
+    results_read,
 )
 from ranger_nn.torch.lowering_parts import taken_apart
 from ranger_nn.torch.lowering_recurrent import lower_recurrent
@@ -62,7 +65,7 @@ POINTWISE = {
         "resolve_conj",
         "resolve_neg",
     ),
-    *("special_ndtr", "special_polygamma", "alias_copy"),
+    *("special_ndtr", "special_polygamma", "alias_copy", "fake_quantize_per_tensor_affine", "_add_relu", "lift"),
 }
 """Pointwise operators that ATen does not tag: found by running all operators on permuted elements, here those left over
 by the rules below and by `taken_apart`."""
@@ -320,8 +323,9 @@ def _pool(op: Operator) -> Any:
     stride = _ints(op.arg("stride") or kernel, rank)
     padding, dilation = _ints(op.arg("padding", 0), rank), _ints(op.arg("dilation", 1), rank)
     average = op.name.startswith("avg")
-    if average and shape[2:] == kernel and not any(padding):
-        return _reduce(op, x, tuple(range(2, len(shape))), True, Sum(mean=True))
+    once = _covered(shape[2:], kernel, stride, padding, dilation, op.out[2:])
+    if once:
+        return _pool_once(op, x, average, once)
     reaches = [window.window_reach(k, s, d, p) for k, s, d, p in zip(kernel, stride, dilation, padding, strict=True)]
     function, _ = op.call()
     kern = W.Pooling(
@@ -340,6 +344,36 @@ def _pool(op: Operator) -> Any:
     return op.emit([x], window.channelwise_window(shape, reaches), kern)
 
 
+def _covered(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out: Sequence[int],
+) -> dict[int, int]:
+    """Dimensions that one window covers, with the elements and border that it counts; {} where a pool does more than that."""
+    found: dict[int, int] = {}
+    for d, (size, k, pad) in enumerate(zip(sizes, kernel, padding, strict=True)):
+        if out[d] == 1 and dilation[d] == 1 and k - pad >= size:
+            found[d + 2] = min(k, size + 2 * pad)
+        elif (k, stride[d], pad) != (1, 1, 0):
+            return {}
+    return found
+
+
+def _pool_once(op: Operator, x: int, average: bool, counts: dict[int, int]) -> Any:
+    """A window as large as the map, or larger: a reduction."""
+    if not average:
+        return emit_extremum(op, x, counts, True, 1, op.like)
+    shape, border = op.shape(x), op.arg("count_include_pad", True)
+    divisor = op.arg("divisor_override") or (prod(counts.values()) if border else prod(shape[d] for d in counts))
+    if divisor == prod(shape[d] for d in counts):
+        return emit_reduce(op, x, counts, True, Sum(mean=True), op.like)
+    total = emit_reduce(op, x, counts, True, Sum(), op.like)
+    return emit_pointwise(op, lambda t: t / divisor, [total], op.like)
+
+
 @rule(
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
@@ -353,15 +387,17 @@ def _adaptive(op: Operator) -> Any:
     shape, rank = op.shape(x), int(op.name[-2])
     average = "avg" in op.name
     like = op.like if isinstance(op.like, Tensor) else op.like[0]
-    if len(shape) != rank + 2 or (
-        not average and len(op.node.users) and any(u.args[1] != 0 for u in op.node.users if len(u.args) > 1)
-    ):
+    if len(shape) != rank + 2 or (not average and not results_read(op) <= {0}):
         return None
     out = tuple(int(s) for s in like.shape)
     function, _ = op.call()
     one = function if average else (lambda t: function(t)[0])
-    if out[2:] == (1,) * rank:
-        result = _reduce(op, x, tuple(range(2, len(shape))), True, Sum(mean=True) if average else Extremum(), like=like)
+    axes = tuple(d for d in range(2, len(shape)) if out[d] != shape[d])
+    if axes and all(out[d] == 1 for d in axes):
+        if average:
+            result = emit_reduce(op, x, axes, True, Sum(mean=True), like)
+        else:
+            result = emit_extremum(op, x, axes, True, 1, like)
     else:
         reaches = [window.adaptive_reach(n, m) for n, m in zip(shape[2:], out[2:], strict=True)]
         kern = W.AdaptivePooling(one, average, (shape[2:], out[2:]))

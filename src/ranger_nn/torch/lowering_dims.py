@@ -108,7 +108,7 @@ def _pick(function: Callable[..., Any], n: int) -> Callable[..., Tensor]:
 
 def results_read(op: Operator) -> set[int]:
     """Which of several results somebody reads."""
-    return {int(user.args[1]) for user in op.node.users if user.target is operator.getitem}
+    return {int(user.args[1]) for user in op.node.users if user.target is operator.getitem and user.users}
 
 
 def lower_reduction(op: Operator) -> Any:
@@ -125,14 +125,23 @@ def lower_reduction(op: Operator) -> Any:
         return _spread(op, x, axes, keep)
     if op.name == "linalg_vector_norm" and op.arg("ord") in (1, 2) and not op.like.dtype.is_complex:
         return _norm(op, x, axes, keep)
-    if op.name in ("max", "min") and results_read(op) == {0} and not op.lower.values[x].differentiable:
-        return [emit_reduce(op, x, axes, keep, Extremum(1 if op.name == "max" else -1), op.like[0]), None]
+    if op.name in ("max", "min") and results_read(op) <= {0} and op.like[0].dtype.is_floating_point:
+        return [emit_extremum(op, x, axes, keep, 1 if op.name == "max" else -1, op.like[0]), None]
     return emit_each(op, [x], list(reduction.reduction(op.shape(x), axes, keep).links))
 
 
 def emit_reduce(op: Operator, x: int, axes: Collection[int], keep: bool, monoid: Monoid, like: Tensor) -> int:
     """A reduction by a monoid, which regions may bring in one by one."""
     kernel = R.Reduce(monoid, op.shape(x), tuple(axes), keep, None, dtype=like.dtype)
+    found: int = op.lower.emit(op.name, [x], like, reduction.reduction(op.shape(x), axes, keep), kernel)
+    return found
+
+
+def emit_extremum(op: Operator, x: int, axes: Collection[int], keep: bool, sign: int, like: Tensor) -> int:
+    """A maximum (sign 1) or minimum; where a gradient flows, it goes to the first element that attains it."""
+    if not op.lower.values[x].differentiable:
+        return emit_reduce(op, x, axes, keep, Extremum(sign), like)
+    kernel = R.FirstExtremum(sign, op.shape(x), tuple(axes), keep, like.dtype)
     found: int = op.lower.emit(op.name, [x], like, reduction.reduction(op.shape(x), axes, keep), kernel)
     return found
 

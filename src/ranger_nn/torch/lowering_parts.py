@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from ranger_nn.errors import CaptureError
+
 if TYPE_CHECKING:
     from ranger_nn.torch.lowering import Operator
 
@@ -49,12 +51,15 @@ def _lowered(op: Operator, traced: torch.fx.GraphModule, inputs: list[int]) -> A
             lower.env[node] = next(found)
         if "nn_module_stack" in op.node.meta:
             node.meta["nn_module_stack"] = op.node.meta["nn_module_stack"]
-    lower_nodes(None, traced.graph, lower, traced, set())
-    (result,) = next(n for n in traced.graph.nodes if n.op == "output").args
-    parts = pytree.tree_map(lambda n: lower.env.get(n), result)
-    if all(isinstance(p, int) for p in pytree.tree_leaves(parts)) and not any(
-        node.rule.reason for node in lower.nodes[before[1] :]
-    ):
+    try:
+        lower_nodes(None, traced.graph, lower, traced, set())
+    except CaptureError:  # a write in place that has no other form
+        parts = None
+    else:
+        (result,) = next(n for n in traced.graph.nodes if n.op == "output").args
+        parts = pytree.tree_map(lambda n: lower.env.get(n), result)
+    ruled = not any(node.rule.reason for node in lower.nodes[before[1] :])
+    if ruled and all(isinstance(p, int) for p in pytree.tree_leaves(parts, is_leaf=lambda p: p is None)):
         return list(parts) if isinstance(parts, tuple) else parts
     del lower.values[before[0] :], lower.nodes[before[1] :]
     lower.names, lower.sources = before[2], before[3]
