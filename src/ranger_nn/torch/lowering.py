@@ -419,6 +419,8 @@ def _reduce(op: Operator, x: int, dims: tuple[int, ...], keepdim: bool, monoid: 
 def _reduction(op: Operator) -> Any:
     x = op.arg("self")
     shape = op.shape(x)
+    if not shape or 0 in shape:
+        return None
     dims = op.arg("dim")
     dims = tuple(range(len(shape))) if dims in (None, []) else dims
     dims = (dims,) if isinstance(dims, int) else dims
@@ -429,7 +431,7 @@ def _reduction(op: Operator) -> Any:
             op, lambda t, to=op.like.dtype: t.to(to), [x], torch.empty(shape, dtype=op.like.dtype, device="meta")
         )
         return _reduce(op, x, axes, bool(op.arg("keepdim", False)), Sum(mean=op.name == "mean"))
-    if not op.like.dtype.is_floating_point or not shape:
+    if not op.like.dtype.is_floating_point:
         return None
     correction = op.arg("correction", 1 if op.arg("unbiased", True) else 0)
     monoid: Any = {

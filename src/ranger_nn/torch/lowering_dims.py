@@ -114,7 +114,7 @@ def results_read(op: Operator) -> set[int]:
 def lower_reduction(op: Operator) -> Any:
     """Local in the dimensions that are kept; what is a sum or an extremum underneath may be cut in the others too."""
     x = op.arg("self")
-    if not isinstance(x, int) or len(op.tensors()) != 1 or not op.shape(x):
+    if not isinstance(x, int) or len(op.tensors()) != 1 or not op.shape(x) or 0 in op.shape(x):
         return None
     spread = op.name in ("std", "var_mean", "std_mean")
     axes = set(range(len(op.shape(x)))) if spread and op.arg("dim") in (None, []) else _named(op, x)
