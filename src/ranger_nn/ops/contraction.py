@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link
 from ranger_nn.ops.pointwise import Shape, aligned
@@ -39,3 +41,20 @@ def attention(shapes: list[Shape], out: Shape) -> Rule:
         queries = Link(rank - 2) if i in (0, 3) and shape[-2] == out[-2] else None
         rows.append((*lead, queries, None))
     return Rule(tuple(rows))
+
+
+def product(operands: Sequence[Sequence[Hashable]], out: Sequence[Hashable], cut: int) -> Rule:
+    """A sum of products over labelled dimensions, as in `einsum`: operand `cut` may be cut along its labels in `out`.
+
+    Labels of the others follow where they have the same; what `cut` does not have is read whole. So the two sides of a
+    product, which may come from the same tokens, are never cut along the same axis twice. None, or a label that an operand
+    repeats (a diagonal), is read whole.
+    """
+    place = {label: d for d, label in enumerate(out) if label is not None}
+    free = {label for label in operands[cut] if label in place}
+    return Rule(
+        tuple(
+            tuple(Link(place[label]) if label in free and list(labels).count(label) == 1 else None for label in labels)
+            for labels in operands
+        )
+    )

@@ -179,8 +179,9 @@ class BackwardLowering:
         if not any(self.graph.values[v].differentiable and v in self.grads for v in node.outputs) or not any(wanted):
             return
         full = [tuple((0, n) for n in self.graph.values[v].shape) for v in node.inputs]
+        lent = self.f.remade.lend(self.builder, [node.inputs[i] for i in node.vjp_reads], self.f.places)
         reads = [
-            self.read(v, box) if i in node.vjp_reads else Read((), 0, 0, box)
+            self.read(v, box, lent) if i in node.vjp_reads else Read((), 0, 0, box)
             for i, (v, box) in enumerate(zip(node.inputs, full, strict=True))
         ]
         kept = [node.outputs[p] for p in node.vjp_outputs]
@@ -208,6 +209,7 @@ class BackwardLowering:
             wanted=wanted,
             value=node.outputs[0],
         )
+        self.f.remade.back(self.builder, lent)
         if node.kernel.chunk:
             self.builder.macs += 3 * node.macs
         slots = iter(outs)
@@ -400,7 +402,7 @@ class BackwardStrip(Strip):
 
     def _run(self, k: int, node: Node, v: int, rows: tuple[int, int]) -> None:
         for u in node.inputs:
-            if u not in self.windows:
+            if u not in self.windows and u not in self.p.remade.producer:
                 self.b.used.add(u)
         super()._run(k, node, v, rows)
 
@@ -512,8 +514,10 @@ class BackwardStrip(Strip):
         wanted = tuple(self.graph.values[u].differentiable for u in node.inputs)
         boxes = [self.bounds.box(node, i, out) for i in range(len(node.inputs))]
         if any(wanted):
+            lent = self.p.remade.lend(self.builder, [node.inputs[i] for i in node.vjp_reads], self.p.places)
+            held = {**self.windows, **lent}
             reads = [
-                self.b.read(u, box, self.windows) if i in node.vjp_reads else Read((), 0, 0, box)
+                self.b.read(u, box, held) if i in node.vjp_reads else Read((), 0, 0, box)
                 for i, (u, box) in enumerate(zip(node.inputs, boxes, strict=True))
             ]
             sizes = [box_bytes(b, self.graph.values[u].itemsize) for u, b in zip(node.inputs, boxes, strict=True)]
@@ -522,6 +526,7 @@ class BackwardStrip(Strip):
             outs = iter(
                 self.builder.emit(VJP, k, [*reads, grad], results, scratch=scratch, out_box=out, wanted=wanted, value=v)
             )
+            self.p.remade.back(self.builder, lent)
         self.builder.macs += 2 * node.macs * prod(hi - lo for lo, hi in out) // max(1, prod(self.graph.values[v].shape))
         if place is not None and place.dim is not None and place.pages is not None:
             self._drop_grad(place, rows[1])

@@ -7,7 +7,7 @@ own share of the results. Enter at `lower_forward`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -19,6 +19,7 @@ from ranger_nn.core.reach import Box, Interval
 from ranger_nn.planning.builder import Builder, Located, Page, box_bytes
 from ranger_nn.planning.pace import ForwardPace, Pace
 from ranger_nn.planning.stages import REDUCE, REGIONAL, Stages
+from ranger_nn.planning.weights import Remade
 
 FOREVER = 1 << 30
 
@@ -31,6 +32,7 @@ class Schedule:
     for another reader or from the input. `grain`: values with heavy weights advance by several rows at a time.
     `disk`: inputs and values between sweeps live in files.
     `halvings`: how often the chunks inside of operators that run whole are halved.
+    `remake`: weights that forward computes are made again wherever they are read, not held through a sweep.
     """
 
     steps: int
@@ -40,6 +42,7 @@ class Schedule:
     grain: bool = True
     disk: bool = False
     halvings: int = 0
+    remake: bool = False
 
     @property
     def slides(self) -> bool:
@@ -131,6 +134,7 @@ class ForwardLowering:
         self.tile_axes = [a for a in range(len(bounds.axes)) if a != self.slide and schedule.tiles[a] > 1]
         self.last_use = self._last_uses()
         self.external: dict[int, int] = {}
+        self.remade = Remade(self.graph, stages.weights if schedule.remake else (), self.run_whole)
         for value in self.graph.values:
             if value.kind != COMPUTED:
                 slot = self.builder.slot(0)
@@ -159,7 +163,8 @@ class ForwardLowering:
         for at, level in enumerate(self.stages.levels):
             self.builder.sweep = at
             for k in level.prologue:
-                self._prologue(at, k)
+                if self.graph.nodes[k].outputs[0] not in self.remade.producer:
+                    self._prologue(at, k)
             if self.demand.sweeps[at].nodes:
                 self._sweep(at)
             self._free_after((at, 1, 0))
@@ -186,14 +191,25 @@ class ForwardLowering:
     def read(self, v: int, box: Box, window: dict[int, Located] | None = None) -> Read:
         """Read a region, from the sweep's window if it is there."""
         value = self.graph.values[v]
-        if any(hi <= lo for lo, hi in box) and 0 not in value.shape:
+        place = (window or {}).get(v) or self.places.get(v)
+        if any(hi <= lo for lo, hi in box) and (place is None or 0 not in value.shape):
             return Read((), 0, 0, box)
-        place = (window or {}).get(v) or self.places[v]
+        assert place is not None, f"value {v} is read before it is made"
         return self.builder.read(place, box, value.itemsize, value.shape)
 
     def _prologue(self, at: int, k: int) -> None:
         node = self.graph.nodes[k]
-        reads = [self.read(v, self.full_box(v)) for v in node.inputs]
+        lent = self.remade.lend(self.builder, node.inputs, self.places)
+        outs = self.run_whole(self.builder, k, {**self.places, **lent})
+        self.remade.back(self.builder, lent)
+        for v, slot in zip(node.outputs, outs, strict=True):
+            self.places[v] = Located(slot)
+        self._free_after((at, 0, k))
+
+    def run_whole(self, builder: Builder, k: int, places: Mapping[int, Located]) -> list[int]:
+        """Run a node on whole inputs that `places` hold; the slots of its results."""
+        node, values = self.graph.nodes[k], self.graph.values
+        reads = [builder.read(places[v], self.full_box(v), values[v].itemsize, values[v].shape) for v in node.inputs]
         out_bytes = [self.graph.values[v].nbytes for v in node.outputs]
         view = reads[node.alias].parts[0][0] if node.alias is not None and len(reads[node.alias].parts) == 1 else None
         extent = Extent(self.full_box(node.outputs[0]), sum(out_bytes), tuple(r.nbytes for r in reads), tuple(reads))
@@ -202,11 +218,8 @@ class ForwardLowering:
             out_bytes = [0 if v in self.graph.outputs else n for v, n in zip(node.outputs, out_bytes, strict=True)]
         results = [(n, view, node.may_copy) for n in out_bytes]
         out_box = self.full_box(node.outputs[0])
-        outs = self.builder.emit(RUN, k, reads, results, scratch=scratch, out_box=out_box, value=node.outputs[0])
-        self.builder.macs += node.macs
-        for v, slot in zip(node.outputs, outs, strict=True):
-            self.places[v] = Located(slot)
-        self._free_after((at, 0, k))
+        builder.macs += node.macs
+        return builder.emit(RUN, k, reads, results, scratch=scratch, out_box=out_box, value=node.outputs[0])
 
     # ---- sweeps -------------------------------------------------------------------------------------------
 
@@ -365,7 +378,9 @@ class Strip:
         out = self.out_box(v, rows)
         value = self.graph.values[v]
         boxes = [self.bounds.box(node, i, out) for i in range(len(node.inputs))]
-        reads = [self.p.read(u, box, self.windows) for u, box in zip(node.inputs, boxes, strict=True)]
+        lent = self.p.remade.lend(self.builder, node.inputs, self.p.places)
+        held = {**self.windows, **lent}
+        reads = [self.p.read(u, box, held) for u, box in zip(node.inputs, boxes, strict=True)]
         out_bytes = box_bytes(out, value.itemsize)
         view, may_copy = None, node.may_copy
         if node.alias is not None and len(reads[node.alias].parts) == 1:
@@ -381,6 +396,7 @@ class Strip:
         slot, *behind = self.builder.emit(RUN, k, reads, results, scratch=scratch, out_box=out, value=v)
         whole = max(1, prod(value.shape))
         self.builder.macs += node.macs * prod(hi - lo for lo, hi in out) // whole
+        self.p.remade.back(self.builder, lent)
         for old in before:
             self.builder.drop(old)
         if node.states:

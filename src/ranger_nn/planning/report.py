@@ -11,6 +11,7 @@ from ranger_nn.core.graph import Graph
 from ranger_nn.core.program import Program
 from ranger_nn.planning.budget import format_bytes
 from ranger_nn.planning.forward import ForwardLowering, Schedule
+from ranger_nn.planning.lost import lost
 from ranger_nn.planning.stages import PROLOGUE
 
 
@@ -34,7 +35,8 @@ class SweepRow:
 @dataclass(frozen=True)
 class Plan:
     """How a network will be run. Bytes are int; `extra_macs` 0.03 means 3 % of the work is done twice; `axes`: those that are
-    cut, the one that is slid along first; `again`: values that are made again for a late reader in place of being kept.
+    cut, the one that is slid along first; `again`: values that are made again for a late reader in place of being kept;
+    `whole`: operators that see whole values, and what was lost by each; `uncut`: operators that are not cut for their sake.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Plan:
     whole: tuple[str, ...]
     timeline: tuple[int, ...] = ()
     again: tuple[str, ...] = ()
+    uncut: int = 0
 
     def __str__(self) -> str:
         """The table."""
@@ -157,14 +160,11 @@ def describe(
         rows.append(
             SweepRow(at, len(sweep.nodes), kind, count, "x".join(region), "x".join(halo), stored, peaks.get(at, 0))
         )
-    whole = []
-    for k, reason in sorted(stages.reasons.items()):
-        node = graph.nodes[k]
-        size = sum(graph.values[v].nbytes for v in node.outputs)
-        place = f"{node.name} ({node.where})" if node.where else node.name
-        whole.append(f"{place}: {reason}; {format_bytes(size)}")
-    if not axes and not whole:
-        whole.append("everything: no axis along which the network can be cut")
+    after = lost(graph, stages, bounds.axes)
+    reasons = {**{k: graph.nodes[k].rule.reason for k in after if not axes}, **stages.reasons}
+    whole = [_whole(graph, k, reason, len(after.get(k, ()))) for k, reason in sorted(reasons.items()) if reason]
+    if not axes and not stages.reasons:
+        whole.insert(0, "everything: no axis along which the network can be cut")
     work = graph.macs()
     plain = work * (3 if backward is not None else 1)
     done = forward.macs + (backward.macs if backward is not None else 0)
@@ -185,7 +185,31 @@ def describe(
         tuple(rows),
         tuple(whole),
         samples,
+        _made_again(graph, lowering),
+        len(set().union(*after.values())),
     )
+
+
+def _whole(graph: Graph, k: int, reason: str, after: int) -> str:
+    """One line of what stayed whole: the operator, why, its bytes, and what was lost by it."""
+    node = graph.nodes[k]
+    size = format_bytes(sum(graph.values[v].nbytes for v in node.outputs))
+    place = f"{node.name} ({node.where})" if node.where else node.name
+    rest = f"; {after} operator{'s' * (after != 1)} after it {'are' if after != 1 else 'is'} not cut" if after else ""
+    return f"{place}: {reason}; {size}{rest}"
+
+
+def _made_again(graph: Graph, lowering: ForwardLowering) -> tuple[str, ...]:
+    """What is said of weights that are made again at each step."""
+    remade = [v for v in lowering.remade.producer if _read_by_others(graph, lowering, v)]
+    size = format_bytes(sum(graph.values[v].nbytes for v in remade))
+    said = f"made again wherever they are read: {len(remade)} weights that forward computes, {size} not held"
+    return (said,) if remade else ()
+
+
+def _read_by_others(graph: Graph, lowering: ForwardLowering, v: int) -> bool:
+    producers = lowering.stages.weights
+    return any(v in node.inputs for k, node in enumerate(graph.nodes) if k not in producers)
 
 
 def _halo(lowering: ForwardLowering, nodes: Sequence[int], axis: int) -> int:

@@ -5,6 +5,7 @@ same that runs. The first schedule that fits wins; while none does, these are tr
 
     1. the schedules to begin with      `starting`
     .  chunks half as long              where an operator that runs whole works in chunks and holds the peak up
+    .  computed weights made again      wherever they are read, in place of being held through a sweep
     2. steps half as long               and where they cannot be shorter, tiles across the second axis
     3. inference: more computed again   sets of values not held, from the least extra work on (`_ladder`)
     4. one more move, again and again   a large value not held, or (training) a cut that ends a sweep early
@@ -32,6 +33,7 @@ from ranger_nn.planning.forward import FOREVER, ForwardLowering, Schedule, lower
 from ranger_nn.planning.report import Plan, describe
 from ranger_nn.planning.stages import REGIONAL, Stages, stage
 from ranger_nn.planning.verify import verify_program
+from ranger_nn.planning.weights import sink
 
 STEP_BYTES = 6 << 20
 """Bytes of the largest value's share of one step: about what stays in the last-level cache."""
@@ -134,6 +136,7 @@ def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool
     slim = replace(schedule, tiles=tiles, steps=schedule.steps if cut and schedule.slides else 0)
     bounds = Bounds(halved(graph, schedule.halvings), tuple(cut))
     stages = stage(bounds, schedule.cuts, schedule.slides)
+    sink(bounds.graph, stages)
     if not training:
         forward, state = lower_forward(bounds, stages, slim)
         return Candidate(schedule, bounds, forward, None, state, forward.peak, forward.macs)
@@ -329,6 +332,7 @@ class Search:
         elif not self.fits(self.best):
             _ = (
                 self._halve()
+                or self._remake()
                 or self._shrink(self.best.schedule, 1)
                 or self._climb()
                 or self._descend()
@@ -348,6 +352,13 @@ class Search:
             if self.best is before:
                 return False
         return False
+
+    def _remake(self) -> bool:
+        """Weights that forward computes made again at each step; True where the budget is met."""
+        assert self.best is not None
+        if not self.best.lowering.stages.weights:
+            return False
+        return self.attempt(replace(self.best.schedule, remake=True))
 
     def _near(self, rough: Candidate) -> bool:
         """Whether more steps may bring a candidate on few steps into the budget."""

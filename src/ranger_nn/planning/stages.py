@@ -31,7 +31,10 @@ class Stage:
 
 @dataclass
 class Stages:
-    """All levels, the kind and level of each node, and for each value the levels at which it is read."""
+    """All levels, the kind and level of each node, and for each value the levels at which it is read.
+
+    `weights`: nodes that depend on parameters alone, at the level of their first reader (`planning/weights.py`).
+    """
 
     levels: list[Stage]
     kind: list[str]
@@ -39,6 +42,7 @@ class Stages:
     producer: dict[int, int]
     whole_reads: dict[int, list[int]]
     reasons: dict[int, str]
+    weights: set[int] = field(default_factory=set)
 
 
 def _linked(bounds: Bounds, k: int) -> bool:

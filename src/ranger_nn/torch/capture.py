@@ -385,7 +385,7 @@ def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
         lower.env[node] = lower.external(
             node.name, like, PARAMETER if kind == "PARAMETER" else CONSTANT, source, trained
         )
-    _lower_nodes(model, program.graph, lower, program.graph_module, set(user))
+    lower_nodes(model, program.graph, lower, program.graph_module, set(user))
     last = next(n for n in program.graph.nodes if n.op == "output")
     leaves: list[Any] = []
     for spec, arg in zip(signature.output_specs, last.args[0], strict=True):
@@ -437,7 +437,8 @@ def _requires_grad(model: nn.Module, target: str) -> bool:
         return True
 
 
-def _lower_nodes(model: nn.Module, graph: Any, lower: Lower, owner: nn.Module, user: set[str]) -> None:
+def lower_nodes(model: nn.Module | None, graph: Any, lower: Lower, owner: nn.Module, user: set[str]) -> None:
+    """Lower a graph whose placeholders are known."""
     from ranger_nn.torch.lowering import lower_operator
 
     for node in graph.nodes:
@@ -590,7 +591,7 @@ def _inline(model: nn.Module, node: FxNode, lower: Lower, user: set[str]) -> Non
         if isinstance(outer, FxNode) and outer in lower.tuples:
             lower.tuples[inner] = lower.tuples[outer]
     lower.no_grad += grad_off
-    _lower_nodes(model, body.graph, lower, body, user)
+    lower_nodes(model, body.graph, lower, body, user)
     lower.no_grad -= grad_off
     last = next(n for n in body.graph.nodes if n.op == "output")
     results = last.args[0] if isinstance(last.args[0], (list, tuple)) else [last.args[0]]

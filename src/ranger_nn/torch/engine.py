@@ -74,6 +74,8 @@ class TorchEngine:
         if i.op == P.MERGE:
             n_a, n_b = i.count
             return lambda a, b: kernel.merge(a, b, n_a, n_b)
+        if i.op in (P.LIFT, P.REDUCE_VJP):
+            kernel = kernel.at(i.reads[0].box)
         return {P.LIFT: kernel.lift, P.FINISH: kernel.finish, P.REDUCE_VJP: kernel.region_vjp}[i.op]
 
     def _filled(self, i: Instruction, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,7 +84,7 @@ class TorchEngine:
         absent = [
             (n, [hi - lo for lo, hi in r.box], getattr(torch, self.graph.values[inputs[n]].dtype))
             for n, r in enumerate(i.reads[: len(inputs)])
-            if not r.parts and r.box
+            if not r.parts
         ]
         if not absent:
             return function

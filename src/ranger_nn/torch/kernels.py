@@ -179,6 +179,18 @@ class Light(Call):
         return at.out_bytes
 
 
+class Copying(Call):
+    """An operator that may copy its operands into another order, and the result back: products, transforms, sorting."""
+
+    def scratch(self, at: Extent) -> int:
+        """Copies of the operands, and the result before it is put in order."""
+        return sum(at.in_bytes) + at.out_bytes
+
+    def vjp_scratch(self, at: Extent) -> int:
+        """Forward again, and the same for each gradient."""
+        return 3 * at.out_bytes + 2 * sum(at.in_bytes) + SMALL_TENSORS
+
+
 class Linear(Kernel):
     """x @ W.T + b; backward without running forward again."""
 

@@ -6,6 +6,7 @@ The monoids are `ranger_nn.aggregate`'s; here they meet PyTorch. A state slot ho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -80,6 +81,10 @@ class Reduce(Kernel):
         shape = [rows, self.groups] + [1] * (len(self._split_shape(self.shape)) - 2)
         return center.reshape(shape), total.reshape(shape)
 
+    def at(self, box: Box) -> Reduce:
+        """The kernel for one region; most do not ask where it lies."""
+        return self
+
     def merge(self, a: State, b: State, n_a: int, n_b: int) -> State:
         """State of two regions."""
         return self.monoid.merge(xp, a, b, n_a, n_b)
@@ -144,6 +149,77 @@ class Reduce(Kernel):
             return [self.region_vjp(x, self.lift(x), grad)]
 
         return vjp
+
+
+class FirstExtremum(Reduce):
+    """Maximum (sign 1) or minimum whose gradient goes to the first element that attains it, as pooling and `max(dim)` have it.
+
+    The state is (extremum, where): `where` counts elements over the reduced axes, in order, of the whole.
+    """
+
+    def __init__(self, sign: int, shape: Sequence[int], axis: Sequence[int], keepdim: bool, dtype: torch.dtype) -> None:
+        """As `Reduce`; the region is all, until `at` says otherwise."""
+        super().__init__(Extremum(sign), shape, axis, keepdim, None, dtype=dtype)
+        self.sign = sign
+        self.box: Box = tuple((0, n) for n in self.shape)
+
+    def at(self, box: Box) -> FirstExtremum:
+        """The kernel for the region `box`."""
+        found = copy(self)
+        found.box = box
+        return found
+
+    def _kept(self, x: Tensor) -> list[int]:
+        return [1 if d in self.axis else n for d, n in enumerate(x.shape)]
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """The reduced axes joined, last."""
+        return x.movedim(self.axis, tuple(range(-len(self.axis), 0))).flatten(-len(self.axis))
+
+    def lift(self, x: Tensor) -> State:
+        """Extremum of a region, and the first place of the whole at which it stands."""
+        top, at = (self._rows(x) if self.sign > 0 else -self._rows(x)).max(-1)
+        place = torch.zeros_like(at)
+        for d, step in zip(reversed(self.axis), self._steps(self.shape), strict=True):
+            lo, hi = self.box[d]
+            place += (at % (hi - lo) + lo) * step
+            at = at // (hi - lo)
+        return top.reshape(self._kept(x)), place.reshape(self._kept(x))
+
+    def _steps(self, shape: Sequence[int]) -> list[int]:
+        """Elements from one index to the next of each reduced axis, the last one first."""
+        steps = [1]
+        for d in reversed(self.axis[1:]):
+            steps.append(steps[-1] * shape[d])
+        return steps
+
+    def merge(self, a: State, b: State, n_a: int, n_b: int) -> State:
+        """The larger one, of equal ones the first; NaN wins."""
+        later = (b[0] > a[0]) | ((b[0] == a[0]) & (b[1] < a[1])) | (b[0].isnan() & ~a[0].isnan())
+        return torch.where(later, b[0], a[0]), torch.where(later, b[1], a[1])
+
+    def region_vjp(self, x: Tensor, state: State, grad: Tensor) -> Tensor:
+        """The gradient, where the extremum stands in this region."""
+        place, local = state[1], torch.zeros_like(state[1])
+        inside = torch.ones_like(place, dtype=torch.bool)
+        spans = [self.box[d][1] - self.box[d][0] if d in self.axis else 1 for d in range(len(self.shape))]
+        for d, step in zip(reversed(self.axis), self._steps(spans), strict=True):
+            lo, hi = self.box[d]
+            own = place % self.shape[d] - lo
+            inside &= (own >= 0) & (own < hi - lo)
+            local += own * step
+            place = place // self.shape[d]
+        out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        order = out.movedim(self.axis, tuple(range(-len(self.axis), 0)))
+        rows = torch.zeros_like(order).flatten(-len(self.axis))
+        share = grad.reshape(inside.shape).to(x.dtype) * inside
+        flat = self._rows(share), self._rows(local.where(inside, 0))
+        order.copy_(rows.scatter_(-1, flat[1], flat[0]).view(order.shape))
+        return out
+
+    def vjp_scratch(self, at: Extent) -> int:
+        """The region's gradient once more, with the reduced axes last."""
+        return 2 * at.in_bytes[0] + SMALL_TENSORS
 
 
 class NormScale(Kernel):

@@ -342,10 +342,22 @@ class Pooling(Kernel):
 
     def _padded(self, at: Extent) -> int:
         lead = len(at.out_box) - len(self.reaches)
+        if self._is_whole(at.out_box, lead):
+            return 0
         own, extra = split_padding(borders(at.out_box, at.reads[0].box, self.reaches, lead), self.padding)
+        if self._overhangs(extra):
+            return 3 * at.in_bytes[0] + 2 * at.out_bytes
         if self.average and any(own):
             extra = extra or [n for pad in reversed(own) for n in (pad, pad)]
         return padded_bytes(at, extra)
+
+    def _is_whole(self, out_box: Box, lead: int) -> bool:
+        return all(box == (0, n) for box, n in zip(out_box[lead:], self.sizes[1], strict=True))
+
+    def _overhangs(self, extra: Sequence[int]) -> bool:
+        """True where a border as large as the map would have to be filled: windows larger than the map."""
+        sizes = self.sizes[0]
+        return any(max(extra[2 * i : 2 * i + 2], default=0) >= n for i, n in enumerate(reversed(sizes)))
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again: output, indices, padded input and its gradient."""
@@ -354,10 +366,12 @@ class Pooling(Kernel):
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """The untouched call, or one on a region with its border filled."""
         lead = len(out_box) - len(self.reaches)
-        if all(box == (0, n) for box, n in zip(out_box[lead:], self.sizes[1], strict=True)):
+        if self._is_whole(out_box, lead):
             return self.whole
         missing = borders(out_box, in_boxes[0], self.reaches, lead)
         own, extra = split_padding(missing, self.padding)
+        if self._overhangs(extra):
+            return self._clipped(out_box, in_boxes[0], lead)
         if self.average:
             return self._average(out_box, lead, own, extra)
         pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(self.kernel) - 1]
@@ -369,6 +383,40 @@ class Pooling(Kernel):
             return pool(x, kernel, stride, own, dilation)
 
         return local
+
+    def _clipped(self, out_box: Box, in_box: Box, lead: int) -> Local:
+        """Windows clipped to the map, one dimension after the other: nothing is padded."""
+        plan = []
+        for i, (size, k) in enumerate(zip(self.sizes[0], self.kernel, strict=True)):
+            dim, windows = lead + i, []
+            for o in range(*out_box[lead + i]):
+                first = o * self.stride[i] - self.padding[i]
+                inside = [first + n * self.dilation[i] for n in range(k) if 0 <= first + n * self.dilation[i] < size]
+                start = inside[0] - in_box[dim][0] if inside else 0
+                windows.append((start, start + (inside[-1] - inside[0] + 1 if inside else 0)))
+            plan.append((dim, windows, self.dilation[i]))
+        weight = 1.0 / (self.divisor or 1)
+        scales = [] if self.divisor is not None else self._shares(out_box, lead)
+        average = self.average
+
+        def local(x: Tensor) -> Tensor:
+            for dim, windows, step in reversed(plan):  # of equal ones the first in memory is the maximum
+                pieces = [torch.ops.aten.slice.Tensor(x, dim, start, stop, step) for start, stop in windows]
+                x = torch.cat([_window(p, dim, average) for p in pieces], dim)
+            for share in scales:
+                x = x * share.to(x)
+            return x * weight if average and weight != 1.0 else x
+
+        return local
+
+    def _shares(self, out_box: Box, lead: int) -> list[Tensor]:
+        """One over the elements that a window counts, for each dimension of an average."""
+        found = []
+        for i, k in enumerate(self.kernel if self.average else ()):
+            shape = [-1 if d == lead + i else 1 for d in range(len(out_box))]
+            counted = [scale / k for scale in self._scales(i, out_box[lead + i], k)]
+            found.append(table(counted, np.float64).view(shape))
+        return found
 
     def _average(self, out_box: Box, lead: int, own: list[int], extra: list[int]) -> Local:
         pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(self.kernel) - 1]
@@ -415,6 +463,13 @@ class Pooling(Kernel):
         return result
 
 
+def _window(x: Tensor, dim: int, average: bool) -> Tensor:
+    """Sum or maximum along `dim`; of nothing, what a border holds."""
+    if average:
+        return x.sum(dim, keepdim=True)
+    return x.max(dim, keepdim=True).values if x.shape[dim] else x.sum(dim, keepdim=True) - float("inf")
+
+
 class AdaptivePooling(Kernel):
     """Adaptive pooling by windows that vary: separable, one dimension after the other."""
 
@@ -425,17 +480,29 @@ class AdaptivePooling(Kernel):
         self.whole, self.average, self.sizes = whole, average, sizes
 
     def scratch(self, at: Extent) -> int:
-        """The result after the first dimension."""
+        """The result after the first dimension; nothing where the operator runs whole."""
+        if self._is_whole(at.out_box):
+            return self._indices(at)
         return 3 * at.out_bytes + 2 * at.in_bytes[0]
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again, and gradients of the slices."""
+        if self._is_whole(at.out_box):
+            return at.out_bytes + self._indices(at)
         return 4 * at.out_bytes + 4 * at.in_bytes[0]
+
+    def _is_whole(self, out_box: Box) -> bool:
+        lead = len(out_box) - len(self.sizes[0])
+        return all(box == (0, n) for box, n in zip(out_box[lead:], self.sizes[1], strict=True))
+
+    def _indices(self, at: Extent) -> int:
+        """Indices (64-bit) of a maximum."""
+        return 0 if self.average else at.out_bytes * 8 // self.itemsize
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Mean or maximum over each window."""
         lead = len(out_box) - len(self.sizes[0])
-        if all(box == (0, n) for box, n in zip(out_box[lead:], self.sizes[1], strict=True)):
+        if self._is_whole(out_box):
             return self.whole
         plan = []
         for i, (size, out) in enumerate(zip(*self.sizes, strict=True)):
@@ -448,7 +515,7 @@ class AdaptivePooling(Kernel):
         average = self.average
 
         def local(x: Tensor) -> Tensor:
-            for dim, windows in plan:
+            for dim, windows in reversed(plan):  # of equal ones the first in memory is the maximum
                 pieces = [x.narrow(dim, start, length) for start, length in windows]
                 if average:
                     x = torch.cat([p.mean(dim, keepdim=True) for p in pieces], dim)

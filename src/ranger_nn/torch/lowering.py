@@ -20,18 +20,55 @@ from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Border, Link, Reach
 from ranger_nn.ops import contraction, movement, reduction, resample, window
-from ranger_nn.ops.pointwise import local_except, opaque, pointwise
+from ranger_nn.ops.pointwise import opaque, pointwise
 from ranger_nn.torch import kernels as K
 from ranger_nn.torch import kernels_movement as M
 from ranger_nn.torch import kernels_reduce as R
 from ranger_nn.torch import kernels_resample as S
 from ranger_nn.torch import kernels_window as W
 from ranger_nn.torch.capture import SAME, Lower, Ref, Static, closure, resolve
+from ranger_nn.torch.lowering_contraction import depends_on_input, lower_bilinear, lower_einsum, lower_product
+from ranger_nn.torch.lowering_dims import (
+    LOSSES,
+    REDUCTIONS,
+    SCANS,
+    emit_extremum,
+    emit_pointwise,
+    emit_reduce,
+    lower_gather,
+    lower_grid,
+    lower_index,
+    lower_loss,
+    lower_one_hot,
+    lower_reduction,
+    lower_scan,
+    lower_search,
+    results_read,
+)
+from ranger_nn.torch.lowering_parts import taken_apart
 from ranger_nn.torch.lowering_recurrent import lower_recurrent
 
 aten = torch.ops.aten
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 RULES: dict[str, Callable[[Operator], Any]] = {}
+POINTWISE = {
+    *(
+        "hardswish",
+        "log_sigmoid",
+        "rsub",
+        "fill",
+        "zero",
+        "complex",
+        "polar",
+        "real",
+        "imag",
+        "resolve_conj",
+        "resolve_neg",
+    ),
+    *("special_ndtr", "special_polygamma", "alias_copy", "fake_quantize_per_tensor_affine", "_add_relu", "lift"),
+}
+"""Pointwise operators that ATen does not tag: found by running all operators on permuted elements, here those left over
+by the rules below and by `taken_apart`."""
 
 
 def rule(*names: str) -> Callable[[Callable[[Operator], Any]], Callable[[Operator], Any]]:
@@ -83,6 +120,15 @@ class Operator:
         """The operator with constants bound, and its tensors."""
         return closure(self.lower, self.target, self.node.args, self.node.kwargs)
 
+    def each(self, name: str, value: Any) -> Callable[..., Any]:
+        """The operator with one constant argument replaced, as a function of its tensors."""
+        names = [a.name for a in self.target._schema.arguments]
+        args = [value if n == name else a for n, a in zip(names, self.node.args, strict=False)]
+        kwargs = dict(self.node.kwargs)
+        if names.index(name) >= len(args):
+            kwargs[name] = value
+        return closure(self.lower, self.target, tuple(args), kwargs)[0]
+
     def emit(self, inputs: Sequence[int], region: Rule, kernel: K.Kernel, **options: Any) -> Any:
         """Add the node."""
         return self.lower.emit(self.name, inputs, self.like, region, kernel, **options)
@@ -105,8 +151,10 @@ def lower_operator(lower: Lower, node: FxNode, target: Any) -> Any:
         result = RULES[name](op)
         if result is not None:
             return result
-    elif torch.Tag.pointwise in target.tags and isinstance(like, Tensor):
+    elif (torch.Tag.pointwise in target.tags or name in POINTWISE) and isinstance(like, Tensor):
         return _pointwise(op)
+    elif (result := taken_apart(op)) is not None:
+        return result
     return _whole(op, f"{name} has no region rule" if name not in RULES else f"this form of {name} has no region rule")
 
 
@@ -275,8 +323,9 @@ def _pool(op: Operator) -> Any:
     stride = _ints(op.arg("stride") or kernel, rank)
     padding, dilation = _ints(op.arg("padding", 0), rank), _ints(op.arg("dilation", 1), rank)
     average = op.name.startswith("avg")
-    if average and shape[2:] == kernel and not any(padding):
-        return _reduce(op, x, tuple(range(2, len(shape))), True, Sum(mean=True))
+    once = _covered(shape[2:], kernel, stride, padding, dilation, op.out[2:])
+    if once:
+        return _pool_once(op, x, average, once)
     reaches = [window.window_reach(k, s, d, p) for k, s, d, p in zip(kernel, stride, dilation, padding, strict=True)]
     function, _ = op.call()
     kern = W.Pooling(
@@ -295,6 +344,36 @@ def _pool(op: Operator) -> Any:
     return op.emit([x], window.channelwise_window(shape, reaches), kern)
 
 
+def _covered(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    out: Sequence[int],
+) -> dict[int, int]:
+    """Dimensions that one window covers, with the elements and border that it counts; {} where a pool does more than that."""
+    found: dict[int, int] = {}
+    for d, (size, k, pad) in enumerate(zip(sizes, kernel, padding, strict=True)):
+        if out[d] == 1 and dilation[d] == 1 and k - pad >= size:
+            found[d + 2] = min(k, size + 2 * pad)
+        elif (k, stride[d], pad) != (1, 1, 0):
+            return {}
+    return found
+
+
+def _pool_once(op: Operator, x: int, average: bool, counts: dict[int, int]) -> Any:
+    """A window as large as the map, or larger: a reduction."""
+    if not average:
+        return emit_extremum(op, x, counts, True, 1, op.like)
+    shape, border = op.shape(x), op.arg("count_include_pad", True)
+    divisor = op.arg("divisor_override") or (prod(counts.values()) if border else prod(shape[d] for d in counts))
+    if divisor == prod(shape[d] for d in counts):
+        return emit_reduce(op, x, counts, True, Sum(mean=True), op.like)
+    total = emit_reduce(op, x, counts, True, Sum(), op.like)
+    return emit_pointwise(op, lambda t: t / divisor, [total], op.like)
+
+
 @rule(
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
@@ -308,15 +387,17 @@ def _adaptive(op: Operator) -> Any:
     shape, rank = op.shape(x), int(op.name[-2])
     average = "avg" in op.name
     like = op.like if isinstance(op.like, Tensor) else op.like[0]
-    if len(shape) != rank + 2 or (
-        not average and len(op.node.users) and any(u.args[1] != 0 for u in op.node.users if len(u.args) > 1)
-    ):
+    if len(shape) != rank + 2 or (not average and not results_read(op) <= {0}):
         return None
     out = tuple(int(s) for s in like.shape)
     function, _ = op.call()
     one = function if average else (lambda t: function(t)[0])
-    if out[2:] == (1,) * rank:
-        result = _reduce(op, x, tuple(range(2, len(shape))), True, Sum(mean=True) if average else Extremum(), like=like)
+    axes = tuple(d for d in range(2, len(shape)) if out[d] != shape[d])
+    if axes and all(out[d] == 1 for d in axes):
+        if average:
+            result = emit_reduce(op, x, axes, True, Sum(mean=True), like)
+        else:
+            result = emit_extremum(op, x, axes, True, 1, like)
     else:
         reaches = [window.adaptive_reach(n, m) for n, m in zip(shape[2:], out[2:], strict=True)]
         kern = W.AdaptivePooling(one, average, (shape[2:], out[2:]))
@@ -334,15 +415,23 @@ def _reduce(op: Operator, x: int, dims: tuple[int, ...], keepdim: bool, monoid: 
     return op.lower.emit(op.name, [x], like, reduction.reduction(op.shape(x), dims, keepdim), kern)
 
 
-@rule("mean", "sum", "amax", "amin", "var", "std")
+@rule("mean", "sum", "amax", "amin", "var")
 def _reduction(op: Operator) -> Any:
     x = op.arg("self")
     shape = op.shape(x)
+    if not shape or 0 in shape:
+        return None
     dims = op.arg("dim")
     dims = tuple(range(len(shape))) if dims in (None, []) else dims
     dims = (dims,) if isinstance(dims, int) else dims
     axes = tuple(d % len(shape) for d in dims)
-    if op.name == "std" or op.arg("dtype") is not None or not op.like.dtype.is_floating_point:
+    dtype = str(op.like.dtype)[6:]
+    if op.name in {"mean", "sum"} and op.lower.values[x].dtype != dtype:
+        x = emit_pointwise(
+            op, lambda t, to=op.like.dtype: t.to(to), [x], torch.empty(shape, dtype=op.like.dtype, device="meta")
+        )
+        return _reduce(op, x, axes, bool(op.arg("keepdim", False)), Sum(mean=op.name == "mean"))
+    if not op.like.dtype.is_floating_point:
         return None
     correction = op.arg("correction", 1 if op.arg("unbiased", True) else 0)
     monoid: Any = {
@@ -490,45 +579,17 @@ def _layer_norm(op: Operator) -> Any:
     return op.emit(inputs, Rule(tuple(links)), K.ChannelNorm(function))
 
 
-@rule(
-    "softmax",
-    "log_softmax",
-    "_softmax",
-    "_log_softmax",
-    "cumsum",
-    "glu",
-    "argmax",
-    "linalg_vector_norm",
-    "max",
-    "min",
-    "prod",
-    "flip",
-    "sort",
-    "logsumexp",
-)
-def _along_dim(op: Operator) -> Any:
-    x = op.arg("self")
-    if not isinstance(x, int) or (not isinstance(op.like, Tensor) and op.name not in {"max", "min"}):
-        return None
-    rank, dim = len(op.shape(x)), op.arg("dim", op.arg("dims"))
-    dims = [dim] if isinstance(dim, int) else dim
-    if not dims or len(op.tensors()) != 1:
-        return None
-    function, inputs = op.call()
-    axes = {d % rank for d in dims}
-    like = op.like
-    if op.name == "glu":
-        row = tuple(None if d in axes else Link(d) for d in range(rank))
-        return op.emit(inputs, Rule((row,)), K.Call(function))
-    if isinstance(like, (list, tuple)):
-        return None
-    if len(like.shape) == rank and op.name in {"softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "flip"}:
-        return op.emit(inputs, local_except([op.shape(x)], op.out, axes), K.Call(function))
-    if op.name in {"argmax", "linalg_vector_norm", "logsumexp", "prod"}:
-        keep = bool(op.arg("keepdim", False))
-        links = reduction.reduction(op.shape(x), axes, keep).links
-        return op.emit(inputs, Rule(links), K.Call(function))
-    return None
+for _names, _function in (
+    (SCANS, lower_scan),
+    (REDUCTIONS, lower_reduction),
+    (LOSSES, lower_loss),
+    (("gather", "index_select"), lower_gather),
+    (("index",), lower_index),
+    (("one_hot",), lower_one_hot),
+    (("bucketize", "isin"), lower_search),
+    (("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), lower_grid),
+):
+    RULES.update(dict.fromkeys(_names, _function))
 
 
 @rule("linear")
@@ -551,10 +612,18 @@ def _linear(op: Operator) -> Any:
 @rule("matmul", "bmm")
 def _matmul(op: Operator) -> Any:
     left, right = op.arg("self"), op.arg("other", op.arg("mat2"))
+    a, b = op.shape(left), op.shape(right)
+    if min(len(a), len(b)) < 2:
+        return lower_product(op)
     function, inputs = op.call()
-    fixed = op.lower.values[left].kind in ("parameter", "constant")
-    region = contraction.matmul(op.shape(left), op.shape(right), op.out, fixed)
-    return op.emit(inputs, region, K.Call(function), macs=prod(op.out) * op.shape(left)[-1])
+    rows, columns = depends_on_input(op, left), depends_on_input(op, right)
+    region = contraction.matmul(a, b, op.out, (columns, b[-1]) > (rows, a[-2]))
+    return op.emit(inputs, region, K.Call(function), macs=prod(op.out) * a[-1])
+
+
+for _name in ("mm", "mv", "inner", "tensordot", "addmm", "addmv", "baddbmm", "addbmm"):
+    RULES[_name] = lower_product
+RULES["einsum"], RULES["bilinear"] = lower_einsum, lower_bilinear
 
 
 @rule("scaled_dot_product_attention")
@@ -776,9 +845,15 @@ def _prelu(op: Operator) -> Any:
     return op.emit([x, weight], Rule((row, (None,) * len(op.shape(weight))), pointwise=True), K.Call(op.call()[0]))
 
 
-@rule("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty_like")
-def _constant_like(op: Operator) -> Any:
-    return None
+@rule("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "zeros", "ones", "full")
+def _filled(op: Operator) -> Any:
+    """One number, expanded where it is read: it takes no memory, and depends on no input."""
+    number = 0 if "zeros" in op.name else 1 if "ones" in op.name else op.arg("fill_value")
+    if not isinstance(number, (bool, int, float)):
+        return None
+    one = torch.full((), number, dtype=op.like.dtype)
+    source = op.lower.external(op.name, one, "constant", ("constant", one), False)
+    return op.emit([source], Rule(((),)), M.Expand(), alias=0) if op.out else source
 
 
 def scatter(lower: Lower, base: int, written: int, view: FxNode) -> int | None:
