@@ -234,6 +234,7 @@ def weight_gradient(
             at = at[(slice(None),) * (2 + i) + (slice(None, None, s),)]
         rows, columns = (t.movedim(1, -1).reshape(-1, t.shape[1]) for t in (by, at))
         torch.mm(rows.t(), columns, out=out)
+        del rows, columns, at, by  # or the next place's would be made beside them
     return found.view(*kernel, grad.shape[1], x.shape[1]).movedim((-2, -1), (0, 1)).contiguous()
 
 
@@ -285,6 +286,7 @@ class TransposedConvolution(Convolving):
         _, _, fills, crops = self._geometry(at.out_box, in_box)
         called = self._called(at.out_box, in_box)
         spread = self._copied_gradient(at) + (called.y * (2 if self.given else 1) if crops else 0)
+        spread += called.y if any(called.extra) else 0
         if sum(self._cast(at)) or fills:
             spread += self._generic(at, called)
         return spread + self._copied(at) + called.backward(at.wanted[:2])
@@ -340,7 +342,7 @@ class TransposedConvolution(Convolving):
         """Gradients of input, weight and bias; the gradient is zero where the output was cropped."""
         padding, extra, fills, crops = self._geometry(out_box, in_boxes[0])
         stride, dilation, groups, bias = list(self.stride), list(self.dilation), self.groups, self.bias
-        mask = [wanted[0], wanted[1], False]
+        mask, zeros = [wanted[0], wanted[1], False], [0] * len(stride)
         pads = [0] * (2 * len(out_box))
         for dim, start, length, total in crops:
             place = 2 * (len(out_box) - 1 - dim)
@@ -355,8 +357,10 @@ class TransposedConvolution(Convolving):
             if fills or torch.is_autocast_enabled(grad.device.type):
                 return generic(*args)
             padded = F.pad(grad, pads) if crops else grad
+            for i, more in enumerate(extra):  # no window reaches them, and oneDNN may write past its end there
+                padded = padded.narrow(2 + i, 0, padded.shape[2 + i] - more)
             gx, gw, _ = pull(
-                order(padded), order(xs[0]), xs[1], None, stride, padding, dilation, True, extra, groups, mask
+                order(padded), order(xs[0]), xs[1], None, stride, padding, dilation, True, zeros, groups, mask
             )
             return [gx, gw, self._bias_gradient(grad) if wanted[2] else None] if bias else [gx, gw]
 

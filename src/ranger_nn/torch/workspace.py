@@ -30,6 +30,15 @@ BLOCK = 16
 FEW = 20480
 """PyTorch's own number: float32 calls of one sample with fewer elements (the last dimension not counted) are unfolded."""
 
+FEWEST = 48 << 10
+"""The same on the smallest regions."""
+
+WINDOW = 7
+"""The longest window that oneDNN has kernels for in every form."""
+
+VOLUME = 4
+"""The same of volumes."""
+
 UNFOLDED = 256 << 10
 """Bytes of columns from which on oneDNN is called in place of unfolding: below, unfolding is as fast and small."""
 
@@ -98,10 +107,28 @@ class Convolved:
         return self.batch * channels // self.groups * prod(self.kernel) * places * self.dtype.itemsize
 
     @property
+    def depthwise(self) -> bool:
+        """Whether each channel is convolved by itself."""
+        return 1 < self.groups == self.channels[0] == self.channels[1]
+
+    @property
+    def usual(self) -> bool:
+        """Whether oneDNN has a kernel of its own for this form on every machine; else it may unfold, too."""
+        strided, dilated = max(self.stride) > 1, max(self.dilation) > 1
+        volume = len(self.kernel) == 3
+        window = max(self.kernel) <= (VOLUME if volume else WINDOW) and not (dilated and (strided or volume))
+        step = max(self.stride) <= 2 or self.kernel == self.stride
+        if self.groups == 1:
+            return window and step and not (self.transposed and dilated)
+        if self.depthwise:
+            return window and step and not dilated and len(self.kernel) == 2 and not self.transposed
+        return window and step and not dilated and not self.transposed and not any(c // self.groups % 8 for c in self.channels)
+
+    @property
     def blocked(self) -> tuple[int, int, int]:
         """Bytes of input, output and weights with the channels of each group padded to whole blocks."""
         c_in, c_out = self.channels
-        if self.groups == c_in == c_out:  # depthwise: blocks go across the groups
+        if self.depthwise and len(self.kernel) < 3:  # blocks go across the groups
             up = -(-c_in // BLOCK) * BLOCK
             return self.x * up // c_in, self.y * up // c_out, self.weights * up // c_in
         a, b = (c // self.groups for c in self.channels)
@@ -111,7 +138,7 @@ class Convolved:
     def _small(self, matrices: int) -> int:
         winograd = set(self.kernel) == {3} and set(self.stride) == set(self.dilation) == {1} and self.groups == 1
         one = matrices * WINOGRAD if winograd else SMALL * torch.get_num_threads()
-        return min(6 * (self.x + self.y), one)
+        return min(6 * (self.x + self.y) + FEWEST, one + 2 * FEWEST)
 
     @property
     def rest(self) -> Ints:
@@ -131,7 +158,7 @@ class Convolved:
         if self.onednn or self.direct:
             return self._forward()
         split = self.y + self.x // self.groups if self.groups > 1 else 0
-        return self.columns + split + (self.x + self.weights if self.channels_last else 0)
+        return self._unfolded + split + (self.x + self.weights if self.channels_last else 0)
 
     def backward(self, wanted: Sequence[bool]) -> int:
         """Bytes of workspace of a backward call: `wanted` gradients of input and weights."""
@@ -140,26 +167,50 @@ class Convolved:
         if self.direct:
             copies = self.x + self.y + 2 * self.weights  # of one place of the window at a time, and the result twice
             return max(self.back._forward() + self.weights if wanted[0] else 0, copies if wanted[1] else 0)
-        split = self.x + self.y if self.groups > 1 else 0
-        return self.columns + split + (self.x + self.y + self.weights if self.channels_last else 0)
+        split = self.x + self.y + self.weights if self.groups > 1 else 0
+        return self._unfolded + split + (self.x + self.y + self.weights if self.channels_last else 0)
+
+    @property
+    def _unfolded(self) -> int:
+        """Columns of one group at a time, of a volume's groups together."""
+        volume = len(self.kernel) == 3 and not self.transposed and set(self.dilation) == {1}
+        return self.columns * (self.groups if volume else 1)
 
     def _forward(self) -> int:
         x, y, w = self.blocked
         again = x + (self.y if self.kernel != self.stride else 0) if self.transposed else 0
+        again += self._odd(0)
         if self._nhwc():
             return again + self.weights + w + self._small(2)
-        x = self.x if self.channels[0] <= 3 else x
-        return again + x + y + self.weights + w + self._small(2)
+        x = self.x if self.channels[0] <= 3 and self.dtype == torch.float32 else x
+        wide = x + y if self.dtype != torch.float32 else 0  # windows of 1 in 16 bits: sums in 32
+        return again + x + y + wide + self.weights + w + self._small(2)
 
     def _backward(self, wanted: Sequence[bool]) -> int:
         """Weights are reordered; their gradient is summed by each thread, in 16 bits from transposed copies."""
         x, y, w = self.blocked
-        low, deep = self.dtype != torch.float32, self.groups != self.channels[0]
+        low, deep = self.dtype != torch.float32, not self.depthwise
         total = self.weights + w + self._small(3)
         if wanted[1]:
             total += (torch.get_num_threads() + 1) * w * (2 if low else 1) + (x + y if low and deep else 0)
+        if set(self.stride) != {1}:
+            total += (x if wanted[0] else min(x, SMALL)) // self.batch
+        total += self._odd(1)
         odd = wanted[0] and deep and (self.channels[0] % 8 or self.channels[1] % 8)  # no plain gradient for these
-        return total + (x + y if odd or not self._nhwc() else 0)
+        if not self._nhwc():
+            return total + (2 if low else 1) * (x + y)
+        return total + (x + y if odd else 0)
+
+    def _odd(self, gradients: int) -> int:
+        """Bytes where oneDNN may have no kernel for a form: it unfolds a sample at a time, each thread for itself."""
+        if self.usual:
+            return 0
+        x, y, w = self.blocked
+        wide = 2 if self.dtype != torch.float32 else 1  # sums in 32 bits
+        threads = min(torch.get_num_threads(), self.batch * self.groups)
+        columns = max(self.columns, self.back.columns) // self.batch * threads
+        weights = w * (1 + gradients * (1 + torch.get_num_threads()))
+        return wide * (columns + (1 + gradients) * (x + y) + weights) + self._small(3)
 
     def _nhwc(self) -> bool:
         return self.channels_last and prod(self.inner) > 1 and prod(self.outer) > 1
