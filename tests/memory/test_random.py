@@ -66,13 +66,28 @@ def convolution(r: random.Random, rank: int, c_in: int, sizes: list[int]) -> nn.
     padding = [r.choice((0, d * (k - 1) // 2, d * (k - 1) // 2)) for k, d in zip(kernel, dilation, strict=True)]
     transposed = r.random() < 0.3
     if transposed:
-        out = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in zip(sizes, stride, padding, dilation, kernel, strict=True)]
+        out = [
+            (n - 1) * s - 2 * p + d * (k - 1) + 1
+            for n, s, p, d, k in zip(sizes, stride, padding, dilation, kernel, strict=True)
+        ]
     else:
-        out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, s, p, d, k in zip(sizes, stride, padding, dilation, kernel, strict=True)]
+        out = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, s, p, d, k in zip(sizes, stride, padding, dilation, kernel, strict=True)
+        ]
     weights = c_in * c_out // groups * prod(kernel)
-    if min(out) < 1 or weights > LARGEST or c_out * prod(out) > LARGEST or weights * prod(sizes if transposed else out) > WORK:
+    if (
+        min(out) < 1
+        or weights > LARGEST
+        or c_out * prod(out) > LARGEST
+        or weights * prod(sizes if transposed else out) > WORK
+    ):
         return None
-    kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d) if transposed else (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    kinds = (
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        if transposed
+        else (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    )
     extra = {"output_padding": [r.choice((0, s - 1)) for s in stride]} if transposed else {}
     return kinds[rank - 1](
         c_in, c_out, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias, **extra
@@ -86,7 +101,9 @@ def other(r: random.Random, rank: int, sizes: list[int]) -> nn.Module:
     if kind in pools:
         return getattr(nn, f"{pools[kind]}{rank}d")(k, stride=r.choice((1, 2, k)), padding=r.choice((0, k // 2)))
     if kind == "adaptive":
-        return getattr(nn, f"Adaptive{r.choice(('Avg', 'Max'))}Pool{rank}d")([max(1, n // r.choice((2, 3, 5))) for n in sizes])
+        return getattr(nn, f"Adaptive{r.choice(('Avg', 'Max'))}Pool{rank}d")(
+            [max(1, n // r.choice((2, 3, 5))) for n in sizes]
+        )
     if kind in ("nearest", "linear"):
         mode = "nearest" if kind == "nearest" else ("linear", "bilinear", "trilinear")[rank - 1]
         return nn.Upsample(scale_factor=r.choice((0.5, 1.5, 2.0)), mode=mode)
@@ -105,7 +122,11 @@ def draw(seed: int) -> Case | None:
     layers: list[nn.Module] = []
     x = torch.empty(batch, c_in, *sizes, device="meta")
     for _ in range(r.choice((1, 1, 1, 2, 3))):
-        made = convolution(r, rank, x.shape[1], list(x.shape[2:])) if r.random() < 0.75 else other(r, rank, list(x.shape[2:]))
+        made = (
+            convolution(r, rank, x.shape[1], list(x.shape[2:]))
+            if r.random() < 0.75
+            else other(r, rank, list(x.shape[2:]))
+        )
         if made is None:
             return None
         try:

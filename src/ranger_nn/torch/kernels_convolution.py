@@ -8,6 +8,7 @@ of the window. Enter at `Convolution` and `TransposedConvolution`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -46,6 +47,9 @@ class Convolving(Kernel):
     on_cpu = True
     """Elsewhere PyTorch chooses."""
 
+    plain = False
+    """Whether the weights are in their usual order, not channels-last."""
+
     def _cast(self, at: Extent) -> tuple[int, int]:
         """Bytes of input and weights in autocast's type; 0 where they are of it."""
         if self.itemsize == self.computes.itemsize:
@@ -62,8 +66,26 @@ class Convolving(Kernel):
         return 0 if self.channels_last and dense(at.reads[-1]) and not self.given else at.out_bytes
 
     def _called(self, out_box: Box, in_box: Box) -> Convolved:
+        """The call for a region, in the order of channels that takes less."""
+        called = self._sizes(out_box, in_box)
+        plain = replace(called, channels_last=False)
+        small = self.channels_last and self.on_cpu and called.weights > called.x + called.y
+        return plain if small and 2 * (called.x + called.y) + plain.forward() < called.forward() else called
+
+    def _sizes(self, out_box: Box, in_box: Box) -> Convolved:
         """Sizes of the call for a region."""
         raise NotImplementedError
+
+    def _orders(self, called: Convolved) -> tuple[Local, Local]:
+        """How the call's arguments are to be ordered, and its result: large weights on a small map are not reordered."""
+        if called.channels_last == self.channels_last:
+            order = channels_last if self.channels_last else _as_it_is
+            return order, _as_it_is
+        return torch.Tensor.contiguous, channels_last
+
+    def _turned(self, called: Convolved) -> int:
+        """Bytes of arguments and result ordered so."""
+        return 0 if called.channels_last == self.channels_last else called.x + called.y
 
     def _generic(self, at: Extent, called: Convolved) -> int:
         """Under autocast backward is autograd's: casts, forward again, and gradients in the type convolved in."""
@@ -72,6 +94,11 @@ class Convolving(Kernel):
     def _directly(self, called: Convolved) -> bool:
         """Whether oneDNN is called in PyTorch's place."""
         return self.on_cpu and self.itemsize == self.computes.itemsize and called.direct
+
+    @staticmethod
+    def _weight_gradient(found: Tensor | None) -> Tensor | None:
+        """In the order of the weights: autograd would copy it into that when all of backward is in memory."""
+        return None if found is None else found.contiguous()
 
     @staticmethod
     def _bias_gradient(grad: Tensor) -> Tensor:
@@ -89,7 +116,7 @@ class Convolution(Convolving):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.reaches, self.bias = reaches, bias
 
-    def _called(self, out_box: Box, in_box: Box) -> Convolved:
+    def _sizes(self, out_box: Box, in_box: Box) -> Convolved:
         own, _ = self._geometry(out_box, in_box)
         lead = len(out_box) - len(self.reaches)
         needs = (r.needs(*o) for r, o in zip(self.reaches, out_box[lead:], strict=True))
@@ -98,6 +125,7 @@ class Convolution(Convolving):
         return Convolved(
             batch, self.channels, inner, tuple(outer), self.window, self.stride, tuple(own), self.dilation, self.groups,
             dtype=self.computes, channels_last=self.channels_last,
+            plain=self.plain,
         )  # fmt: skip
 
     def _padded(self, at: Extent) -> int:
@@ -107,14 +135,17 @@ class Convolution(Convolving):
 
     def scratch(self, at: Extent) -> int:
         """The border filled, what is copied or cast, and what the convolution takes itself."""
-        copied = self._copied(at) if self.channels_last or (len(at.reads[0].parts) == 1 and at.reads[0].parts[0][1]) else 0
-        return self._padded(at) + copied + sum(self._cast(at)) + self._called(at.out_box, at.reads[0].box).forward()
+        copied = (
+            self._copied(at) if self.channels_last or (len(at.reads[0].parts) == 1 and at.reads[0].parts[0][1]) else 0
+        )
+        called = self._called(at.out_box, at.reads[0].box)
+        return self._padded(at) + copied + self._turned(called) + sum(self._cast(at)) + called.forward()
 
     def vjp_scratch(self, at: Extent) -> int:
         """Copies of the input and of the output's gradient where they are not in order, and what backward takes."""
         called = self._called(at.out_box, at.reads[0].box)
         copied = self._copied(at) if at.reads[0].parts else 0
-        border = 2 * self._padded(at) + copied + self._copied_gradient(at)
+        border = 2 * self._padded(at) + copied + self._copied_gradient(at) + 2 * self._turned(called)
         if sum(self._cast(at)):
             border += self._generic(at, called)
         return border + called.backward(at.wanted[:2])
@@ -128,15 +159,16 @@ class Convolution(Convolving):
         own, extra = self._geometry(out_box, in_boxes[0])
         stride, dilation, groups = list(self.stride), list(self.dilation), self.groups
         conv = (torch.conv1d, torch.conv2d, torch.conv3d)[len(stride) - 1]
-        order = channels_last if self.channels_last else _as_it_is
-        direct = self._directly(self._called(out_box, in_boxes[0]))
+        called = self._called(out_box, in_boxes[0])
+        order, back = self._orders(called)
+        direct = self._directly(called)
 
         def local(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             if extra:
                 x = F.pad(x, extra)
             if direct:
-                return torch.ops.aten.mkldnn_convolution(order(x), weight, bias, own, stride, dilation, groups)
-            return conv(order(x), weight, bias, stride, own, dilation, groups)
+                return back(torch.ops.aten.mkldnn_convolution(order(x), weight, bias, own, stride, dilation, groups))
+            return back(conv(order(x), weight, bias, stride, own, dilation, groups))
 
         return local
 
@@ -146,9 +178,9 @@ class Convolution(Convolving):
         cuts = [-n for n in extra]
         stride, dilation, groups, bias = list(self.stride), list(self.dilation), self.groups, self.bias
         generic = super().bind_vjp(out_box, in_boxes, wanted)
-        order = channels_last if self.channels_last else _as_it_is
         reads_input = wanted[1]
         called = self._called(out_box, in_boxes[0])
+        order, back = self._orders(called)
         pull = pull_directly(called) if self._directly(called) else torch.ops.aten.convolution_backward
         zeros, mask = [0] * len(stride), [wanted[0], wanted[1], False]
 
@@ -162,8 +194,9 @@ class Convolution(Convolving):
             if reads_input:
                 x = order(x)
             gx, gw, _ = pull(order(grad), x, weight, None, stride, own, dilation, False, zeros, groups, mask)
-            if wanted[0] and extra:
-                gx = F.pad(gx, cuts)
+            if wanted[0]:
+                gx = back(F.pad(gx, cuts) if extra else gx)
+            gw = self._weight_gradient(gw)
             return [gx, gw, self._bias_gradient(grad) if wanted[2] else None] if bias else [gx, gw]
 
         return vjp
@@ -256,7 +289,7 @@ class TransposedConvolution(Convolving):
         self.stride, self.padding, self.output_padding = stride, padding, output_padding
         self.dilation, self.groups, self.window, self.sizes, self.bias = dilation, groups, kernel, sizes, bias
 
-    def _called(self, out_box: Box, in_box: Box) -> Convolved:
+    def _sizes(self, out_box: Box, in_box: Box) -> Convolved:
         padding, extra, fills, _ = self._geometry(out_box, in_box)
         lead = len(out_box) - len(self.stride)
         inner = [hi - lo for lo, hi in in_box[lead:]]
@@ -269,7 +302,7 @@ class TransposedConvolution(Convolving):
         batch = lengths(out_box[:1])[0]
         return Convolved(
             batch, self.channels, tuple(inner), outer, self.window, self.stride, tuple(padding), self.dilation,
-            self.groups, True, tuple(extra), self.computes, self.channels_last,
+            self.groups, True, tuple(extra), self.computes, self.channels_last, self.plain,
         )  # fmt: skip
 
     def scratch(self, at: Extent) -> int:
@@ -278,7 +311,7 @@ class TransposedConvolution(Convolving):
         _, _, fills, crops = self._geometry(at.out_box, in_box)
         called = self._called(at.out_box, in_box)
         spread = (called.y if crops else 0) + (called.x if fills else 0)
-        return spread + self._copied(at) + sum(self._cast(at)) + called.forward()
+        return spread + self._copied(at) + self._turned(called) + sum(self._cast(at)) + called.forward()
 
     def vjp_scratch(self, at: Extent) -> int:
         """The gradient padded to what was cropped, copies of input and gradient, and what backward takes."""
@@ -289,7 +322,7 @@ class TransposedConvolution(Convolving):
         spread += called.y if any(called.extra) else 0
         if sum(self._cast(at)) or fills:
             spread += self._generic(at, called)
-        return spread + self._copied(at) + called.backward(at.wanted[:2])
+        return spread + 2 * self._turned(called) + self._copied(at) + called.backward(at.wanted[:2])
 
     def _geometry(
         self, out_box: Box, in_box: Box
@@ -324,8 +357,9 @@ class TransposedConvolution(Convolving):
         stride, dilation, groups = list(self.stride), list(self.dilation), self.groups
         conv = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[len(stride) - 1]
         rank = len(out_box)
-        order = channels_last if self.channels_last else _as_it_is
-        if self._directly(self._called(out_box, in_boxes[0])):
+        called = self._called(out_box, in_boxes[0])
+        order, back = self._orders(called)
+        if self._directly(called):
             conv = transpose_directly
 
         def local(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -334,7 +368,7 @@ class TransposedConvolution(Convolving):
             y = conv(order(x), weight, bias, stride, padding, extra, groups, dilation)
             for dim, start, length, _ in crops:
                 y = y.narrow(dim, start, length)
-            return y.clone() if crops else y
+            return back(y.clone() if crops else y)
 
         return local
 
@@ -348,8 +382,8 @@ class TransposedConvolution(Convolving):
             place = 2 * (len(out_box) - 1 - dim)
             pads[place : place + 2] = [start, total - start - length]
         generic = super().bind_vjp(out_box, in_boxes, wanted)
-        order = channels_last if self.channels_last else _as_it_is
         called = self._called(out_box, in_boxes[0])
+        order, back = self._orders(called)
         pull = pull_directly(called) if self._directly(called) else torch.ops.aten.convolution_backward
 
         def vjp(*args: Any) -> list[Any]:
@@ -362,6 +396,8 @@ class TransposedConvolution(Convolving):
             gx, gw, _ = pull(
                 order(padded), order(xs[0]), xs[1], None, stride, padding, dilation, True, zeros, groups, mask
             )
+            gx = back(gx) if wanted[0] else gx
+            gw = self._weight_gradient(gw)
             return [gx, gw, self._bias_gradient(grad) if wanted[2] else None] if bias else [gx, gw]
 
         return vjp

@@ -230,12 +230,18 @@ def _convolution(op: Operator) -> Any:
     macs = prod(op.out) * prod(op.shape(weight)[1:])
     kern = V.Convolution(stride, native, dilation, groups, reaches, bias is not None)
     kern.channels, kern.window = (shape[1], op.out[1]), kernel
-    kern.computes, kern.on_cpu = op.like.dtype, op.like.device.type == "cpu"
+    kern.computes, kern.on_cpu, kern.plain = op.like.dtype, op.like.device.type == "cpu", _plain(op.node.args[1])
     wants_weight = op.lower.values[weight].differentiable
     reads = (0, 1) if wants_weight else (1,)
     return op.emit(
         [x, *others], window.window(shape, reaches, [op.shape(o) for o in others]), kern, macs=macs, vjp_reads=reads
     )
+
+
+def _plain(weight: Any) -> bool:
+    """Whether a weight lies in memory in its usual order."""
+    found = weight.meta.get("val") if isinstance(weight, FxNode) else None
+    return isinstance(found, Tensor) and found.is_contiguous()
 
 
 def _ints(value: Any, rank: int) -> tuple[int, ...]:
@@ -261,7 +267,7 @@ def _transposed(op: Operator) -> Any:
         stride, padding, extra, dilation, op.arg("groups", 1), kernel, (shape[2:], op.out[2:]), bias is not None
     )
     kern.channels = (shape[1], op.out[1])
-    kern.computes, kern.on_cpu = op.like.dtype, op.like.device.type == "cpu"
+    kern.computes, kern.on_cpu, kern.plain = op.like.dtype, op.like.device.type == "cpu", _plain(op.node.args[1])
     macs = prod(shape) * prod(op.shape(weight)[1:])
     return op.emit([x, *others], window.window(shape, reaches, [op.shape(o) for o in others]), kern, macs=macs)
 

@@ -45,7 +45,10 @@ UNFOLDED = 256 << 10
 
 @dataclass(frozen=True)
 class Convolved:
-    """Sizes of one call as PyTorch gets it: `inner` and `outer` are the spatial sizes of its input and its output."""
+    """Sizes of one call as PyTorch gets it: `inner` and `outer` are the spatial sizes of its input and its output.
+
+    `plain`: the weights are known to be in their usual order.
+    """
 
     batch: int
     channels: tuple[int, int]
@@ -60,6 +63,7 @@ class Convolved:
     extra: Ints = ()
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
+    plain: bool = False
 
     @property
     def x(self) -> int:
@@ -95,7 +99,9 @@ class Convolved:
         """Whether oneDNN is to be called where PyTorch would unfold."""
         fits = self.dtype == torch.float32 and len(self.kernel) > 1 and available(self.dtype) and self.groups == 1
         extra = all(e < s for e, s in zip(self.extra, self.stride, strict=False))
-        return fits and extra and PRIVATE and not self.onednn and self.columns > UNFOLDED
+        if not (fits and extra and PRIVATE) or self.onednn or self.columns <= UNFOLDED:
+            return False
+        return self._forward() < self.columns  # not where the weights are what weighs
 
     @property
     def columns(self) -> int:
@@ -117,12 +123,19 @@ class Convolved:
         strided, dilated = max(self.stride) > 1, max(self.dilation) > 1
         volume = len(self.kernel) == 3
         window = max(self.kernel) <= (VOLUME if volume else WINDOW) and not (dilated and (strided or volume))
+        window = window or (self.kernel == self.stride and not dilated and not self.transposed)  # patches
         step = max(self.stride) <= 2 or self.kernel == self.stride
         if self.groups == 1:
             return window and step and not (self.transposed and dilated)
         if self.depthwise:
             return window and step and not dilated and len(self.kernel) == 2 and not self.transposed
-        return window and step and not dilated and not self.transposed and not any(c // self.groups % 8 for c in self.channels)
+        return (
+            window
+            and step
+            and not dilated
+            and not self.transposed
+            and not any(c // self.groups % 8 for c in self.channels)
+        )
 
     @property
     def blocked(self) -> tuple[int, int, int]:
@@ -184,22 +197,22 @@ class Convolved:
             return again + self.weights + w + self._small(2)
         x = self.x if self.channels[0] <= 3 and self.dtype == torch.float32 else x
         wide = x + y if self.dtype != torch.float32 else 0  # windows of 1 in 16 bits: sums in 32
-        return again + x + y + wide + self.weights + w + self._small(2)
+        return again + x + y + wide + (0 if self.plain else self.weights) + w + self._small(2)
 
     def _backward(self, wanted: Sequence[bool]) -> int:
         """Weights are reordered; their gradient is summed by each thread, in 16 bits from transposed copies."""
         x, y, w = self.blocked
         low, deep = self.dtype != torch.float32, not self.depthwise
-        total = self.weights + w + self._small(3)
+        total = (0 if self.plain and not self._nhwc() else self.weights) + w + self._small(3)
         if wanted[1]:
-            total += (torch.get_num_threads() + 1) * w * (2 if low else 1) + (x + y if low and deep else 0)
+            total += (torch.get_num_threads() + (0 if self.plain and not (low or self._nhwc()) else 1)) * w * (2 if low else 1) + (x + y if low and deep else 0)
         if set(self.stride) != {1}:
             total += (x if wanted[0] else min(x, SMALL)) // self.batch
         total += self._odd(1)
-        odd = wanted[0] and deep and (self.channels[0] % 8 or self.channels[1] % 8)  # no plain gradient for these
+        odd = wanted[0] and deep and not self.transposed and self.channels[0] % 8 and self.channels[1] % 8 == 0
         if not self._nhwc():
             return total + (2 if low else 1) * (x + y)
-        return total + (x + y if odd else 0)
+        return total + (x + y if odd else 0)  # there may be no plain gradient for these
 
     def _odd(self, gradients: int) -> int:
         """Bytes where oneDNN may have no kernel for a form: it unfolds a sample at a time, each thread for itself."""
