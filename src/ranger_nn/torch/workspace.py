@@ -30,7 +30,7 @@ BLOCK = 16
 FEW = 20480
 """PyTorch's own number: float32 calls of one sample with fewer elements (the last dimension not counted) are unfolded."""
 
-FEWEST = 48 << 10
+FEWEST = 64 << 10
 """The same on the smallest regions."""
 
 WINDOW = 7
@@ -180,7 +180,7 @@ class Convolved:
         if self.direct:
             copies = self.x + self.y + 2 * self.weights  # of one place of the window at a time, and the result twice
             return max(self.back._forward() + self.weights if wanted[0] else 0, copies if wanted[1] else 0)
-        split = self.x + self.y + self.weights if self.groups > 1 else 0
+        split = self.x + self.x // self.groups + 2 * (self.y + self.weights) if self.groups > 1 else 0
         return self._unfolded + split + (self.x + self.y + self.weights if self.channels_last else 0)
 
     @property
@@ -192,7 +192,9 @@ class Convolved:
     def _forward(self) -> int:
         x, y, w = self.blocked
         again = x + (self.y if self.kernel != self.stride else 0) if self.transposed else 0
-        again += self._odd(0)
+        again += self._odd(0) + (0 if self._nhwc() or not self.transposed or set(self.stride) == {1} else y)
+        if self.channels[0] <= 4 and not self.transposed:  # padded to four, not to a block
+            w = w * 4 // BLOCK
         if self._nhwc():
             return again + self.weights + w + self._small(2)
         x = self.x if self.channels[0] <= 3 and self.dtype == torch.float32 else x
@@ -208,6 +210,7 @@ class Convolved:
             total += (torch.get_num_threads() + (0 if self.plain and not (low or self._nhwc()) else 1)) * w * (2 if low else 1) + (x + y if low and deep else 0)
         if set(self.stride) != {1}:
             total += (x if wanted[0] else min(x, SMALL)) // self.batch
+            total += (w if self.groups > 1 else 0) + (0 if self._nhwc() else y)
         total += self._odd(1)
         odd = wanted[0] and deep and not self.transposed and self.channels[0] % 8 and self.channels[1] % 8 == 0
         if not self._nhwc():
@@ -222,6 +225,7 @@ class Convolved:
         wide = 2 if self.dtype != torch.float32 else 1  # sums in 32 bits
         threads = min(torch.get_num_threads(), self.batch * self.groups)
         columns = max(self.columns, self.back.columns) // self.batch * threads
+        w = self.weights * BLOCK * BLOCK if self.depthwise else w  # each channel as a block of its own
         weights = w * (1 + gradients * (1 + torch.get_num_threads()))
         return wide * (columns + (1 + gradients) * (x + y) + weights) + self._small(3)
 
