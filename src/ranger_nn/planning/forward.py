@@ -216,8 +216,9 @@ class ForwardLowering:
         scratch = node.kernel.scratch(extent)
         if node.kernel.chunk:  # a result as large as time: the caller's, where it is an output
             out_bytes = [0 if v in self.graph.outputs else n for v, n in zip(node.outputs, out_bytes, strict=True)]
-        results = [(n, view, node.may_copy) for n in out_bytes]
         out_box = self.full_box(node.outputs[0])
+        copies = node.kernel.copies(out_box, [r.box for r in reads]) if view is not None else None
+        results = [(n, None if copies else view, node.may_copy if copies is None else copies) for n in out_bytes]
         builder.macs += node.macs
         return builder.emit(RUN, k, reads, results, scratch=scratch, out_box=out_box, value=node.outputs[0])
 

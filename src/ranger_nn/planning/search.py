@@ -68,6 +68,11 @@ class Options:
                 raise InputError(f"regions takes positive sizes such as (256, 256), got {regions!r}")
         return cls(allowed, regions, schedule)
 
+    @property
+    def free(self) -> bool:
+        """Whether one region is a plan, too: nothing else was asked for, and nothing has to lie in files."""
+        return self.regions is None and self.schedule is None and not self.disk
+
     def without_budget(self) -> Options:
         """The same, free of the budget."""
         return replace(self, allowed=None)
@@ -460,9 +465,11 @@ def make_plan(graph: Graph, options: Options, training: bool) -> Planned:
         options = replace(options, regions=regions)
     best = search(graph, axes, options, training)
     whole = lower(unchunked(graph), [], Schedule(0, ()), training)
+    if options.free and whole.peak <= best.peak:
+        best = replace(whole, schedule=Schedule(0, (1,) * len(axes)))
     projected = with_margin(best.peak)
     if options.allowed is not None and projected > options.allowed:
-        raise _too_small(graph, options.allowed, *_least(graph, axes, options, training, best))
+        raise _too_small(graph, options.allowed, with_margin(whole.peak), *_least(graph, axes, options, training, best))
     untouched = whole.peak if not training else max(whole.peak, _saved_by_untouched(graph))
     graph = best.bounds.graph
     verify_program(best.forward, graph)
@@ -479,6 +486,8 @@ def _least(
 ) -> tuple[int, Candidate]:
     """The least budget found that a search meets when it is given just that."""
     least = with_margin(best.peak)
+    if best.bounds.axes == ():
+        return least, best
     for _ in range(3):
         found = search(graph, axes, replace(options, allowed=least), training)
         if with_margin(found.peak) <= least:
@@ -498,7 +507,7 @@ def _saved_by_untouched(graph: Graph) -> int:
     )
 
 
-def _too_small(graph: Graph, allowed: int, least: int, best: Candidate) -> BudgetError:
+def _too_small(graph: Graph, allowed: int, whole: int, least: int, best: Candidate) -> BudgetError:
     program = best.worst
     instruction = program.instructions[program.peak_at]
     node = instruction.node
@@ -507,9 +516,11 @@ def _too_small(graph: Graph, allowed: int, least: int, best: Candidate) -> Budge
     name = graph.nodes[node].name if node >= 0 else "the input"
     where = graph.nodes[node].where if node >= 0 else ""
     place = f"{name} ({where})" if where else name
+    nothing = "" if least < whole else " Cutting it into regions gains nothing below what it needs in one piece."
     return BudgetError(
         f"{graph.name} does not fit in {format_bytes(allowed)} ({allowed} bytes): the least that a plan needs for this "
-        f"input is {format_bytes(least)} ({least} bytes), bound by {place}. Allow {least} bytes, or use a smaller input.",
+        f"input is {format_bytes(least)} ({least} bytes), bound by {place}.{nothing} Allow {least} bytes, or use a "
+        "smaller input.",
         allowed=allowed,
         least=least,
         binding=place,

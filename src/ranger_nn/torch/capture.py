@@ -69,6 +69,10 @@ class Captured:
     """Of each output, as the untouched network gives it."""
 
 
+ORDERED = {"linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "layer_norm", "native_layer_norm"}
+"""Operators whose result lies in its usual order whatever that of their inputs."""
+
+
 class Lower:
     """State of one capture: values made so far, and the functions that lowering rules call."""
 
@@ -84,6 +88,8 @@ class Lower:
         self.no_grad = 0
         self.where = ""
         self.names: dict[str, int] = {}
+        self.orders: dict[int, bool] = {}
+        """Values whose order in memory is known (it follows from that of what they are made of): whether it is usual."""
         self.bases: dict[int, tuple[int, FxNode]] = {}
 
     def value(self, name: str, like: Tensor, kind: str, differentiable: bool) -> int:
@@ -136,9 +142,14 @@ class Lower:
         if not many and (layout := result_layout(kept, before, like)):
             self.values[outs[0]] = replace(self.values[outs[0]], layout=layout)
             kernel.channels_last = True
+        kernel.dense = bool(inputs) and self.orders.get(inputs[0], False)
+        made = [i for i in inputs if self.values[i].kind in (INPUT, COMPUTED)]
+        if op in ORDERED or all(i in self.orders and not self.values[i].layout for i in made):
+            self.orders.update((v, t.is_contiguous()) for v, t in zip(outs, like if many else [like], strict=True))
         kernel.op, kernel.pointwise = op, rule.pointwise
         if inputs:
             kernel.itemsize = self.values[inputs[0]].itemsize
+            kernel.whole_bytes = self.values[inputs[0]].nbytes
         kernel.reads_channels_last = bool(inputs) and before[0][1] != ""
         free = isinstance(kernel, Light) or (isinstance(kernel, Call) and rule.pointwise and op in SAVES_NOTHING)
         every = () if free else tuple(range(len(inputs)))

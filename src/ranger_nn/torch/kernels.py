@@ -22,6 +22,7 @@ Local = Callable[..., Any]
 
 SAVES_RESULT = {"relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "reciprocal", "softmax"}
 SAVES_NOTHING = {"add", "sub", "rsub", "neg", "to", "clone", "dropout"}
+PRODUCTS = {"matmul", "bmm", "mm", "addmm", "baddbmm", "einsum"}
 BLOCKS = 1 << 20
 """Scores of attention that one call holds at a time."""
 
@@ -89,6 +90,12 @@ class Kernel:
     reads_channels_last = False
     """Set where the first input is held channels-last."""
 
+    dense = False
+    """Set where the first input, whole, is known to lie in memory in its usual order."""
+
+    whole_bytes = 0
+    """Bytes of the whole first input."""
+
     given = False
     """Set where the output's gradient comes from the caller, in whatever layout that has."""
 
@@ -147,6 +154,10 @@ class Call(Kernel):
         """The function itself."""
         return self.function
 
+    def scratch(self, at: Extent) -> int:
+        """Matrix products copy what is not in order, and what they stretch."""
+        return sum(at.in_bytes) if self.op in PRODUCTS else 0
+
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again; pointwise, that is the result, and the product of which a scale's gradient is the sum."""
         if not self.pointwise:
@@ -200,7 +211,7 @@ class Linear(Kernel):
 
     def scratch(self, at: Extent) -> int:
         """A contiguous copy of the input where its region is not."""
-        return at.in_bytes[0]
+        return 0 if self.dense and at.in_bytes[0] == self.whole_bytes else at.in_bytes[0]
 
     def vjp_scratch(self, at: Extent) -> int:
         """Contiguous copies of input and gradient."""
@@ -334,12 +345,23 @@ class Attention(Opaque):
     """Scaled dot-product attention: the CPU kernel works in blocks of queries and keys."""
 
     def scratch(self, at: Extent) -> int:
-        """Blocks of scores for each thread, and copies of what is not contiguous."""
-        return sum(at.in_bytes) + BLOCKS
+        """Blocks of scores for each thread, their sums, and a mask in numbers; copies too where that kernel may not run."""
+        queries, keys, values = (r.box for r in at.reads[:3])
+        if self.itemsize != 4 or len(queries) != 4 or lengths(queries)[-1] != lengths(values)[-1]:
+            return sum(at.in_bytes) + self._blocks(queries, keys)
+        sums = at.out_bytes // max(1, lengths(queries)[-1])
+        return sums + sum(at.in_bytes[3:]) * self.itemsize + self._blocks(queries, keys)
+
+    def _blocks(self, queries: Box, keys: Box) -> int:
+        """Scores, maxima, sums and results of one block of queries (32, 64 or 256) and at most 512 keys, in single."""
+        rows, width = (lengths(queries)[-2:]) if len(queries) > 1 else (1, 1)
+        block = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32)
+        one = block * (2 * min(512, lengths(keys)[-2] if len(keys) > 1 else 1) + 2 + width)
+        return 4 * one * torch.get_num_threads() + SMALL_TENSORS
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward's result and its blocks, and those of backward."""
-        return 2 * at.out_bytes + 2 * sum(at.in_bytes) + 2 * BLOCKS
+        return 2 * at.out_bytes + 2 * sum(at.in_bytes) + 2 * max(BLOCKS, self._blocks(at.reads[0].box, at.reads[1].box))
 
 
 class Dropout(Kernel):

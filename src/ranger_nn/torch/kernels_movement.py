@@ -44,13 +44,24 @@ class View(Movement):
         self.shape, self.out = tuple(shape), tuple(out)
         self.groups = view_groups(self.shape, self.out)
 
+    def copies(self, out_box: Box, in_boxes: Sequence[Box]) -> bool | None:
+        """The whole of what lies in order is a view."""
+        return False if self.dense and self._uncut(out_box, in_boxes[0]) else None
+
+    def scratch(self, at: Extent) -> int:
+        """A copy where the region is not contiguous and is cropped after."""
+        return 0 if self._uncut(at.out_box, at.reads[0].box) else super().scratch(at)
+
+    def _uncut(self, out_box: Box, box: Box) -> bool:
+        return lengths(box) == list(self.shape) and lengths(out_box) == list(self.out)
+
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Reshape, crop, reshape."""
         final = lengths(out_box)
         flat: list[int] = []
         crops: list[tuple[int, int, int]] = []
         box = in_boxes[0]
-        if self.groups is None or (lengths(box) == list(self.shape) and final == list(self.out)):
+        if self.groups is None or self._uncut(out_box, box):
             return lambda x: x.reshape(final)
         for g, (left, right) in enumerate(self.groups):
             count = 1

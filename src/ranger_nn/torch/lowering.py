@@ -22,6 +22,7 @@ from ranger_nn.core.reach import Border, Link, Reach
 from ranger_nn.ops import contraction, movement, reduction, resample, window
 from ranger_nn.ops.pointwise import opaque, pointwise
 from ranger_nn.torch import kernels as K
+from ranger_nn.torch import kernels_convolution as V
 from ranger_nn.torch import kernels_movement as M
 from ranger_nn.torch import kernels_reduce as R
 from ranger_nn.torch import kernels_resample as S
@@ -275,16 +276,20 @@ def _convolution(op: Operator) -> Any:
     others = [weight] + ([bias] if bias is not None else [])
     groups = op.arg("groups", 1)
     macs = prod(op.out) * prod(op.shape(weight)[1:])
-    kern = W.Convolution(stride, native, dilation, groups, reaches, bias is not None)
-    kern.channels = (shape[1], op.out[1])
-    kern.point = groups == 1 and set(kernel) == set(stride) == {1}
-    kern.winograd = set(kernel) == {3} and set(stride) == set(dilation) == {1} and groups == 1
-    kern.columns = prod(kernel) + 1 if op.like.dtype == torch.float64 else 0
+    kern = V.Convolution(stride, native, dilation, groups, reaches, bias is not None)
+    kern.channels, kern.window = (shape[1], op.out[1]), kernel
+    kern.computes, kern.on_cpu, kern.plain = op.like.dtype, op.like.device.type == "cpu", _plain(op.node.args[1])
     wants_weight = op.lower.values[weight].differentiable
     reads = (0, 1) if wants_weight else (1,)
     return op.emit(
         [x, *others], window.window(shape, reaches, [op.shape(o) for o in others]), kern, macs=macs, vjp_reads=reads
     )
+
+
+def _plain(weight: Any) -> bool:
+    """Whether a weight lies in memory in its usual order."""
+    found = weight.meta.get("val") if isinstance(weight, FxNode) else None
+    return isinstance(found, Tensor) and found.is_contiguous()
 
 
 def _ints(value: Any, rank: int) -> tuple[int, ...]:
@@ -306,9 +311,11 @@ def _transposed(op: Operator) -> Any:
         window.transposed_reach(k, s, d, p) for k, s, d, p in zip(kernel, stride, dilation, padding, strict=True)
     ]
     others = [weight] + ([bias] if bias is not None else [])
-    kern = W.TransposedConvolution(
+    kern = V.TransposedConvolution(
         stride, padding, extra, dilation, op.arg("groups", 1), kernel, (shape[2:], op.out[2:]), bias is not None
     )
+    kern.channels = (shape[1], op.out[1])
+    kern.computes, kern.on_cpu, kern.plain = op.like.dtype, op.like.device.type == "cpu", _plain(op.node.args[1])
     macs = prod(shape) * prod(op.shape(weight)[1:])
     return op.emit([x, *others], window.window(shape, reaches, [op.shape(o) for o in others]), kern, macs=macs)
 

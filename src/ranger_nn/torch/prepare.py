@@ -205,7 +205,10 @@ def _planned(graph: Graph, reader: Reader, chosen: Options) -> tuple[Planned, in
     for _ in range(ROUNDS):
         if in_flight >= allowed:
             break
-        planned = make_plan(graph, replace(chosen, allowed=allowed - in_flight), False)
+        try:
+            planned = make_plan(graph, replace(chosen, allowed=allowed - in_flight), False)
+        except BudgetError as error:
+            raise _too_small(graph, reader, chosen, allowed, error) from None
         needed = reader.held + _in_flight(graph, planned.forward, reader)
         if planned.plan.projected + needed <= allowed:
             return planned, needed
@@ -216,6 +219,21 @@ def _planned(graph: Graph, reader: Reader, chosen: Options) -> tuple[Planned, in
         f"{2 * in_flight + allowed} bytes, or give regions= with fewer rows.",
         allowed=allowed,
         least=2 * in_flight + allowed,
+    )
+
+
+def _too_small(graph: Graph, reader: Reader, chosen: Options, allowed: int, error: BudgetError) -> BudgetError:
+    """The error in terms of what the user allowed: the plan's least, and reading and writing twice (sizes of rows vary)."""
+    smallest = make_plan(graph, replace(chosen, allowed=error.least), False)
+    beside = 2 * (reader.held + _in_flight(graph, smallest.forward, reader))
+    least = (error.least or 0) + beside
+    return BudgetError(
+        f"{graph.name} on {reader.source.name} does not fit in {format_bytes(allowed)} ({allowed} bytes): the least that a "
+        f"plan needs for this input is {format_bytes(error.least or 0)}, bound by {error.binding}, and reading and writing "
+        f"take {format_bytes(beside)} beside it. Allow {least} bytes, or use a smaller input.",
+        allowed=allowed,
+        least=least,
+        binding=error.binding,
     )
 
 
