@@ -115,6 +115,8 @@ class Passes:
         for number in range(calls):
             if number:
                 self._pass(done, before, stop=True)
+        if not calls and len(done.works) > 1:
+            self.state.check_seen()
         if calls:
             del results
             _, results = self._pass(done, before, last=calls)

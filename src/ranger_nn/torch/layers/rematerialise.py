@@ -14,7 +14,8 @@ Works come in lists: those of one list are one call of the local network without
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from ranger_nn.errors import BudgetError, MeasureError, PartitionError
 from ranger_nn.planning.budget import format_bytes
 from ranger_nn.torch.layers.passes import Passes, Work
 from ranger_nn.torch.layers.state import Random, State
-from ranger_nn.torch.measure import measure
+from ranger_nn.torch.measure import Usage, measure
 
 AT_ONCE = 64 << 20
 """Bytes of regions that run together at most: more leave the cache and take longer (attention pooling of 64 tiles: 0.66
@@ -58,25 +59,39 @@ def budget(work: Work, x: Tensor, modules: Sequence[nn.Module], shared: bool) ->
         shared: may several works be one call, so that batch norm takes more passes.
     """
     _initialise(work, x, modules)
-    state = State(modules)
+    try:
+        return _measured(work, x, State(modules), shared, measure)
+    except MeasureError:
+        _measured(work, x, State(modules), shared, _unmeasured)  # a layer within measures its own regions, once
+    try:
+        return _measured(work, x, State(modules), shared, measure)
+    except MeasureError as busy:
+        raise MeasureError(
+            f"memory= measures one region when a shape is first seen, and cannot inside another measurement: call "
+            f"the layer once before. {busy}"
+        ) from busy
+
+
+def _measured(
+    work: Work, x: Tensor, state: State, shared: bool, counter: Callable[[], AbstractContextManager[Usage]]
+) -> Budget:
     before, random = state.read(), Random(x.device, state.generators())
     with random.unmoved():
         try:
-            with measure() as used:
+            with counter() as used:
                 passes = Passes(x.detach().requires_grad_(x.requires_grad), state, random)
                 (y,) = passes.forward([work], shared)
                 if passes.differentiable:
                     passes.backward([torch.ones_like(y)], None)
             passes.check_put_aside(work, before)
-        except MeasureError as busy:
-            raise MeasureError(
-                f"memory= measures one region when a shape is first seen, and cannot inside another measurement: call "
-                f"the layer once before. {busy}"
-            ) from busy
         finally:
             state.write(before)
     # of what is kept there is a gradient too
     return Budget(used.peak, y.nbytes * (2 if passes.grad else 1) + passes.remembered())
+
+
+def _unmeasured() -> AbstractContextManager[Usage]:
+    return nullcontext(Usage(False, False))
 
 
 def at_once(allowed: int, one: Budget, kept: int, x: Tensor, place: str) -> int:

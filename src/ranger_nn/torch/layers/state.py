@@ -88,13 +88,13 @@ class State:
         """Put back what was read."""
         for (i, name), (buffer, numbers) in before.buffers.items():
             own = self.modules[i]._buffers
-            if own.get(name) is not buffer:
+            if not isinstance(self.modules[i], torch.jit.ScriptModule) and own.get(name) is not buffer:
                 own[name] = buffer
             if buffer is not None and numbers is not None and not same(buffer, numbers):
                 with torch.no_grad():
                     buffer.copy_(numbers)
         for (i, name), parameter in before.parameters.items():
-            if self.modules[i]._parameters.get(name) is not parameter:
+            if not isinstance(self.modules[i], torch.jit.ScriptModule) and self.modules[i]._parameters.get(name) is not parameter:
                 self.modules[i]._parameters[name] = parameter  # type: ignore[assignment]
         for module, attributes in zip(self.modules, before.attributes):
             for name in [n for n in module.__dict__ if n not in OWN and n not in attributes]:
@@ -134,6 +134,20 @@ class State:
     def equal(self, a: Snapshot, b: Snapshot) -> bool:
         """Nothing has changed."""
         return self.differs(a, b) is None and all(p is b.parameters.get(key) for key, p in a.parameters.items())
+
+    def check_seen(self) -> None:
+        """Refuse batch norms in training that were not seen where torch calls them.
+
+        Raises:
+            PartitionError: of a script, or of many processes.
+        """
+        for module in self.modules:
+            kind = getattr(module, "original_name", type(module).__name__)
+            if module.training and ("BatchNorm" in kind and isinstance(module, torch.jit.ScriptModule)):
+                raise PartitionError(
+                    f"memory= runs the regions in several calls, and {self._names[id(module)]} ({kind}) is a script, "
+                    "whose statistics cannot be taken from all: give the module itself, or leave memory out"
+                )
 
     def put_aside(self, before: Snapshot, after: Snapshot) -> dict[tuple[int, str], Tensor]:
         """Tensors with a gradient that a run has put in attributes and buffers."""
