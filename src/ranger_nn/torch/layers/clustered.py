@@ -22,7 +22,7 @@ from ranger_nn.errors import PartitionError
 from ranger_nn.layers.clusters import Routes, check_join, check_kept
 from ranger_nn.layers.regional import Result, piecewise, reduce
 from ranger_nn.torch.layers.clusters import Clusters, drawn, masked, put, taken
-from ranger_nn.torch.layers.rematerialise import at_once, budget, key_of, rematerialised
+from ranger_nn.torch.layers.rematerialise import Budget, at_once, budget, key_of, rematerialised
 from ranger_nn.torch.layers.stacked import Stacked
 
 if TYPE_CHECKING:
@@ -149,9 +149,16 @@ def _chunks(layer: RegionalAggregator, routes: Routes, x: Tensor) -> list[tuple[
     """Blocks that run together; what one needs is measured when shapes are first seen."""
     blocks, modules = routes.shape[0], layer._local_modules()
     key = (tuple(routes.shape), key_of(x, modules))
-    if key not in layer._budgets:
-        each = range(blocks if isinstance(layer.local, nn.ModuleList) else 1)
-        layer._budgets[key] = [budget(_Blocks(layer, routes, i, i + 1), x, modules, layer._shared()) for i in each]
-    worst = max(layer._budgets[key], key=lambda one: one.region)
-    size = at_once(layer.allowed or 0, worst, blocks * worst.kept, x, f"a region of {layer.partition}")
+
+    def taken(start: int, stop: int) -> Budget:
+        return budget(_Blocks(layer, routes, start, stop), x, modules, layer._shared())
+
+    if key not in layer._sizes:
+        each = [taken(i, i + 1) for i in range(blocks if isinstance(layer.local, nn.ModuleList) else 1)]
+        one = Budget(max(b.region for b in each), max(b.kept for b in each))
+        place = f"a region of {layer.partition}"
+        layer._sizes[key] = [
+            at_once(layer.allowed or 0, one, lambda n: taken(0, n), blocks, blocks * one.kept, x, place)
+        ]
+    (size,) = layer._sizes[key]
     return [(a, min(a + size, blocks)) for a in range(0, blocks, size)]

@@ -111,7 +111,7 @@ class RegionalAggregator(nn.Module):
         self._set_local(local, per_region)
         self._set_weights()
         self._layouts: dict[tuple[int, ...], Layout] = {}
-        self._budgets: dict[Any, list[Budget]] = {}
+        self._sizes: dict[Any, list[int]] = {}
         self._maps: dict[Any, list[Tensor]] = {}
 
     def _set_local(self, local: Local | Sequence[Local] | None, per_region: bool) -> None:
@@ -227,11 +227,11 @@ class RegionalAggregator(nn.Module):
         """Parts of a callable under memory, one at a time."""
         works, modules = [_Part(self, i, again) for i in range(count)], self._local_modules()
         key = (count, key_of(x, modules))
-        if key not in self._budgets:
-            self._budgets[key] = [budget(w, x, modules, False) for w in works]
-        kept = sum(b.kept for b in self._budgets[key])
-        for i, one in enumerate(self._budgets[key]):
-            at_once(self.allowed or 0, one, kept, x, f"part {i} of {self.partition}")
+        if key not in self._sizes:
+            each = [budget(w, x, modules, False) for w in works]
+            kept = sum(b.kept for b in each)
+            places = [f"part {i} of {self.partition}" for i in range(count)]
+            self._sizes[key] = [at_once(self.allowed or 0, b, lambda n: b, 1, kept, x, p) for b, p in zip(each, places)]
         return [Result([i], y) for i, y in enumerate(rematerialised([[w] for w in works], x, modules, False))]
 
     # --------------------------------------------------------------------------------- clusters
@@ -298,18 +298,26 @@ class RegionalAggregator(nn.Module):
         """Regions of each group that run together; measured when a shape is first seen."""
         modules = self._local_modules()
         key = key_of(x, modules)
-        if key not in self._budgets:
-            self._budgets[key] = [self._measured(x, layout, g, modules) for g in layout.groups]
-        found = list(zip(layout.groups, self._budgets[key]))
-        kept = sum(len(g.regions) * one.kept for g, one in found)
-        places = [f"region {g.ids[0]} of {self.partition}" for g, _ in found]
-        return [at_once(self.allowed or 0, one, kept, x, place) for (_, one), place in zip(found, places)]
+        if key not in self._sizes:
+            ones = [self._measured(x, layout, g, modules) for g in layout.groups]
+            kept = sum(len(g.regions) * one.kept for g, one in zip(layout.groups, ones))
+            self._sizes[key] = [self._size(x, layout, g, modules, one, kept) for g, one in zip(layout.groups, ones)]
+        return self._sizes[key]
 
     def _measured(self, x: Tensor, layout: Layout, group: Group, modules: list[nn.Module]) -> Budget:
         """What a region takes; of a list of networks the one that takes most."""
         each = group.regions if isinstance(self.local, nn.ModuleList) else group.regions[:1]
         found = [budget(_Cut(self, layout, Group((r,))), x, modules, self._shared()) for r in each]
         return Budget(max(b.region for b in found), max(b.kept for b in found))
+
+    def _size(
+        self, x: Tensor, layout: Layout, group: Group, modules: list[nn.Module], one: Budget, kept: int
+    ) -> int:
+        def several(count: int) -> Budget:
+            return budget(_Cut(self, layout, Group(group.regions[:count])), x, modules, self._shared())
+
+        place = f"region {group.ids[0]} of {self.partition}"
+        return at_once(self.allowed or 0, one, several, len(group.regions), kept, x, place)
 
     # ---------------------------------------------------------------------------------- weights
 

@@ -94,12 +94,16 @@ def _unmeasured() -> AbstractContextManager[Usage]:
     return nullcontext(Usage(False, False))
 
 
-def at_once(allowed: int, one: Budget, kept: int, x: Tensor, place: str) -> int:
-    """How many regions run together.
+def at_once(
+    allowed: int, one: Budget, several: Callable[[int], Budget], regions: int, kept: int, x: Tensor, place: str
+) -> int:
+    """How many of a group of regions run together.
 
     Args:
         allowed: bytes.
         one: a region.
+        several: so many regions at once, measured: they may take more than each alone (kernels choose other layouts).
+        regions: how many there are.
         kept: bytes kept for all regions.
         x: the input.
         place: the region's name, for the error.
@@ -117,7 +121,11 @@ def at_once(allowed: int, one: Budget, kept: int, x: Tensor, place: str) -> int:
             least=kept + one.region,
             binding=place,
         )
-    return max(1, min(allowed - kept, AT_ONCE) // max(one.region, 1))
+    left = min(allowed - kept, AT_ONCE)
+    count = max(1, min(left // max(one.region, 1), regions))
+    while count > 1 and (taken := several(count).region) > allowed - kept:
+        count = max(1, min(count - 1, count * left // taken))
+    return count
 
 
 def _initialise(work: Work, x: Tensor, modules: Sequence[nn.Module]) -> None:
