@@ -66,6 +66,11 @@ def layers_of(layer: Any) -> list[Any]:
     return list(_private(layer, "_flatten_layers")())
 
 
+def seeds_of(layer: Any) -> list[Any]:
+    """The variables that random layers inside draw from."""
+    return [g.state for sub in layers_of(layer) for g in _private(sub, "_seed_generators")]
+
+
 @contextlib.contextmanager
 def readable(variables: Sequence[Any]) -> Iterator[None]:
     """On JAX `fit` takes the values out of Variables while it is traced, and a layer without `compute_output_shape` reads

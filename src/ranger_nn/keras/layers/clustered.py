@@ -37,7 +37,7 @@ def clustered(layer: RegionalAggregator, x: Any, present: Any, mask: Any, traini
         found = masked(rows if layer.local is None else layer.local(rows), routes.there)  # one network for all samples
         check_kept((0, *rows.shape[:1]), (0, *found.shape[:1]))
     else:
-        y = _run(layer, together, routes)
+        y = _run(layer, together, routes, training)
         if kind.balanced and not isinstance(over, Stitch):
             return _over_sets(layer, y, routes, present)
         check_kept(routes.shape, y.shape)
@@ -49,11 +49,11 @@ def clustered(layer: RegionalAggregator, x: Any, present: Any, mask: Any, traini
     return _over_tokens(layer, ops.reshape(found, (*lead, *found.shape[1:])), routes, there)
 
 
-def _run(layer: RegionalAggregator, together: Any, routes: Routes) -> Any:
+def _run(layer: RegionalAggregator, together: Any, routes: Routes, training: bool) -> Any:
     """Local results (*routes.shape, ...), or (regions, batch, ...) of sets."""
     if layer.allowed is not None and not layer._shapes_only:
         place = f"{layer.name}, regions of {layer.partition}"
-        return looped(layer, together, list(range(layer.partition.clusters)), routes.shape[1], place)
+        return looped(layer, together, list(range(layer.partition.clusters)), routes.shape[1], place, training)
     if routes.owner is not None:
         return layer.stacked(together, ids=routes.owner)  # type: ignore[misc]
     return layer._run(together, list(range(layer.partition.clusters)))

@@ -12,13 +12,16 @@ import keras
 from keras import ops
 
 from ranger_nn.keras.layers.estimate import at_once
+from ranger_nn.keras.layers.pure import Recomputed, applied
 from ranger_nn.keras.layers.stacked import has_state
 
 if TYPE_CHECKING:
     from ranger_nn.keras.layers.regional import RegionalAggregator
 
 
-def looped(layer: RegionalAggregator, taken: Any, ids: list[int], batch: Any, place: str) -> Any:
+def looped(
+    layer: RegionalAggregator, taken: Any, ids: list[int], batch: Any, place: str, training: bool, masks: Any = None
+) -> Any:
     """Local network on stacked regions (regions, batch, ...), so many in each step of a loop as `memory` allows.
 
     Args:
@@ -27,15 +30,19 @@ def looped(layer: RegionalAggregator, taken: Any, ids: list[int], batch: Any, pl
         ids: which they are.
         batch: samples of a region; may be a tensor.
         place: for the error if one region does not fit.
+        training: said again to the local network, which in backward is not called from the layer.
+        masks: (regions, batch, time) for the local network.
     """
     one = tuple(n if isinstance(n, int) else 1 for n in taken.shape[1:])
+    if layer.locals is not None:
+        for i in ids:
+            at_once(layer.allowed or 0, layer.locals[i], one, 1, place, layer.compute_dtype)
+        runs = [Recomputed(layer.locals[i])(lambda x, i=i: layer._run(x, [i], training=training), taken[k : k + 1]) for k, i in enumerate(ids)]
+        return ops.concatenate(runs, 0)
     network = layer.local if layer.stacked is None else layer.stacked.template.held
     k = at_once(layer.allowed or 0, network, one, len(ids), place, layer.compute_dtype)
-    if layer.locals is not None or (layer.stacked is None and has_state(layer.local)):
-        k = 1 if layer.locals is not None else k
-        run = keras.remat(layer._run)
-        parts = [run(taken[j : j + k], ids[j : j + k]) for j in range(0, len(ids), k)]
-        return ops.concatenate(parts, 0)
+    if masks is not None or (layer.stacked is None and has_state(layer.local)):
+        return _one_by_one(layer, taken, ids, k, masks, training)
     chunks = len(ids) // k
 
     def split(a: Any) -> Any:
@@ -46,7 +53,7 @@ def looped(layer: RegionalAggregator, taken: Any, ids: list[int], batch: Any, pl
 
     def local(*given: Any) -> Any:
         *own, part = given
-        return _stateless(layer, own, part) if layer.stacked is None else layer.stacked.apply(own, part)
+        return _stateless(layer, own, part, training) if layer.stacked is None else layer.stacked.apply(own, part, training)
 
     def body(before: Any, given: Any) -> Any:
         # weights go in as arguments: TensorFlow's recomputation does not see variables inside a loop.
@@ -60,12 +67,21 @@ def looped(layer: RegionalAggregator, taken: Any, ids: list[int], batch: Any, pl
     return ops.reshape(y, (len(ids), -1, *y.shape[3:]))
 
 
-def _stateless(layer: RegionalAggregator, weights: list[Any], stacked: Any) -> Any:
+def _one_by_one(layer: RegionalAggregator, taken: Any, ids: list[int], k: int, masks: Any, training: bool) -> Any:
+    """A network with state, k regions at a time: not in a loop of the back end, whose steps share what they read."""
+    run, found = Recomputed(layer.local, len(ids) // k), []
+    for j in range(0, len(ids), k):
+        some = {} if masks is None else {"mask": ops.reshape(masks[j : j + k], (-1, masks.shape[-1]))}
+        found.append(run(lambda x, j=j, some=some: layer._run(x, ids[j : j + k], training=training, **some), taken[j : j + k]))
+    return ops.concatenate(found, 0)
+
+
+def _stateless(layer: RegionalAggregator, weights: list[Any], stacked: Any, training: bool) -> Any:
     """The shared network with these weights, on stacked regions."""
+    ids = list(range(stacked.shape[0]))
     if not weights or layer.local is None:
-        return layer._run(stacked, list(range(stacked.shape[0])))
-    folded = layer.local.stateless_call(weights, [], ops.reshape(stacked, (-1, *stacked.shape[2:])))[0]
-    return ops.reshape(folded, (stacked.shape[0], -1, *folded.shape[1:]))
+        return layer._run(stacked, ids, training=training)
+    return applied(layer.local, layer.local.trainable_variables, weights, lambda: layer._run(stacked, ids, training=training))[0]
 
 
 def _weights_of(layer: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -24,6 +25,7 @@ from ranger_nn.keras.layers.clustered import clustered
 from ranger_nn.keras.layers.clusters import Clusters
 from ranger_nn.keras.layers.configuration import configured, restored
 from ranger_nn.keras.layers.looped import looped
+from ranger_nn.keras.layers.pure import Recomputed
 from ranger_nn.keras.layers.stacked import Stacked, Untracked, has_state
 from ranger_nn.layers.regional import Group, Layout, Result, piecewise, reduce, without_absent
 from ranger_nn.partition.blocks import Blocks
@@ -230,7 +232,7 @@ class RegionalAggregator(keras.layers.Layer):
             return clustered(self, x, present, mask, training)
         layout = self._layout(x.shape) if self.described else None
         # the local networks have policies of their own; the result has this layer's
-        results = [Result(r.ids, ops.cast(r.y, self.compute_dtype)) for r in self._results(x, mask)]
+        results = [Result(r.ids, ops.cast(r.y, self.compute_dtype)) for r in self._results(x, mask, training)]
         if present is None and mask is not None and layout is not None and layout.axes == (1,):
             parts = [ops.any(mask[:, a:b], axis=1) for r in layout.regions for (a, b) in r.own[:1]]
             present = ops.stack(parts, axis=1)
@@ -246,29 +248,43 @@ class RegionalAggregator(keras.layers.Layer):
     def _feature_axis(self, layout: Layout) -> int:
         return 1 if min(layout.axes) == 2 else -1
 
-    def _results(self, x: Any, mask: Any) -> list[Result]:
+    def _results(self, x: Any, mask: Any, training: bool) -> list[Result]:
         if not self.described:
-            return self._part_results(x)
+            return self._part_results(x, training)
         layout = self._layout(x.shape)
         if self.allowed is None or self._shapes_only:
             return [self._group(x, layout, g, mask) for g in layout.groups]
-        return [self._looped(x, layout, g) for g in layout.groups]
+        return [self._looped(x, layout, g, mask, training) for g in layout.groups]
 
-    def _part_results(self, x: Any) -> list[Result]:
+    def _part_results(self, x: Any, training: bool) -> list[Result]:
         parts = list(self.partition(x))
         if not parts:
             raise PartitionError(f"the partition {self.partition} gave no parts for an input of shape {tuple(x.shape)}")
         if self.locals is not None and len(self.locals) != len(parts):
             raise PartitionError(f"one local network for each part: {len(parts)} parts, {len(self.locals)} networks")
-        run = self._run if self.allowed is None else keras.remat(self._run)
-        return [Result([i], run(ops.expand_dims(part, 0), [i])) for i, part in enumerate(parts)]
+        results = []
+        for i, part in enumerate(parts):
+
+            def run(x: Any, i: int = i) -> Any:
+                return self._run(x, [i], training=training)
+
+            network = self.local if self.locals is None else self.locals[i]
+            again = run if self.allowed is None or self._shapes_only else partial(Recomputed(network), run)
+            results.append(Result([i], again(ops.expand_dims(part, 0))))
+        return results
 
     def _group(self, x: Any, layout: Layout, group: Group, mask: Any) -> Result:
         taken = self._placed(layout.gather(xp, x, group), layout, group)
-        if mask is None or layout.axes != (1,) or not _takes_mask(self.local):
+        masks = self._masks(layout, group, mask)
+        if masks is None:
             return Result(group.ids, self._run(taken, group.ids))
-        masks = xp.stack([mask[:, a:b] for r in group.regions for (a, b) in r.read[:1]], axis=0)
         return Result(group.ids, self._run(taken, group.ids, mask=ops.reshape(masks, (-1, masks.shape[-1]))))
+
+    def _masks(self, layout: Layout, group: Group, mask: Any) -> Any:
+        """Masks of the regions' steps for the local network, (regions, batch, time); None: it takes none."""
+        if mask is None or layout.axes != (1,) or not _takes_mask(self.local):
+            return None
+        return xp.stack([mask[:, a:b] for r in group.regions for (a, b) in r.read[:1]], axis=0)
 
     def _placed(self, stacked: Any, layout: Layout, group: Group) -> Any:
         """With `coordinates`: each element's position as more features."""
@@ -284,21 +300,22 @@ class RegionalAggregator(keras.layers.Layer):
         return ops.concatenate([stacked, *maps], axis=-1 if feature == -1 else 2)
 
     def _run(self, stacked: Any, ids: list[int], **kwargs: Any) -> Any:
-        """Local network on stacked regions (regions, batch, ...)."""
+        """Local network on stacked regions (regions, batch, ...); `kwargs`: mask, and training outside of `call`."""
         if self.stacked is not None:
             return self.stacked(stacked, ids=ids)
         if self.locals is not None:
-            return _stack([self.locals[i](stacked[k]) for k, i in enumerate(ids)], ids)
+            return _stack([_called(self.locals[i], stacked[k], kwargs) for k, i in enumerate(ids)], ids)
         if self.local is None:
             return stacked
-        folded = self.local(ops.reshape(stacked, (-1, *stacked.shape[2:])), **kwargs)
+        folded = _called(self.local, ops.reshape(stacked, (-1, *stacked.shape[2:])), kwargs)
         return ops.reshape(folded, (len(ids), -1, *folded.shape[1:]))
 
-    def _looped(self, x: Any, layout: Layout, group: Group) -> Result:
+    def _looped(self, x: Any, layout: Layout, group: Group, mask: Any, training: bool) -> Result:
         """A group in a loop of the back end."""
         taken = self._placed(layout.gather(xp, x, group), layout, group)
         place = f"{self.name}, regions of {self.partition}"
-        return Result(group.ids, looped(self, taken, group.ids, ops.shape(x)[0], place))
+        masks = self._masks(layout, group, mask)
+        return Result(group.ids, looped(self, taken, group.ids, ops.shape(x)[0], place, training, masks))
 
     def _result_shape(self, region: Any) -> Any:
         """Shape of the local network's result for regions of this shape (batch first)."""
@@ -393,6 +410,11 @@ class RegionalAggregator(keras.layers.Layer):
     def from_config(cls, config: dict[str, Any]) -> RegionalAggregator:
         """The layer that `get_config` described."""
         return cls(**restored(config))
+
+
+def _called(local: Any, x: Any, kwargs: dict[str, Any]) -> Any:
+    """Layers take `mask` and `training` always, functions never."""
+    return local(x, **kwargs) if isinstance(local, keras.layers.Layer) else local(x)
 
 
 def _takes_mask(layer: Any) -> bool:

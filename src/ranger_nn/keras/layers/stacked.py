@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from ranger_nn.keras.layers.pure import applied
 from ranger_nn.keras.private import layers_of
 
 
@@ -53,6 +54,8 @@ class Stacked(keras.layers.Layer):
                     dtype=variable.dtype,
                     initializer=lambda shape, dtype=None, k=k: ops.convert_to_tensor(values(k), dtype=dtype),
                     name=variable.path.replace("/", "_"),
+                    regularizer=_each(variable.regularizer, sum),
+                    constraint=_each(variable.constraint, lambda found: ops.stack(found, axis=0)),
                 )
             )
         self.built = True
@@ -68,17 +71,22 @@ class Stacked(keras.layers.Layer):
             return ops.convert_to_tensor(weight)
         return ops.take(weight, np.asarray(ids, "int32") if isinstance(ids, list) else ids, axis=0)
 
-    def apply(self, weights: list[Any], stacked: Any) -> Any:
+    def apply(self, weights: list[Any], stacked: Any, training: bool | None = None) -> Any:
         """The layer with these weights, region by region, in one call (or unrolled, see `_unrolled`)."""
         layer = self.template.held
 
         def one(given: Any) -> Any:
             *own, x = given
-            return layer.stateless_call(list(own), [], x)[0]
+            return applied(layer, layer.trainable_variables, list(own), lambda: layer(x, training=training))[0]
 
         if not _unrolled(layer):
             return ops.vectorized_map(one, (*weights, stacked))
         return ops.stack([one((*(w[i] for w in weights), stacked[i])) for i in range(stacked.shape[0])], axis=0)
+
+
+def _each(function: Any, joined: Any) -> Any:
+    """A regulariser or constraint of a weight, on each region's own."""
+    return None if function is None else lambda w: joined([function(w[i]) for i in range(w.shape[0])])
 
 
 def has_state(layer: Any) -> bool:

@@ -22,7 +22,7 @@ from ranger_nn.errors import PartitionError
 from ranger_nn.layers.clusters import Routes, check_join, check_kept
 from ranger_nn.layers.regional import Result, piecewise, reduce
 from ranger_nn.torch.layers.clusters import Clusters, drawn, masked, put, taken
-from ranger_nn.torch.layers.rematerialise import budget, rematerialised
+from ranger_nn.torch.layers.rematerialise import Budget, at_once, budget, key_of, rematerialised
 from ranger_nn.torch.layers.stacked import Stacked
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _run(layer: RegionalAggregator, clusters: Clusters, routes: Routes, x: Tenso
         return drawn(layer._run(_ids(routes, 0, routes.shape[0]), together), clusters.centres, towards)
     towards = clusters.follow(routes, taken(rows.detach(), routes, zeros)) if layer.training else None
     works = [_Blocks(layer, routes, a, b) for a, b in _chunks(layer, routes, x)]
-    y = torch.cat(rematerialised(works, x, *layer._local_tensors()))
+    y = torch.cat(rematerialised([works], x, layer._local_modules(), layer._shared()))
     return drawn(y, clusters.centres, towards)
 
 
@@ -147,10 +147,18 @@ class _Blocks:
 
 def _chunks(layer: RegionalAggregator, routes: Routes, x: Tensor) -> list[tuple[int, int]]:
     """Blocks that run together; what one needs is measured when shapes are first seen."""
-    blocks = routes.shape[0]
-    key = (tuple(routes.shape), tuple(x.shape), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled())
-    if key not in layer._budgets:
-        one, place = _Blocks(layer, routes, 0, 1), f"a region of {layer.partition}"
-        layer._budgets[key] = budget(layer.allowed or 0, one, x, *layer._local_tensors(), blocks, place)
-    size = layer._budgets[key].regions
+    blocks, modules = routes.shape[0], layer._local_modules()
+    key = (tuple(routes.shape), key_of(x, modules))
+
+    def taken(start: int, stop: int) -> Budget:
+        return budget(_Blocks(layer, routes, start, stop), x, modules, layer._shared())
+
+    if key not in layer._sizes:
+        each = [taken(i, i + 1) for i in range(blocks if isinstance(layer.local, nn.ModuleList) else 1)]
+        one = Budget(max(b.region for b in each), max(b.kept for b in each))
+        place = f"a region of {layer.partition}"
+        layer._sizes[key] = [
+            at_once(layer.allowed or 0, one, lambda n: taken(0, n), blocks, blocks * one.kept, x, place)
+        ]
+    (size,) = layer._sizes[key]
     return [(a, min(a + size, blocks)) for a in range(0, blocks, size)]

@@ -33,8 +33,9 @@ from ranger_nn.planning.budget import parse_memory
 from ranger_nn.torch.layers.clustered import clustered
 from ranger_nn.torch.layers.clusters import Clusters
 from ranger_nn.torch.layers.cut import add_back, cut
-from ranger_nn.torch.layers.rematerialise import Budget, budget, rematerialised
+from ranger_nn.torch.layers.rematerialise import Budget, at_once, budget, key_of, rematerialised
 from ranger_nn.torch.layers.stacked import Stacked
+from ranger_nn.torch.layers.state import Again, modules_in
 
 Local = Callable[..., Any]
 
@@ -110,7 +111,7 @@ class RegionalAggregator(nn.Module):
         self._set_local(local, per_region)
         self._set_weights()
         self._layouts: dict[tuple[int, ...], Layout] = {}
-        self._budgets: dict[Any, Budget] = {}
+        self._sizes: dict[Any, list[int]] = {}
         self._maps: dict[Any, list[Tensor]] = {}
 
     def _set_local(self, local: Local | Sequence[Local] | None, per_region: bool) -> None:
@@ -199,21 +200,39 @@ class RegionalAggregator(nn.Module):
         groups = layout.groups
         if self.allowed is None:
             works = [_Cut(self, layout, g) for g in groups]
-            return [Result(w.group.ids, w.run(w.take(x))) for w in works]
-        works = [_Cut(self, layout, p) for g in groups for p in g.parts(self._at_once(x, layout, g))]
-        results = rematerialised(works, x, *self._local_tensors())
-        return [Result(w.group.ids, y) for w, y in zip(works, results)]
+            return [Result(w.group.ids, w.run(cut(x, layout, w.group))) for w in works]
+        return self._looped(x, layout)
+
+    @torch.compiler.disable
+    def _looped(self, x: Tensor, layout: Layout) -> list[Result]:
+        """Groups under memory."""
+        sizes = self._at_once(x, layout)
+        lists = [[_Cut(self, layout, p) for p in g.parts(n)] for g, n in zip(layout.groups, sizes)]
+        results = rematerialised(lists, x, self._local_modules(), self._shared())
+        return [Result(w.group.ids, y) for w, y in zip([w for works in lists for w in works], results)]
 
     def _part_results(self, x: Tensor) -> list[Result]:
+        again = Again(x.device, modules_in(self.partition)) if self.allowed is not None else None
         parts = list(self.partition(x))
         if not parts:
             raise PartitionError(f"the partition {self.partition} gave no parts for an input of shape {tuple(x.shape)}")
         if isinstance(self.local, nn.ModuleList) and len(self.local) != len(parts):
             raise PartitionError(f"one local network for each part: {len(parts)} parts, {len(self.local)} networks")
-        if self.allowed is None:
+        if again is None:
             return [Result([i], self._run([i], part.unsqueeze(0))) for i, part in enumerate(parts)]
-        results = rematerialised([_Part(self, i) for i in range(len(parts))], x, *self._local_tensors())
-        return [Result([i], y) for i, y in enumerate(results)]
+        return self._looped_parts(x, len(parts), again)
+
+    @torch.compiler.disable
+    def _looped_parts(self, x: Tensor, count: int, again: Again) -> list[Result]:
+        """Parts of a callable under memory, one at a time."""
+        works, modules = [_Part(self, i, again) for i in range(count)], self._local_modules()
+        key = (count, key_of(x, modules))
+        if key not in self._sizes:
+            each = [budget(w, x, modules, False) for w in works]
+            kept = sum(b.kept for b in each)
+            places = [f"part {i} of {self.partition}" for i in range(count)]
+            self._sizes[key] = [at_once(self.allowed or 0, b, lambda n: b, 1, kept, x, p) for b, p in zip(each, places)]
+        return [Result([i], y) for i, y in enumerate(rematerialised([[w] for w in works], x, modules, False))]
 
     # --------------------------------------------------------------------------------- clusters
 
@@ -228,10 +247,13 @@ class RegionalAggregator(nn.Module):
             raise PartitionError(f"adapt fits the centres of KMeans; {self.partition} follows from shapes")
         self.clusters.adapt(data)
 
-    def _local_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters and buffers of what runs on regions."""
-        modules = [m for m in (self.local, self.partition) if isinstance(m, nn.Module)]
-        return [p for m in modules for p in m.parameters()], [b for m in modules for b in m.buffers()]
+    def _local_modules(self) -> list[nn.Module]:
+        """What runs on regions; of stacked copies also the module that is applied."""
+        return modules_in([self.local, self.partition, self.local.module if isinstance(self.local, Stacked) else None])
+
+    def _shared(self) -> bool:
+        """Is a group of regions one call of one network."""
+        return not isinstance(self.local, nn.ModuleList | Stacked)
 
     def _placed(self, stacked: Tensor, layout: Layout, group: Group) -> Tensor:
         """With `coordinates`: each element's position as more features."""
@@ -272,20 +294,30 @@ class RegionalAggregator(nn.Module):
             )
         return folded.unflatten(0, (stacked.shape[0], stacked.shape[1]))
 
-    def _at_once(self, x: Tensor, layout: Layout, group: Group) -> int:
-        """Regions of this group that run together; measured when a shape is first seen."""
-        key = (group.regions[0].shape, tuple(x.shape), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled())
-        if key not in self._budgets:
-            one = Group(group.regions[:1])
-            self._budgets[key] = budget(
-                self.allowed or 0,
-                _Cut(self, layout, one),
-                x,
-                *self._local_tensors(),
-                regions=len(layout.regions),
-                place=f"region {one.ids[0]} of {self.partition}",
-            )
-        return self._budgets[key].regions
+    def _at_once(self, x: Tensor, layout: Layout) -> list[int]:
+        """Regions of each group that run together; measured when a shape is first seen."""
+        modules = self._local_modules()
+        key = key_of(x, modules)
+        if key not in self._sizes:
+            ones = [self._measured(x, layout, g, modules) for g in layout.groups]
+            kept = sum(len(g.regions) * one.kept for g, one in zip(layout.groups, ones))
+            self._sizes[key] = [self._size(x, layout, g, modules, one, kept) for g, one in zip(layout.groups, ones)]
+        return self._sizes[key]
+
+    def _measured(self, x: Tensor, layout: Layout, group: Group, modules: list[nn.Module]) -> Budget:
+        """What a region takes; of a list of networks the one that takes most."""
+        each = group.regions if isinstance(self.local, nn.ModuleList) else group.regions[:1]
+        found = [budget(_Cut(self, layout, Group((r,))), x, modules, self._shared()) for r in each]
+        return Budget(max(b.region for b in found), max(b.kept for b in found))
+
+    def _size(
+        self, x: Tensor, layout: Layout, group: Group, modules: list[nn.Module], one: Budget, kept: int
+    ) -> int:
+        def several(count: int) -> Budget:
+            return budget(_Cut(self, layout, Group(group.regions[:count])), x, modules, self._shared())
+
+        place = f"region {group.ids[0]} of {self.partition}"
+        return at_once(self.allowed or 0, one, several, len(group.regions), kept, x, place)
 
     # ---------------------------------------------------------------------------------- weights
 
@@ -332,8 +364,9 @@ class _Cut:
     group: Group
 
     def take(self, x: Tensor) -> Tensor:
-        """Stacked regions."""
-        return cut(x, self.layout, self.group)
+        """Stacked regions, not as a view of x: the local network may write in place."""
+        found = cut(x, self.layout, self.group)
+        return found.clone() if found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else found
 
     def run(self, taken: Tensor) -> Tensor:
         """Local results."""
@@ -350,22 +383,21 @@ class _Part:
 
     layer: RegionalAggregator
     index: int
+    again: Again
 
     def take(self, x: Tensor) -> Tensor:
-        """The part."""
-        return self.layer.partition(x)[self.index].unsqueeze(0)
+        """All of x: the callable may have parameters."""
+        return x
 
     def run(self, taken: Tensor) -> Tensor:
-        """Its local result."""
-        return self.layer._run([self.index], taken)
+        """The part's local result."""
+        with self.again():
+            part = list(self.layer.partition(taken))[self.index].unsqueeze(0)
+        return self.layer._run([self.index], part)
 
     def give(self, whole: Tensor, grad: Tensor, x: Tensor) -> None:
-        """Gradient through the callable."""
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            part = self.take(leaf)
-        (found,) = torch.autograd.grad(part, leaf, grad)
-        whole += found
+        """The gradient through the callable."""
+        whole += grad
 
 
 class _Function(nn.Module):

@@ -1,194 +1,192 @@
 """The loop over groups of regions under a stated memory: run each without keeping it, compute it again in backward.
 
-    forward    group 0, group 1, ...    only results are kept (Chen et al. 2016, sublinear memory)
-    backward   for each group: its forward once more with gradients on, then its backward; gradients of the input and
-               of the parameters add up in place
+    forward    works 0, 1, ...    only results are kept (Chen et al. 2016, sublinear memory)
+    backward   for each work: its forward once more with gradients on, then its backward; gradients of the input and
+               of all that local networks read add up in place
 
 Attention pooling over the tiles of one large image trains this way in two passes, exactly: the scores and the join are
 ordinary autograd over the kept results.
+
+Works come in lists: those of one list are one call of the local network without memory, and give what that call gives:
+`passes.py`. How many regions a work holds follows from what one of them takes, measured: `budget`. Enter at
+`rematerialised`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ranger_nn.errors import BudgetError, MeasureError
+from ranger_nn.errors import BudgetError, MeasureError, PartitionError
 from ranger_nn.planning.budget import format_bytes
-from ranger_nn.torch.measure import measure
+from ranger_nn.torch.layers.passes import Passes, Work
+from ranger_nn.torch.layers.state import Random, State
+from ranger_nn.torch.measure import Usage, measure
 
 AT_ONCE = 64 << 20
 """Bytes of regions that run together at most: more leave the cache and take longer (attention pooling of 64 tiles: 0.66
 of the time of all at once with 60 MB of tiles in a group, 0.89 with 90 MB)."""
 
 
-class Work(Protocol):
-    """Some regions: how to take them from the input, run them, and give back their gradient."""
-
-    def take(self, x: Tensor) -> Tensor:
-        """The regions' own copy."""
-        ...
-
-    def run(self, taken: Tensor) -> Tensor:
-        """The local network on them."""
-        ...
-
-    def give(self, whole: Tensor, grad: Tensor, x: Tensor) -> None:
-        """Add the gradient of what was taken to that of the whole input x, in place."""
-        ...
-
-
 @dataclass(frozen=True)
 class Budget:
-    """How many regions run at once: bytes of one region, measured, against what is allowed."""
+    """What one region takes: bytes at work, and bytes kept for it until backward (its result, random states)."""
 
-    allowed: int
     region: int
-    regions: int
+    kept: int
 
 
-def budget(
-    allowed: int,
-    work: Work,
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    regions: int,
-    place: str,
+def key_of(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """All that the bytes of a region depend on, besides its shape."""
+    device, state = x.device, State(modules)
+    cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    gradients = torch.is_grad_enabled(), x.requires_grad, tuple(p.requires_grad for p in state.parameters())
+    return (tuple(x.shape), x.stride(), x.dtype, device, cast, gradients, tuple(m.training for m in state.modules))
+
+
+def budget(work: Work, x: Tensor, modules: Sequence[nn.Module], shared: bool) -> Budget:
+    """Run one region, with its backward where gradients are on, and count; all state stays as it is.
+
+    Args:
+        work: one region.
+        x: the input.
+        modules: what runs on it.
+        shared: may several works be one call, so that batch norm takes more passes.
+    """
+    _initialise(work, x, modules)
+    try:
+        return _measured(work, x, State(modules), shared, measure)
+    except MeasureError:
+        _measured(work, x, State(modules), shared, _unmeasured)  # a layer within measures its own regions, once
+    try:
+        return _measured(work, x, State(modules), shared, measure)
+    except MeasureError as busy:
+        raise MeasureError(
+            f"memory= measures one region when a shape is first seen, and cannot inside another measurement: call "
+            f"the layer once before. {busy}"
+        ) from busy
+
+
+def _measured(
+    work: Work, x: Tensor, state: State, shared: bool, counter: Callable[[], AbstractContextManager[Usage]]
 ) -> Budget:
-    """Run one region, with its backward where gradients are on, and count.
+    before, random = state.read(), Random(x.device, state.generators())
+    with random.unmoved():
+        try:
+            with counter() as used:
+                passes = Passes(x.detach().requires_grad_(x.requires_grad), state, random)
+                (y,) = passes.forward([work], shared)
+                if passes.differentiable:
+                    passes.backward([torch.ones_like(y)], None)
+            passes.check_put_aside(work, before)
+        finally:
+            state.write(before)
+    # of what is kept there is a gradient too
+    return Budget(used.peak, y.nbytes * (2 if passes.grad else 1) + passes.remembered())
+
+
+def _unmeasured() -> AbstractContextManager[Usage]:
+    return nullcontext(Usage(False, False))
+
+
+def at_once(
+    allowed: int, one: Budget, several: Callable[[int], Budget], regions: int, kept: int, x: Tensor, place: str
+) -> int:
+    """How many of a group of regions run together.
 
     Args:
         allowed: bytes.
-        work: one region.
+        one: a region.
+        several: so many regions at once, measured: they may take more than each alone (kernels choose other layouts).
+        regions: how many there are.
+        kept: bytes kept for all regions.
         x: the input.
-        parameters, buffers: of the local network; running statistics stay as they are.
-        regions: how many results are kept.
         place: the region's name, for the error.
 
     Raises:
-        BudgetError: kept results and one region are more than is allowed.
+        BudgetError: what is kept and one region are more than is allowed.
     """
-    grad = torch.is_grad_enabled()
-    with _unchanged(buffers):
-        used, result = _count(work, x, [p for p in parameters if p.requires_grad] if grad else [])
-    kept = regions * result * (2 if grad else 1) + (x.nbytes if grad and x.requires_grad else 0)
-    if kept + used > allowed:
+    kept += x.nbytes if torch.is_grad_enabled() and x.requires_grad else 0
+    if kept + one.region > allowed:
         raise BudgetError(
             f"the results of all regions and one region at work must fit into memory: allowed {format_bytes(allowed)}, "
-            f"{place} needs {format_bytes(used)}, {regions} results {format_bytes(kept)}; allow "
-            f"{format_bytes(kept + used)}, or cut into smaller regions",
+            f"{place} needs {format_bytes(one.region)}, all results {format_bytes(kept)}; allow "
+            f"{format_bytes(kept + one.region)}, or cut into smaller regions",
             allowed=allowed,
-            least=kept + used,
+            least=kept + one.region,
             binding=place,
         )
-    return Budget(allowed, used, max(1, min(allowed - kept, AT_ONCE) // max(used, 1)))
+    left = min(allowed - kept, AT_ONCE)
+    count = max(1, min(left // max(one.region, 1), regions))
+    while count > 1 and (taken := several(count).region) > allowed - kept:
+        count = max(1, min(count - 1, count * left // taken))
+    return count
 
 
-def _count(work: Work, x: Tensor, wanted: list[Tensor]) -> tuple[int, int]:
-    """(peak bytes of a region, bytes of its result)."""
-    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        try:
-            with measure() as used:
-                taken = work.take(x.detach()).requires_grad_(x.requires_grad and torch.is_grad_enabled())
-                y = work.run(taken)
-                leaves = [*wanted, *([taken] if taken.requires_grad else [])]
-                if y.requires_grad:
-                    torch.autograd.grad(y.sum(), leaves, allow_unused=True)
-        except MeasureError as busy:
-            raise MeasureError(
-                f"memory= measures one region when a shape is first seen, and cannot inside another measurement: call "
-                f"the layer once before. {busy}"
-            ) from busy
-    return used.peak, y.nbytes
-
-
-@contextmanager
-def _unchanged(buffers: Sequence[Tensor]) -> Iterator[None]:
-    """Buffers as before: what is run once more must not count twice."""
-    before = [b.clone() for b in buffers]
+def _initialise(work: Work, x: Tensor, modules: Sequence[nn.Module]) -> None:
+    """Lazy modules get their parameters from one region, in evaluation, where nothing else changes."""
+    state = State(modules)
+    if not any(nn.parameter.is_lazy(t) for t in (*state.parameters(), *state.buffers())):
+        return
+    flags = [m.training for m in state.modules]
     try:
-        yield
-    finally:
+        for m in state.modules:
+            m.training = False
         with torch.no_grad():
-            for b, old in zip(buffers, before):
-                b.copy_(old)
+            work.run(work.take(x.detach()))
+    finally:
+        for m, flag in zip(state.modules, flags):
+            m.training = flag
 
 
 def rematerialised(
-    works: Sequence[Work], x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor]
+    lists: Sequence[Sequence[Work]], x: Tensor, modules: Sequence[nn.Module], shared: bool
 ) -> list[Tensor]:
-    """Results of `works` on x, whose activations live only while their work runs.
+    """Results of all works on x, whose activations live only while their work runs.
 
-    Backward gives the gradients of x and of those `parameters` that need one, and leaves `buffers` (running statistics)
-    as forward left them.
+    Args:
+        lists: works; those of one list are one call without memory.
+        x: the input.
+        modules: what runs on regions; its state afterwards, and after backward, is that of one call for each list.
+        shared: False where works of a list never touch one another (a network for each region).
+
+    Backward gives the gradients of x and of all tensors that the local networks read and that need one.
+
+    Raises:
+        PartitionError: a local network whose call cannot be divided, or cannot be repeated.
     """
-    wanted = [p for p in parameters if p.requires_grad]
-    if not torch.is_grad_enabled() or not (x.requires_grad or wanted):
-        return [work.run(work.take(x)) for work in works]
-    return list(_Loop.apply(works, buffers, x, *wanted))
+    state = State(modules)
+    passes = Passes(x, state, Random(x.device, state.generators()))
+    results = [y for works in lists for y in passes.forward(works, shared and len(works) > 1)]
+    if not passes.differentiable:
+        return results
+    return list(_Loop.apply(passes, results, x, *passes.leaves))
 
 
 class _Loop(torch.autograd.Function):
-    """Forward without a graph, backward work by work."""
+    """The graph's node of a loop that has run."""
 
     @staticmethod
-    def forward(
-        ctx: Any, works: Sequence[Work], buffers: Sequence[Tensor], x: Tensor, *parameters: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Results only."""
-        ctx.works, ctx.buffers, ctx.again = works, buffers, _autocast(x.device.type)
-        ctx.save_for_backward(x, *parameters)
-        ctx.states = []
-        results = []
-        for work in works:
-            ctx.states.append(_random_state(x))
-            results.append(work.run(work.take(x)))
+    def forward(ctx: Any, passes: Passes, results: list[Tensor], x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        """The results."""
+        ctx.passes = passes
+        ctx.save_for_backward(x, *leaves)  # refuses what is written before backward
+        ctx.mark_non_differentiable(*[y for y in results if not (y.is_floating_point() or y.is_complex())])
         return tuple(results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Each work once more, with its gradients."""
-        x, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise PartitionError(
+                "create_graph=True: a layer with memory= computes its regions again in backward and keeps no graph of "
+                "it, so that gradients of gradients would be missing; leave memory out"
+            )
+        x = ctx.saved_tensors[0]
         whole = torch.zeros_like(x) if ctx.needs_input_grad[2] else None
-        sums = [torch.zeros_like(p) for p in parameters]
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), _unchanged(ctx.buffers):
-            for work, state, grad in zip(ctx.works, ctx.states, grads):
-                _set_random_state(x, state)
-                taken = work.take(x.detach()).requires_grad_(whole is not None)
-                with torch.enable_grad(), ctx.again():
-                    y = work.run(taken)
-                if not y.requires_grad:
-                    continue
-                leaves = [*parameters, *([taken] if whole is not None else [])]
-                found = torch.autograd.grad(y, leaves, grad, allow_unused=True)
-                for total, part in zip(sums, found):
-                    if part is not None:
-                        total += part
-                if whole is not None and found[-1] is not None:
-                    work.give(whole, found[-1], x)
-                del y, taken, found
-        return None, None, whole, *sums
-
-
-def _autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype, enabled)
-
-
-def _random_state(x: Tensor) -> Tensor:
-    return torch.cuda.get_rng_state(x.device) if x.device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(x: Tensor, state: Tensor) -> None:
-    if x.device.type == "cuda":
-        torch.cuda.set_rng_state(state, x.device)
-    else:
-        torch.set_rng_state(state)
+        return None, None, whole, *ctx.passes.backward(list(grads), whole)
