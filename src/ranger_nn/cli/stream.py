@@ -17,8 +17,9 @@ from ranger_nn.cli.loading import load_model, threads
 from ranger_nn.cli.progress import clock, show_progress
 from ranger_nn.errors import InputError
 from ranger_nn.io.pixels import Pixels
-from ranger_nn.io.sinks import KNOWN, check_sink, working_folder
+from ranger_nn.io.sinks import KNOWN, check_sink
 from ranger_nn.io.sources import HDF5
+from ranger_nn.io.workplace import working_folder
 from ranger_nn.planning.budget import format_bytes
 
 

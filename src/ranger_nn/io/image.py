@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ranger_nn.errors import InputError, MissingExtraError
 from ranger_nn.io.atomic import atomic_write
+from ranger_nn.io.colour import colour_of, seen_bytes
 from ranger_nn.io.extras import import_extra
 
 Array = NDArray[Any]
@@ -127,13 +128,22 @@ def _read_npy(file: Path, memory_limit: int | None) -> Array:
 def _read_tiff(file: Path, memory_limit: int | None) -> Array:
     with _tifffile().TiffFile(file) as tiff:
         series = tiff.series[0]
-        _check_size(file, series.shape, np.dtype(series.dtype).itemsize, memory_limit)
+        axes, page = series.axes, series.keyframe
+        channels = [axis for axis, name in enumerate(axes) if name in "CS"]
+        if len(channels) > 1:
+            raise InputError(f"cannot read {str(file)!r}: its axes {axes!r} hold channels twice. Save them as one axis.")
+        colour = colour_of(page, repr(str(file)), len(series.pages))
+        if colour.depth:
+            raise InputError(
+                f"cannot read {str(file)!r}: it has {colour.depth} bits in {series.dtype}, so that its largest value is not that "
+                "of its type. Scale it, or save the model's input as .npy."
+            )
+        stored = series.shape[channels[0]] if channels else 1
+        size = seen_bytes(colour, series.shape, stored, np.dtype(series.dtype))
+        _check_size(file, series.shape, size // math.prod(series.shape) or 1, memory_limit)
         array = np.asarray(series.asarray())
-        axes = series.axes
-    channels = [axis for axis, name in enumerate(axes) if name in "CS"]
-    if len(channels) > 1:
-        raise InputError(f"cannot read {str(file)!r}: its axes {axes!r} hold channels twice. Save them as one axis.")
-    return np.moveaxis(array, channels[0], 0) if channels else array[np.newaxis]
+    found = np.moveaxis(array, channels[0], 0) if channels else array[np.newaxis]
+    return found if colour.plain else np.ascontiguousarray(colour.turned(colour.apply(found)))
 
 
 def _read_with_pillow(file: Path, memory_limit: int | None) -> Array:
@@ -157,9 +167,9 @@ def _in_a_plain_mode(image: Any) -> Any:
     upright = importlib.import_module("PIL.ImageOps").exif_transpose(image)
     if upright.mode == "P":
         return upright.convert("RGBA" if "transparency" in upright.info else "RGB")
-    if upright.mode == "1":
-        return upright.convert("L")
-    return upright.convert("RGB") if upright.mode in ("CMYK", "YCbCr", "LAB", "HSV") else upright
+    plain = {"1": "L", "PA": "RGBA", "RGBa": "RGBA", "La": "LA", "RGBX": "RGB"}
+    plain |= dict.fromkeys(("CMYK", "YCbCr", "LAB", "HSV"), "RGB")
+    return upright.convert(plain[upright.mode]) if upright.mode in plain else upright
 
 
 def _check_size(file: Path, shape: tuple[int, ...], itemsize: int, memory_limit: int | None) -> None:
