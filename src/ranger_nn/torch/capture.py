@@ -61,6 +61,8 @@ class Captured:
     rebuild: Callable[[list[Any]], Any]
     output_values: list[int | Any]
     constants: list[Any] = field(default_factory=list)
+    text: str = ""
+    """The exported program as text: operators with all their arguments."""
 
 
 class Lower:
@@ -384,7 +386,8 @@ def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
     graph = Graph(
         type(model).__name__, tuple(lower.values), tuple(lower.nodes), tuple(inputs), tuple(dict.fromkeys(outputs))
     )
-    return Captured(fuse(graph, Fused), lower.sources, rebuild, outputs)
+    parts = [m.code for m in program.graph_module.modules() if hasattr(m, "code")]
+    return Captured(fuse(graph, Fused), lower.sources, rebuild, outputs, text="\n".join(map(str, parts)))
 
 
 def _refuse_mutation(model: nn.Module, name: str) -> None:

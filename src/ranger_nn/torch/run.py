@@ -9,10 +9,12 @@ plan and options goes on there (`execute/resume.py`). The dry run is `prepare`. 
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,19 @@ from ranger_nn.errors import InputError
 from ranger_nn.execute.machine import bind
 from ranger_nn.execute.machine import run as loop
 from ranger_nn.execute.resume import Boundary, boundaries, replay
-from ranger_nn.io.atomic import atomic_write
 from ranger_nn.io.journal import Journal
+from ranger_nn.io.naming import check_free, checked_path, numbered, place
+from ranger_nn.io.overlap import overlap
 from ranger_nn.io.pixels import Pixels
 from ranger_nn.io.protocol import Array
-from ranger_nn.io.rows import RowFile
-from ranger_nn.io.sinks import FileSink, check_sink, working_folder
+from ranger_nn.io.reader import Reader
+from ranger_nn.io.rows import ANEW, RowFile, unwritten
+from ranger_nn.io.sinks import FileSink, check_sink
 from ranger_nn.io.tally import Tally
-from ranger_nn.torch.files import Feed, FileEngine, Handle, Outlet, Stored, loaded_boxes
+from ranger_nn.io.workplace import Workplace
+from ranger_nn.torch.files import Feed, FileEngine, Handle, Outlet, Stored, loaded_boxes, written_boxes
 from ranger_nn.torch.module import Memory
-from ranger_nn.torch.pictures import ArraySink, Picture, check_nodata
+from ranger_nn.torch.pictures import ArraySink, Picture, PlacedSink, check_nodata
 from ranger_nn.torch.prepare import Prepared, prepare
 from ranger_nn.torch.reduce import Reduction, reduction
 
@@ -56,6 +61,7 @@ class Report:
         seconds, waited: of this run, and of it the time that kernels waited for files.
         allowed, projected: bytes of memory.
         bad: regions of the input that could not be read and were filled with zeros.
+        notes: what the input's header says and was not acted upon (a value of no data that was not declared).
     """
 
     files: tuple[str, ...]
@@ -70,6 +76,7 @@ class Report:
     allowed: int | None
     projected: int
     bad: tuple[Any, ...]
+    notes: tuple[str, ...] = ()
 
 
 def run(
@@ -99,7 +106,8 @@ def run(
             (`model.eval()`).
         source: path (TIFF, GeoTIFF, whole slides, Zarr, HDF5, `.npy`, PNG, JPEG), or anything with shape, dtype and slicing.
         sink: path that ends in .zarr, .tif, .npy; or a writable array-like (channels, *spatial) or (*spatial), filled in
-            place, which cannot be resumed. Several pictures: NAME-0.zarr, NAME-1.zarr, ...
+            place, which cannot be resumed. Several pictures: NAME-0.zarr, NAME-1.zarr, ..., or, where the model gives a
+            dictionary, NAME-KEY.zarr.
         memory: bytes, or "2GB": allowed for activations, carried rows, workspace, regions read ahead and written. Values
             between sweeps go to files in the working folder. None: no limit.
         reduce: "argmax", "threshold:0.5", "uint8", a callable of the (channels, rows, columns) of one region, or None.
@@ -110,7 +118,7 @@ def run(
         level: of a pyramid.
         regions, schedule: as in `regionalize`.
         resume: go on with an unfinished run of the same work; False: start it anew.
-        overwrite: replace a result that is there, and start anew.
+        overwrite: replace a result that is there (a plain file, or a Zarr array that a run wrote), and start anew.
         skip_bad: fill regions that cannot be read with zeros and list them, instead of stopping.
         device: where kernels run.
         on_region: called with (regions done, regions in all).
@@ -118,23 +126,44 @@ def run(
 
     Raises:
         BudgetError: nothing fits into `memory`.
-        InputError: a source or sink that cannot be used, a result that exists, an unfinished run of other work.
+        InputError: a source or sink that cannot be used, a result that exists, an unfinished run of other work, a run that
+            works on the same result now.
+        WriteError: the disk is full, or another run took the working folder; what is done stays.
         BadRegionError: a region of the source cannot be read; what is done stays, and the run can go on.
         MissingExtraError: a format needs a package that is not installed.
     """
     chosen = reduction(reduce)
-    default = ("histogram",) if chosen.name.startswith(("argmax", "threshold")) else ("mean", "max")
+    counted = chosen.given is None and chosen.name.startswith(("argmax", "threshold"))
+    default = ("histogram",) if counted else ("mean", "max")
     names = default if statistics is None else tuple(statistics)
     Tally(names)
-    target = check_sink(sink, overwrite) if not hasattr(sink, "__setitem__") else sink
+    target = _target(sink, overwrite)
     made = prepared or prepare(
         model, source, memory, pixels=pixels, axes=axes, level=level, regions=regions, schedule=schedule,
         skip_bad=skip_bad, device=device,
     )  # fmt: skip
     try:
-        return _Work(made, target, chosen, names, on_region).run(resume and not overwrite)
+        if overlap(made.source, target):
+            raise InputError(
+                f"the result would be written over its own input, {made.source.name}, rows of which are read again after it. "
+                "Give the result another array or name."
+            )
+        return _Work(made, target, chosen, names, on_region, overwrite).run(resume and not overwrite)
     finally:
         made.source.close()
+
+
+def _target(sink: Any, overwrite: bool) -> Any:
+    """A path, or an array that can be filled.
+
+    Raises:
+        InputError: neither, or the path cannot be written.
+    """
+    if isinstance(sink, str | os.PathLike):
+        return check_sink(sink, overwrite)
+    if all(hasattr(sink, a) for a in ("shape", "dtype", "__setitem__")):
+        return sink
+    raise InputError(f"a result is a path, or an array with shape, dtype and slicing; got {type(sink).__name__}")
 
 
 class _Work:
@@ -147,17 +176,20 @@ class _Work:
         reduced: Reduction,
         statistics: tuple[str, ...],
         on_region: Callable[[int, int], None] | None,
+        overwrite: bool,
     ) -> None:
         self.made, self.target, self.reduced, self.statistics = made, target, reduced, statistics
-        self.on_region = on_region
-        self.folder = working_folder(target) if isinstance(target, Path) else None
+        self.on_region, self.overwrite = on_region, overwrite
         self.journal: Journal | None = None
-        self.first = 0
-        self.outlet = Outlet()
+        self.first, self.fresh = 0, False
         self.pictures: dict[int, Picture] = {}
         self.stored: list[Stored] = []
         self.absent: RowFile | None = None
+        self.labels = made.labels()
         self.ends = boundaries(made.program, made.lasting())
+        self.workplace = Workplace(target) if isinstance(target, Path) else None
+        self.folder = self.workplace.folder if self.workplace is not None else None
+        self.outlet = Outlet()
 
     def run(self, resume: bool) -> Report:
         """From the start, or from where the journal says."""
@@ -173,6 +205,8 @@ class _Work:
             self.outlet.close()
             values = self._values(slots)
             files = self._finish(values)
+            if self.workplace is not None:
+                self.workplace.remove()
         except BaseException:
             self.outlet.close(quiet=True)
             self._leave_no_trace()
@@ -181,8 +215,6 @@ class _Work:
             if feed is not None:
                 feed.close()
             self._close()
-        if self.folder is not None:
-            shutil.rmtree(self.folder)
         return self._report(files, values, time.perf_counter() - start, feed.waited + self.outlet.waited)
 
     def _report(self, files: list[str], values: dict[str, Array], seconds: float, waited: float) -> Report:
@@ -200,34 +232,38 @@ class _Work:
             allowed=made.allowed,
             projected=made.projected,
             bad=tuple(made.reader.bad),
+            notes=tuple(made.notes()),
         )
 
     def _leave_no_trace(self) -> None:
-        """Where no region was done there is nothing to go on with: no working folder is left."""
-        if self.folder is not None and self.journal is not None and self.journal.done == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Where this run began anew and did no region there is nothing to go on with: no working folder is left."""
+        if self.workplace is not None and self.fresh and (self.journal is None or self.journal.done == 0):
+            with suppress(OSError):
+                self.workplace.remove()
 
     # ---- what is there before the loop
 
     def _open_journal(self, resume: bool) -> bool:
         """Whether the work goes on with what an earlier run did."""
-        if self.folder is None:
+        if self.workplace is None:
             return False
         options = {
-            "reduce": self.reduced.name,
+            "reduce": self.reduced.identity(),
             "statistics": list(self.statistics),
             "skip_bad": self.made.reader.skip_bad,
             "threads": torch.get_num_threads(),
             "device": str(self.made.device),
-            "PyTorch": torch.__version__,
         }
-        self.journal = Journal(self.folder, self.made.identity() | {"options": options})
-        if resume and self.journal.resume():
+        self.journal = Journal(self.workplace.folder, self.made.identity() | {"options": options})
+        if resume and self.journal.resume(len(self.ends)):
             self.first = self.journal.done
-            self.made.reader.bad = [tuple((lo, hi) for lo, hi in box) for box in self.journal.bad]
+            expected = self.ends[self.first - 1].states if self.first else ()
+            if self.journal.slots != set(expected):
+                raise InputError(f"the journal in {str(self.folder)!r} keeps states of another plan: {ANEW}")
+            self.made.reader.bad = list(self.journal.bad)
             return True
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
+        self.workplace.clear()
+        self.fresh = True
         return False
 
     def _open_absent(self, again: bool) -> None:
@@ -243,7 +279,20 @@ class _Work:
                     f"result= of Pixels stands where the input has no data, and {self.made.graph.name} gives "
                     f"{self.made.graph.values[v].shape[2:]} from {tuple(sizes)}: leave it out where the sizes differ"
                 )
-        self.absent = RowFile(self.folder / "absent", (1, *sizes), np.uint8, again=again)
+        self.absent = RowFile(self.folder / "absent", (1, *sizes), np.uint8)
+        if again and self.first:
+            self._find_absent_again(self.absent)
+
+    def _find_absent_again(self, absent: RowFile) -> None:
+        """From the input as far as it was read: what an earlier run noted is not trusted."""
+        made = self.made
+        (v,) = made.graph.inputs
+        before = made.program.instructions[: self.ends[self.first - 1].at]
+        reader = Reader(made.source, None, made.reader.skip_bad)
+        for box in loaded_boxes(before, made.program.external[v], made.graph.values[v].shape):
+            found = made.pixels.applied(reader.read(box[2:]), np.dtype(np.float32))[1]
+            assert found is not None
+            absent.write(box[2:], found[np.newaxis])
 
     def _open_pictures(self, again: bool) -> None:
         values, found = self.made.graph.values, self.made.pictures()
@@ -256,26 +305,60 @@ class _Work:
             small = [values[v].shape[1], *(min(2, n) for n in values[v].shape[2:])]
             probe = self.reduced(torch.zeros(small, dtype=getattr(torch, values[v].dtype)))
             probe = probe.float() if probe.dtype == torch.bfloat16 else probe
-            name, shape = f"output {k}", (probe.shape[0], *values[v].shape[2:])
+            name, shape = self._title(v), (probe.shape[0], *values[v].shape[2:])
             tally = Tally(self.statistics, self.journal.tally.get(name) if self.journal is not None and again else None)
             dtype, nodata = probe.numpy().dtype, self.made.pixels.result
             check_nodata(nodata, dtype)
-            sink = self._sink(k, len(found), shape, dtype, again)
+            if "histogram" in self.statistics and dtype.kind not in "bui":
+                raise InputError(f"the histogram counts classes, and {name} is {dtype}: reduce it, or leave the histogram out")
+            sink = self._sink(k, v, len(found), shape, dtype, again)
+            if again and isinstance(sink, FileSink):
+                sink.rows.verify(self._sum(f"rows-{k}"), [box[2:] for box in self.written.get(v, [])])
             self.pictures[v] = Picture(name, sink, self.reduced, tally, self.outlet, self.absent, nodata)
 
-    def _sink(self, k: int, count: int, shape: tuple[int, ...], dtype: Any, again: bool) -> Any:
+    def _title(self, v: int) -> str:
+        label = self.labels[v]
+        return f"output {label}" if label.isdigit() else label
+
+    @cached_property
+    def written(self) -> dict[int, list[Box]]:
+        """What earlier runs wrote of each value, in order."""
+        end = self.ends[self.first - 1].at if self.first else 0
+        return written_boxes(self.made.program.instructions[:end])
+
+    def _sum(self, file: str) -> int:
+        """What the journal says that the file holds."""
+        assert self.journal is not None
+        return self.journal.files.get(file, 0)
+
+    def _sink(self, k: int, v: int, count: int, shape: tuple[int, ...], dtype: Any, again: bool) -> Any:
         if self.folder is None:
             if count > 1 or tuple(self.target.shape) not in (shape, shape[1:] if shape[0] == 1 else shape):
                 raise InputError(
                     f"the array has shape {tuple(self.target.shape)}; the model gives {count} picture(s) of shape {shape}"
                 )
-            return ArraySink(self.target)
+            return ArraySink(self.target, dtype)
         source = self.made.source
-        place = source.geography() if hasattr(source, "geography") else None
-        place = None if place is None else {"size": source.shape[-2:], **place}
-        final = self.target if count == 1 else _numbered(self.target, k)
+        where = source.geography() if hasattr(source, "geography") else None
+        where = None if where is None else {"size": source.shape[-2:], **where}
+        final = self._free(self.target if count == 1 else numbered(self.target, self.labels[v]))
         rows = self.folder / f"rows-{k}.npy"
-        return FileSink(final, shape, dtype, place, again, rows, self.made.pixels.result)
+        if self._is_placed(final) and not rows.exists():
+            return PlacedSink(final)
+        return FileSink(final, shape, dtype, where, again, rows, self.made.pixels.result)
+
+    def _is_placed(self, final: Path) -> bool:
+        """An earlier run, which ended right after that, gave the result its name."""
+        known = self.journal.placed.get(final.name) if self.journal is not None else None
+        return known is not None and os.path.lexists(final) and final.lstat().st_ino == known
+
+    def _free(self, final: Path) -> Path:
+        """The name of one of several results, which nothing else has."""
+        if final != self.target and not self._is_placed(final):
+            if overlap(self.made.source, final):
+                raise InputError(f"the result {str(final)!r} would take the place of the input. Give another name.")
+            check_free(checked_path(final), self.overwrite)
+        return final
 
     def _owner(self, v: int, again: bool) -> Any:
         """Where a value is written by region: a picture, or a file between sweeps."""
@@ -288,8 +371,11 @@ class _Work:
             )
         value, path = self.made.graph.values[v], folder / f"stored-{v}"
         device = self.made.device
-        self.stored.append(Stored(path, value.shape, getattr(torch, value.dtype), device, again and path.is_file()))
-        return self.stored[-1]
+        stored = Stored(path, value.shape, getattr(torch, value.dtype), device, again)
+        self.stored.append(stored)
+        if again:
+            stored.file.verify(self._sum(path.name), self.written.get(v, []))
+        return stored
 
     # ---- the loop
 
@@ -346,19 +432,29 @@ class _Work:
             states = {s: slots[s] if isinstance(slots[s], tuple) else (slots[s],) for s in end.states}
             kept = {s: [t.cpu().numpy() for t in parts] for s, parts in states.items()}
             tally = {p.name: p.tally.state() for p in self.pictures.values()}
-            self.outlet.put(self._commit(self.journal, k + 1, kept, tally, list(self.made.reader.bad)))
+            sums = {s.file.path.name: s.file.sum for s in self.stored}
+            self.outlet.put(self._commit(self.journal, k + 1, kept, tally, list(self.made.reader.bad), sums))
         if self.on_region is not None:
             self.on_region(k + 1, len(self.ends))
 
     def _commit(
-        self, journal: Journal, done: int, states: dict[int, list[Array]], tally: dict[str, Any], bad: list[Any]
+        self,
+        journal: Journal,
+        done: int,
+        states: dict[int, list[Array]],
+        tally: dict[str, Any],
+        bad: list[Any],
+        sums: dict[str, int],
     ) -> Callable[[], None]:
         def save() -> None:
             for picture in self.pictures.values():
                 picture.sink.durable()
             for file in self._files():
                 file.sync()
-            journal.done, journal.tally, journal.bad = done, tally, bad
+            assert self.workplace is not None
+            self.workplace.check()
+            rows = {p.sink.rows.path.stem: p.sink.rows.sum for p in self.pictures.values()}
+            journal.done, journal.tally, journal.bad, journal.files = done, tally, bad, sums | rows
             journal.save(states)
 
         return save
@@ -371,38 +467,60 @@ class _Work:
         rest = [v for v in outputs if v not in self.pictures and v in program.results]
         found = [slots[program.results[v]] for v in rest]
         return {
-            f"output {len(self.pictures) + k}": (t.float() if t.is_floating_point() else t).cpu().numpy()
-            for k, t in enumerate(found)
+            self._title(v): (t.float() if t.is_floating_point() else t).cpu().numpy() for v, t in zip(rest, found, strict=True)
         }
 
     def _finish(self, values: dict[str, Array]) -> list[str]:
-        """Final names."""
-        files = []
+        """Final forms, then final names."""
+        if self.workplace is None or self.journal is None:
+            return []
+        ready: list[tuple[Path | None, Path]] = []
         for picture in self.pictures.values():
-            picture.sink.finish()
-            files += [str(picture.sink.path)] if picture.sink.path is not None else []
-        if not isinstance(self.target, Path):
-            return files
-        for k, array in enumerate(values.values()):
+            final = picture.sink.path
+            ready.append((None if self._is_placed(final) else picture.sink.form(), final))
+        ready += [(self._save_value(k, array, final), final) for k, (array, final) in enumerate(self._saved(values))]
+        self.journal.placed |= {final.name: made.stat().st_ino for made, final in ready if made is not None}
+        self.workplace.check()
+        if len(ready) > 1:
+            self.journal.save()
+        for made, final in ready:
+            if made is not None:
+                try:
+                    place(made, final, self.overwrite)
+                except OSError as error:
+                    raise unwritten(final, error) from error
+        return [str(final) for _, final in ready]
+
+    def _saved(self, values: dict[str, Array]) -> list[tuple[Array, Path]]:
+        """Values that go to files of their own: those that are no few numbers, or all there is."""
+        found = []
+        for name, array in values.items():
             if self.pictures and array.size <= FEW:
                 continue
             alone = not self.pictures and len(values) == 1
-            path = self.target if alone else _numbered(self.target.with_suffix(".npy"), len(self.pictures) + k)
-            with atomic_write(path) as file:
-                np.save(file, array, allow_pickle=False)
-            files.append(str(path))
-        return files
+            part = name.removeprefix("output ")
+            found.append((array, self.target if alone else numbered(self.target.with_suffix(".npy"), part)))
+        return found
+
+    def _save_value(self, k: int, array: Array, final: Path) -> Path | None:
+        assert self.folder is not None
+        if self._is_placed(self._free(final)):
+            return None
+        path = self.folder / f"value-{k}.npy"
+        try:
+            np.save(path, array, allow_pickle=False)
+        except OSError as error:
+            raise unwritten(path, error) from error
+        return path
 
     def _close(self) -> None:
         for picture in self.pictures.values():
             picture.sink.close()
         for file in self._files():
             file.close()
+        if self.workplace is not None:
+            self.workplace.close()
 
     def _files(self) -> list[RowFile]:
         """Files of the working folder beside the pictures' own."""
         return [stored.file for stored in self.stored] + ([] if self.absent is None else [self.absent])
-
-
-def _numbered(path: Path, k: int) -> Path:
-    return path.with_name(f"{path.stem}-{k}{path.suffix}")
