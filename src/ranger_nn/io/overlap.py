@@ -11,7 +11,6 @@ Enter at `overlap`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,21 @@ WORK = 10_000
 
 
 def overlap(source: Any, target: Any) -> bool:
-    """Whether writing `target` (a path or an array) could change what is read from `source` (a `Source`)."""
-    path = getattr(source, "path", None)
+    """Whether writing `target` (a path or an array) could change what is read from `source` (a `Source`).
+
+    Of arrays that do not say where they live (Dask, objects of the caller's own) it could.
+    """
+    path, array = getattr(source, "path", None), getattr(source, "array", None)
     if isinstance(target, str | os.PathLike):
         return any(_same_file(file, Path(target)) for file in _files(source, path))
-    read = list(_arrays(getattr(source, "array", None)))
-    return any(_touch(a, target) for a in read) or _in_file(path, target, read)
+    if array is not None and path is None:
+        return _touch(array, target)
+    held = stored_at(target)
+    if array is not None and stored_at(array) is not None:
+        return _touch(array, target)
+    if path is None:
+        return True
+    return held is not None and _same_file(Path(path), held)
 
 
 def _files(source: Any, path: Any) -> list[Path]:
@@ -65,43 +73,24 @@ def inner_name(array: Any) -> str:
     return str(getattr(array, "path", None) or getattr(array, "name", None) or "")
 
 
-def _arrays(array: Any) -> Iterator[Any]:
-    """The array, and those that a Dask array is made from."""
-    if array is None:
-        return
-    yield array
-    graph = getattr(array, "dask", None)
-    for task in dict(graph).values() if graph is not None else ():
-        for found in (task, getattr(task, "value", None), *(getattr(task, "args", None) or ())):
-            if found is not None and hasattr(found, "shape") and hasattr(found, "dtype"):
-                yield found
-
-
 def _touch(a: Any, b: Any) -> bool:
     if a is b:
         return True
     x, y = _memory(a), _memory(b)
     if x is not None and y is not None:
         return _share(x, y) or _same_bytes_of_a_file(x, y)
-    if x is not None or y is not None:
-        return False
     if type(a) is type(b) and hasattr(a, "id") and a == b:  # HDF5: one data set may have several names
         return True
     one, other = stored_at(a), stored_at(b)
     if one is not None and other is not None:
         return _same_file(one, other) and inner_name(a).strip("/") == inner_name(b).strip("/")
-    same = getattr(a, "store", None) is not None and getattr(a, "store", None) == getattr(b, "store", None)
-    return same and inner_name(a).strip("/") == inner_name(b).strip("/")
-
-
-def _in_file(path: Any, target: Any, read: list[Any]) -> bool:
-    """A source that reads a file, and an array that is kept in that file."""
-    held = stored_at(target)
-    if path is None or held is None or any(isinstance(a, np.ndarray) for a in read):
-        return False
-    if any(stored_at(a) is not None for a in read):
-        return False  # arrays of one store: told apart by name
-    return _same_file(Path(path), held)
+    if (one is not None or x is not None) and (other is not None or y is not None):
+        return False  # one in memory, one in a file
+    stores = [None if callable(s := getattr(array, "store", None)) else s for array in (a, b)]
+    if None in stores:
+        known = one is not None or x is not None or other is not None or y is not None
+        return not (known and any(s is not None for s in stores))
+    return bool(stores[0] == stores[1]) and inner_name(a).strip("/") == inner_name(b).strip("/")
 
 
 def _memory(array: Any) -> Any:

@@ -60,7 +60,7 @@ def open_source(given: Any, axes: str | None = None, level: int = 0, limit: int 
     suffix = path.suffix.lower()
     if suffix in HDF5:
         return _hdf5(path, None, axes)
-    if suffix == ".zarr":
+    if suffix == ".zarr" or any((path / name).is_file() for name in ("zarr.json", ".zarray")):
         return _zarr(path, axes)
     if suffix == ".npy":
         return _npy(path, axes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from ranger_nn.io.rows import RowFile
 from ranger_nn.io.tally import Tally
 from ranger_nn.torch.files import Outlet
 from ranger_nn.torch.reduce import Reduction
+
+BAND = 1 << 22
+"""Bytes that are moved from a file to an array at once."""
 
 
 class ArraySink:
@@ -49,6 +53,32 @@ class ArraySink:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class HeldSink(ArraySink):
+    """An array that may hold the input as well: rows wait in a file until all of the input has been read."""
+
+    def __init__(self, array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        super().__init__(array, dtype)
+        self._folder = tempfile.TemporaryDirectory(prefix="ranger-")
+        self._rows = RowFile(Path(self._folder.name) / "rows", shape, dtype)
+
+    def write(self, box: Box, pixels: Array) -> None:
+        """Put it aside."""
+        self._rows.write(box, pixels)
+
+    def finish(self) -> None:
+        """Fill the array, row by row."""
+        rows, *rest = self._rows.shape[1:]
+        step = max(1, BAND * rows // max(1, self._rows.nbytes))
+        for top in range(0, rows, step):
+            box = ((top, min(top + step, rows)), *((0, n) for n in rest))
+            super().write(box, self._rows.read(box))
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._rows.close()
+        self._folder.cleanup()
 
 
 class PlacedSink:

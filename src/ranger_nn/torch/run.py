@@ -40,7 +40,7 @@ from ranger_nn.io.tally import Tally
 from ranger_nn.io.workplace import Workplace
 from ranger_nn.torch.files import Feed, FileEngine, Handle, Outlet, Stored, loaded_boxes, written_boxes
 from ranger_nn.torch.module import Memory
-from ranger_nn.torch.pictures import ArraySink, Picture, PlacedSink, check_nodata
+from ranger_nn.torch.pictures import ArraySink, HeldSink, Picture, PlacedSink, check_nodata
 from ranger_nn.torch.prepare import Prepared, prepare
 from ranger_nn.torch.reduce import Reduction, reduction
 
@@ -106,7 +106,7 @@ def run(
             (`model.eval()`).
         source: path (TIFF, GeoTIFF, whole slides, Zarr, HDF5, `.npy`, PNG, JPEG), or anything with shape, dtype and slicing.
         sink: path that ends in .zarr, .tif, .npy; or a writable array-like (channels, *spatial) or (*spatial), filled in
-            place, which cannot be resumed. Several pictures: NAME-0.zarr, NAME-1.zarr, ..., or, where the model gives a
+            place, which cannot be resumed (the input itself, too: rows then wait in a temporary file). Several pictures: NAME-0.zarr, NAME-1.zarr, ..., or, where the model gives a
             dictionary, NAME-KEY.zarr.
         memory: bytes, or "2GB": allowed for activations, carried rows, workspace, regions read ahead and written. Values
             between sweeps go to files in the working folder. None: no limit.
@@ -143,10 +143,9 @@ def run(
         skip_bad=skip_bad, device=device,
     )  # fmt: skip
     try:
-        if overlap(made.source, target):
+        if isinstance(target, Path) and overlap(made.source, target):
             raise InputError(
-                f"the result would be written over its own input, {made.source.name}, rows of which are read again after it. "
-                "Give the result another array or name."
+                f"the result {str(target)!r} would take the place of its own input, {made.source.name}. Give it another name."
             )
         return _Work(made, target, chosen, names, on_region, overwrite).run(resume and not overwrite)
     finally:
@@ -337,7 +336,8 @@ class _Work:
                 raise InputError(
                     f"the array has shape {tuple(self.target.shape)}; the model gives {count} picture(s) of shape {shape}"
                 )
-            return ArraySink(self.target, dtype)
+            over = overlap(self.made.source, self.target)
+            return HeldSink(self.target, shape, dtype) if over else ArraySink(self.target, dtype)
         source = self.made.source
         where = source.geography() if hasattr(source, "geography") else None
         where = None if where is None else {"size": source.shape[-2:], **where}
@@ -473,6 +473,8 @@ class _Work:
     def _finish(self, values: dict[str, Array]) -> list[str]:
         """Final forms, then final names."""
         if self.workplace is None or self.journal is None:
+            for picture in self.pictures.values():
+                picture.sink.finish()
             return []
         ready: list[tuple[Path | None, Path]] = []
         for picture in self.pictures.values():
