@@ -54,7 +54,9 @@ class ArraySource:
             return (1,) * len(self._spatial)
         first = [c[0] if isinstance(c, tuple) else c for c in given]
         if len(first) != len(shape) or any(c < 1 for c in first):
-            raise InputError(f"{self.name} has shape {shape} in chunks of {tuple(given)}: a chunk holds one element or more")
+            raise InputError(
+                f"{self.name} has shape {shape} in chunks of {tuple(given)}: a chunk holds one element or more"
+            )
         return tuple(int(dict(zip(self.axes, first, strict=True))[a]) for a in self._spatial)
 
     def read(self, box: Box) -> Array:
@@ -174,7 +176,9 @@ def _plain_dtype(dtype: Any, name: str) -> np.dtype[Any]:
     try:
         found = np.dtype(dtype)
     except TypeError as error:
-        raise InputError(f"{name} holds {dtype}, which NumPy does not know. Convert it: a tensor with .numpy().") from error
+        raise InputError(
+            f"{name} holds {dtype}, which NumPy does not know. Convert it: a tensor with .numpy()."
+        ) from error
     if found.kind not in "buif":
         raise InputError(f"{name} holds {found}; pixels are bool, integers or floating point. Convert it first.")
     return found.newbyteorder("=")

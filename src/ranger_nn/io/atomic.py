@@ -43,7 +43,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             partial.unlink()
         if isinstance(error, RangerError):
             raise
-        raise WriteError(f"cannot write {str(final)!r}: {error.strerror or error}. Make room, or choose another place.") from error
+        raise WriteError(
+            f"cannot write {str(final)!r}: {error.strerror or error}. Make room, or choose another place."
+        ) from error
     except BaseException:
         with suppress(FileNotFoundError):
             partial.unlink()

@@ -119,7 +119,9 @@ def colour_of(page: Any, name: str, pages: int = 1) -> Colour:
         return found
     if photometric == MIN_IS_WHITE:
         if not bits:
-            raise _refused(name, f"says that its smallest numbers are white, and holds {page.dtype}, which has no largest one")
+            raise _refused(
+                name, f"says that its smallest numbers are white, and holds {page.dtype}, which has no largest one"
+            )
         return replace(found, kind="white")
     if photometric == RGB:
         return _rgb(page, found, name)
@@ -137,7 +139,9 @@ def _rgb(page: Any, found: Colour, name: str) -> Colour:
     if not any(int(e) == PREMULTIPLIED for e in page.extrasamples):
         return found
     if found.bits != 8 or page.samplesperpixel != 4:
-        raise _refused(name, f"holds colours that are multiplied by alpha, in {page.samplesperpixel} samples of {page.dtype}")
+        raise _refused(
+            name, f"holds colours that are multiplied by alpha, in {page.samplesperpixel} samples of {page.dtype}"
+        )
     return replace(found, kind="premultiplied")
 
 
@@ -154,7 +158,9 @@ def _inks(page: Any, found: Colour, tag: dict[int, Any], name: str) -> Colour:
     dots = tag.get(DOT_RANGE, (0, 255))
     usual = tag.get(INK_SET, 1) == 1 and tag.get(NUMBER_OF_INKS, 4) == 4 and tuple(np.ravel(dots)[:2]) == (0, 255)
     if not usual or page.samplesperpixel != 4 or found.bits != 8:
-        raise _refused(name, f"holds inks other than four of 8 bits, of 0 to 255 ({page.samplesperpixel} of {page.dtype})")
+        raise _refused(
+            name, f"holds inks other than four of 8 bits, of 0 to 255 ({page.samplesperpixel} of {page.dtype})"
+        )
     return replace(found, kind="inks", colours=3)
 
 
@@ -202,7 +208,10 @@ class Seen:
 
     def identity(self) -> dict[str, Any]:
         """That of the file."""
-        return self.inner.identity() | {"seen": f"{self.colour.kind} {self.colour.orientation}", "size": list(self.shape)}
+        return self.inner.identity() | {
+            "seen": f"{self.colour.kind} {self.colour.orientation}",
+            "size": list(self.shape),
+        }
 
     def close(self) -> None:
         """Close the file."""
@@ -216,10 +225,17 @@ def seen(inner: Any, colour: Colour) -> Source:
         InputError: it is turned, and has a place on the earth as well.
     """
     if colour.orientation != 1 and inner.geography() is not None:
-        raise _refused(inner.name, f"has orientation {colour.orientation} and a place on the earth, which contradict each other")
+        raise _refused(
+            inner.name, f"has orientation {colour.orientation} and a place on the earth, which contradict each other"
+        )
     return inner if colour.plain else Seen(inner, colour)
 
 
 def seen_bytes(colour: Colour, shape: tuple[int, ...], stored: int, dtype: np.dtype[Any]) -> int:
     """Bytes of a whole picture, where `stored` channels among `shape` become those that are seen."""
-    return prod(shape) // max(1, stored) * max(stored, colour.channels(stored)) * max(dtype.itemsize, colour.dtype(dtype).itemsize)
+    return (
+        prod(shape)
+        // max(1, stored)
+        * max(stored, colour.channels(stored))
+        * max(dtype.itemsize, colour.dtype(dtype).itemsize)
+    )

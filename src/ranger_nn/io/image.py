@@ -25,6 +25,7 @@ from ranger_nn.errors import InputError, MissingExtraError
 from ranger_nn.io.atomic import atomic_write
 from ranger_nn.io.colour import colour_of, seen_bytes
 from ranger_nn.io.extras import import_extra
+from ranger_nn.io.naming import checked_path
 
 Array = NDArray[Any]
 
@@ -50,7 +51,7 @@ def read_image(path: str | os.PathLike[str], memory_limit: int | None = DEFAULT_
     suffix = file.suffix.lower()
     if suffix not in READABLE:
         raise InputError(f"cannot read {str(file)!r}: the name must end in one of {', '.join(READABLE)}.")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"cannot read {str(file)!r}: there is no such file.")
     try:
         if suffix == ".npy":
@@ -105,7 +106,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         InputError: the format is not one of `WRITABLE`, or there is no such folder.
         MissingExtraError: the format needs a package that is not installed.
     """
-    file = Path(path)
+    file = checked_path(path)
     suffix = file.suffix.lower()
     if suffix not in WRITABLE:
         raise InputError(f"cannot write {str(file)!r}: the name must end in one of {', '.join(WRITABLE)}.")
@@ -131,7 +132,9 @@ def _read_tiff(file: Path, memory_limit: int | None) -> Array:
         axes, page = series.axes, series.keyframe
         channels = [axis for axis, name in enumerate(axes) if name in "CS"]
         if len(channels) > 1:
-            raise InputError(f"cannot read {str(file)!r}: its axes {axes!r} hold channels twice. Save them as one axis.")
+            raise InputError(
+                f"cannot read {str(file)!r}: its axes {axes!r} hold channels twice. Save them as one axis."
+            )
         colour = colour_of(page, repr(str(file)), len(series.pages))
         if colour.depth:
             raise InputError(

@@ -119,6 +119,8 @@ def _check_numbers(name: str, value: Any) -> None:
     try:
         numbers = np.asarray(value, np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{name} of Pixels is a number{' for each band' if name in FINITE[1:] else ''}; got {value!r}") from error
+        raise InputError(
+            f"{name} of Pixels is a number{' for each band' if name in FINITE[1:] else ''}; got {value!r}"
+        ) from error
     if name in FINITE and not np.isfinite(numbers).all():
         raise InputError(f"{name} of Pixels is finite; got {value}")

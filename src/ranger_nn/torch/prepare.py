@@ -121,7 +121,9 @@ class Prepared:
         keys: dict[int, list[object]] = {}
         for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
             if isinstance(leaf, _Slot):
-                keys.setdefault(leaf.value, [getattr(k, "key", getattr(k, "idx", getattr(k, "name", str(k)))) for k in path])
+                keys.setdefault(
+                    leaf.value, [getattr(k, "key", getattr(k, "idx", getattr(k, "name", str(k)))) for k in path]
+                )
         outputs = dict.fromkeys(self.graph.outputs)
         return dict(zip(outputs, labels([keys.get(v, [n]) for n, v in enumerate(outputs)]), strict=True))
 

@@ -309,7 +309,9 @@ class _Work:
             dtype, nodata = probe.numpy().dtype, self.made.pixels.result
             check_nodata(nodata, dtype)
             if "histogram" in self.statistics and dtype.kind not in "bui":
-                raise InputError(f"the histogram counts classes, and {name} is {dtype}: reduce it, or leave the histogram out")
+                raise InputError(
+                    f"the histogram counts classes, and {name} is {dtype}: reduce it, or leave the histogram out"
+                )
             sink = self._sink(k, v, len(found), shape, dtype, again)
             if again and isinstance(sink, FileSink):
                 sink.rows.verify(self._sum(f"rows-{k}"), [box[2:] for box in self.written.get(v, [])])
@@ -467,7 +469,8 @@ class _Work:
         rest = [v for v in outputs if v not in self.pictures and v in program.results]
         found = [slots[program.results[v]] for v in rest]
         return {
-            self._title(v): (t.float() if t.is_floating_point() else t).cpu().numpy() for v, t in zip(rest, found, strict=True)
+            self._title(v): (t.float() if t.is_floating_point() else t).cpu().numpy()
+            for v, t in zip(rest, found, strict=True)
         }
 
     def _finish(self, values: dict[str, Array]) -> list[str]:
