@@ -37,6 +37,7 @@ class ArraySource:
         shape = tuple(int(n) for n in array.shape)
         self.axes = _checked_axes(axes or _guess(shape, name), shape, name)
         self.array, self.name, self.resident = array, name, 0
+        self.guessed = axes is None
         self.batched = "N" in self.axes
         order = [a for a in ("C", "Z", "Y", "X") if a in self.axes]
         self._spatial = [a for a in order if a != "C"]
@@ -46,6 +47,13 @@ class ArraySource:
         if 0 in shape:
             raise InputError(f"{name} has shape {shape}: it holds no pixels")
         self.chunks = self._chunks(array, shape)
+
+    def notes(self) -> list[str]:
+        """How the axes were taken, where they may be those of a volume as well."""
+        if not self.guessed or self.shape[0] <= FEW or len(self.array.shape) < 3:
+            return []
+        sizes = ", ".join(f"{a} {n}" for a, n in zip(self.axes, self.array.shape, strict=True))
+        return [f"{self.name} was taken as {sizes}; of a volume name the axes: axes='ZYX' or 'CZYX' (--axes)"]
 
     def _chunks(self, array: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial chunk sizes; ones where any slice is as cheap as another."""

@@ -257,7 +257,7 @@ def _check_depth(source: Source, pixels: Pixels) -> None:
 
 def _hint(source: Source, shape: tuple[int, ...], axes: str | None) -> str:
     """Where the axes of an array were guessed: how it was taken, and how to say it."""
-    if axes is not None or not hasattr(source, "axes"):
+    if axes is not None or not getattr(source, "guessed", False):
         return ""
     letters = "NC" + "ZYX"[-(len(shape) - 2) :]
     seen = ", ".join(f"{a} {n}" for a, n in zip(letters, shape, strict=True))
@@ -281,6 +281,13 @@ def _check_pictures(made: Prepared, hint: str) -> None:
         InputError: an output is something else.
     """
     boxes = written_boxes(made.program.instructions)
+    rank = len(made.graph.values[made.graph.inputs[0]].shape)
+    shapes = [made.graph.values[v].shape for v in dict.fromkeys(made.graph.outputs)]
+    strange = [s for s in shapes if len(s) == rank and s[0] != 1]
+    if hint and strange:
+        raise InputError(
+            f"{made.graph.name} gives an output of shape {strange[0]}, whose first axis is no batch of one.{hint}"
+        )
     for v in made.pictures():
         shape = made.graph.values[v].shape
         cut = [d for d in range(min(2, len(shape))) if any(b[d] != (0, shape[d]) for b in boxes[v])]
