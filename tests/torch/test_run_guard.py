@@ -111,7 +111,7 @@ def test_stopped_between_two_names(tmp_path, monkeypatch, before, ending):
             raise Stopped
         place(*arguments)
 
-    monkeypatch.setattr("ranger_nn.torch.run.place", halted)
+    monkeypatch.setattr("ranger_nn.torch.work.place", halted)
     with pytest.raises(Stopped):
         ranger_nn.run(Two(), x, tmp_path / f"cut.{ending}", "2MB")
     monkeypatch.undo()
@@ -126,6 +126,38 @@ def test_stopped_between_two_names(tmp_path, monkeypatch, before, ending):
         for inside in files:
             one, other = (a, b) if inside is None else (a / inside, b / inside)
             assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["npy", "tif", "zarr"])
+def test_disk_full_at_the_end(tmp_path, monkeypatch, ending):
+    """The last step fails: an error of ours, nothing under the final name, and the rows are there for the next run."""
+    tifffile, zarr = pytest.importorskip("tifffile"), pytest.importorskip("zarr")
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tifffile, "imwrite", full)
+    monkeypatch.setattr(zarr, "create_array", full)
+    monkeypatch.setattr("ranger_nn.io.naming.os.link", full)
+    out = tmp_path / f"out.{ending}"
+    with pytest.raises(WriteError, match="No space left on device"):
+        run(image(), out)
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == [f".out.{ending}.partial"]
+    report = run(image(), out)
+    assert report.resumed_at == report.regions
+    assert os.listdir(tmp_path) == [f"out.{ending}"]
+
+
+def test_a_refusal_takes_nothing_away(tmp_path):
+    """Work that cannot go on stays for the call that it belongs to."""
+    x, out = image(), tmp_path / "out.npy"
+    with pytest.raises(Stopped):
+        run(x, out, on_region=stop)
+    for other in ({"net": nn.Sequential(convolution(), nn.ReLU())}, {"reduce": "uint8"}, {"regions": (8, 100)}):
+        with pytest.raises(InputError, match="cannot go on"):
+            run(x, out, **other)
+    assert run(x, out).resumed_at == 7
 
 
 # --------------------------------------------------------------------------- in place

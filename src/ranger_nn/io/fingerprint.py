@@ -92,8 +92,9 @@ class _Hash:
             self._all([value.func, value.args, value.keywords])
         elif isinstance(value, BuiltinFunctionType | np.ufunc):
             self._named(value)
-            if not isinstance(getattr(value, "__self__", None), ModuleType | None):
-                self.add(value.__self__)
+            owner = getattr(value, "__self__", None)
+            if not isinstance(owner, ModuleType | None):
+                self.add(owner)
         elif isinstance(value, type):
             self._class(value)
         else:

@@ -38,9 +38,7 @@ def checked_path(given: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: empty, over-long, with a null byte.
     """
-    text = os.fspath(given)
-    if not isinstance(text, str):
-        text = os.fsdecode(text)
+    text = os.fsdecode(given)
     if not text or "\0" in text:
         raise InputError(f"cannot write {text!r}: that is no name of a file. Give one such as 'result.npy'.")
     path, most = Path(text), NAME_MAX

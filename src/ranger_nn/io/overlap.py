@@ -107,7 +107,7 @@ def _memory(array: Any) -> Any:
 
 def _share(a: Any, b: Any) -> bool:
     try:
-        return bool(np.shares_memory(a, b, max_work=WORK))
+        return bool(np.shares_memory(a, b, max_work=WORK))  # type: ignore[arg-type]
     except TooHardError:
         return True
 
