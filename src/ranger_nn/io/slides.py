@@ -59,8 +59,10 @@ class SlideSource:
         return np.ascontiguousarray(mixed.astype(np.uint8).transpose(2, 0, 1))
 
     def identity(self) -> dict[str, Any]:
-        """Path, size, date, level."""
-        return {"shape": list(self.shape), "level": self.level} | file_identity(self.path)
+        """Path, size, dates, samples, level; of formats that keep their pixels in a folder beside, of that folder too."""
+        beside = self.path.with_suffix("")
+        folder = {"beside": file_identity(beside)} if beside.is_dir() else {}
+        return {"shape": list(self.shape), "level": self.level} | folder | file_identity(self.path)
 
     def close(self) -> None:
         """Close the slide."""
