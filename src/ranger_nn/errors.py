@@ -109,3 +109,10 @@ class MeasureError(RangerError, RuntimeError):
 
 class MissingExtraError(RangerError, ImportError):
     """An optional package is needed for this. Install it with the command in the message."""
+
+
+class WriteError(RangerError, OSError):
+    """A result, or what a run keeps beside it, could not be written: the disk is full, or the place was taken away.
+
+    Nothing stands under the final name. What is done stays in the working folder; make room and give the same call again.
+    """

@@ -51,6 +51,24 @@ def test_errors():
         Pixels(mean=(1.0, 2.0)).channels(3, "x")
 
 
+@pytest.mark.parametrize("name", ["scale", "mean", "std"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none(name, value):
+    with pytest.raises(InputError, match=f"{name} of Pixels is finite; got"):
+        Pixels(**{name: value})
+    if name != "scale":
+        with pytest.raises(InputError, match=f"{name} of Pixels is finite; got"):
+            Pixels(**{name: (1.0, value)})
+    with pytest.raises(InputError, match=f"{name} of Pixels is a number"):
+        Pixels(**{name: "half"})
+
+
+def test_no_scale_is_nothing():
+    with pytest.raises(InputError, match="scale of Pixels is 0"):
+        Pixels(scale=0.0)
+    Pixels(nodata=float("nan"), result=float("nan"))
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 99))
 def test_tally_over_regions(lengths, seed):
     """The same as over the whole, with a stop and a start between."""

@@ -80,6 +80,30 @@ def test_pyramid(tmp_path):
         open_source(tmp_path / "a.tif", level=2)
 
 
+def test_a_level_lies_where_the_whole_does(tmp_path):
+    """The tags speak of the pixels of level 0, twice as many."""
+    whole = picture().transpose(1, 2, 0)
+    tags = [(33550, 12, 3, (10.0, 10.0, 0.0), True), (33922, 12, 6, (0.0, 0.0, 0.0, 5e5, 5e6, 0.0), True)]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as out:
+        out.write(whole, tile=(32, 32), photometric="rgb", subifds=1, extratags=tags)
+        out.write(whole[::2, ::2], tile=(32, 32), photometric="rgb", subfiletype=1)
+    source = open_source(tmp_path / "a.tif", level=1)
+    assert source.shape == (3, 50, 45)
+    assert source.geography()["size"] == (100, 90)
+
+
+def test_an_array_of_a_group_by_its_path(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    zarr.open_group(tmp_path / "g.zarr", mode="w").create_array("red", shape=(100, 90), dtype="uint8")[:] = picture()[0]
+    check(open_source(tmp_path / "g.zarr" / "red"), picture()[:1])
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".npy", "a\0.npy", "x" * 300])
+def test_names_that_are_none(name):
+    with pytest.raises(InputError, match="cannot read"):
+        open_source(name)
+
+
 def test_geotiff(tmp_path):
     rasterio = pytest.importorskip("rasterio")
     whole = picture(4, dtype=np.int16)

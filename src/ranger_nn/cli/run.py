@@ -8,6 +8,7 @@ about 6 microseconds per block of memory; `--no-measure` leaves it out. From fil
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import ranger_nn
 from ranger_nn.cli import stream
 from ranger_nn.cli.arguments import new_parser
-from ranger_nn.cli.loading import import_torch, leaves, load_inputs, load_model, threads
+from ranger_nn.cli.loading import import_torch, load_inputs, load_model, threads
 from ranger_nn.cli.progress import Progress, clock, show_progress
 from ranger_nn.errors import InputError
 from ranger_nn.execute.allocator import keep_freed_blocks
 from ranger_nn.io.image import check_writable, write_image
+from ranger_nn.io.naming import labels, numbered
 from ranger_nn.planning.budget import format_bytes
 
 if TYPE_CHECKING:
@@ -79,15 +81,23 @@ def run(chosen: argparse.Namespace) -> None:
 
 def _run_measured(
     small: Any, inputs: tuple[Tensor, ...], progress: Progress, chosen: argparse.Namespace
-) -> tuple[tuple[Tensor, ...], int | None]:
-    """The model's outputs, and the bytes of its peak less those outputs (None if not counted)."""
+) -> tuple[dict[str, Tensor], int | None]:
+    """The model's outputs by name, and the bytes of its peak less those outputs (None if not counted)."""
     if chosen.no_measure:
         with _told(small, progress.step):
-            return leaves(small(*inputs)), None
+            return _named(small(*inputs)), None
     with ranger_nn.measure(chosen.device.partition(":")[0]) as used:
         with _told(small, _also_flush(progress.step, used.flush)):
-            outputs = leaves(small(*inputs))
-    return outputs, used.peak - sum(output.nbytes for output in outputs)
+            outputs = _named(small(*inputs))
+    return outputs, used.peak - sum(output.nbytes for output in outputs.values())
+
+
+def _named(outputs: Any) -> dict[str, Tensor]:
+    """All tensors of a model's outputs in their order, by the part of a file's name that each gets."""
+    torch, pytree = import_torch(), importlib.import_module("torch.utils._pytree")
+    found = [(path, leaf) for path, leaf in pytree.tree_flatten_with_path(outputs)[0] if isinstance(leaf, torch.Tensor)]
+    keys = [[getattr(k, "key", getattr(k, "idx", getattr(k, "name", str(k)))) for k in path] for path, _ in found]
+    return dict(zip(labels(keys), (leaf for _, leaf in found), strict=True))
 
 
 @contextmanager
@@ -113,15 +123,15 @@ def _also_flush(step: Callable[[int, int], None], flush: Callable[[], None]) -> 
     return told
 
 
-def _write(path: str, outputs: tuple[Tensor, ...]) -> list[Path]:
+def _write(path: str, outputs: dict[str, Tensor]) -> list[Path]:
     """Write each output to its file; what the format cannot hold is saved as .npy, and still an error."""
     if not outputs:
         raise InputError("the model gave no tensor, so there is nothing to write.")
     final = Path(path)
     names = [final]
     if len(outputs) > 1:
-        names = [final.with_name(f"{final.stem}-{index}{final.suffix}") for index in range(len(outputs))]
-    for name, output in zip(names, outputs):
+        names = [numbered(final, part) for part in outputs]
+    for name, output in zip(names, outputs.values()):
         _write_one(name, output)
     return names
 

@@ -17,8 +17,9 @@ from ranger_nn.cli.loading import load_model, threads
 from ranger_nn.cli.progress import clock, show_progress
 from ranger_nn.errors import InputError
 from ranger_nn.io.pixels import Pixels
-from ranger_nn.io.sinks import KNOWN, check_sink, working_folder
+from ranger_nn.io.sinks import KNOWN, check_sink
 from ranger_nn.io.sources import HDF5
+from ranger_nn.io.workplace import working_folder
 from ranger_nn.planning.budget import format_bytes
 
 
@@ -58,7 +59,7 @@ def streams(chosen: argparse.Namespace) -> bool:
     if len(chosen.inputs) != 1 or Path(chosen.output).suffix.lower() not in KNOWN:
         return False
     text = chosen.inputs[0]
-    return Path(text).exists() or Path(text.rpartition(":")[0]).suffix.lower() in HDF5
+    return os.path.exists(text) or Path(text.rpartition(":")[0]).suffix.lower() in HDF5
 
 
 def refuse_options(chosen: argparse.Namespace) -> None:
@@ -155,6 +156,7 @@ def _as_text(found: dict[str, Any]) -> str:
     lines.append(f"read       {format_bytes(found['bytes_read'])}, written {format_bytes(found['bytes_written'])}")
     if found["bad"]:
         lines.append(f"unreadable {len(found['bad'])} regions, taken as zeros: {list(found['bad'])[:5]}")
+    lines += [f"note       {note}" for note in found["notes"]]
     for part in ("statistics", "values"):
         lines += [f"{k:<10} {json.dumps(v)}" for k, v in found[part].items() if v]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ranger_nn.errors import InputError
+from ranger_nn.errors import InputError, RangerError, WriteError
 
 
 @contextmanager
@@ -23,6 +23,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Raises:
         InputError: the folder does not exist or cannot be written.
+        WriteError: the disk is full, say.
     """
     final = Path(path)
     partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
@@ -37,14 +38,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, final)
+    except OSError as error:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+        if isinstance(error, RangerError):
+            raise
+        raise WriteError(
+            f"cannot write {str(final)!r}: {error.strerror or error}. Make room, or choose another place."
+        ) from error
     except BaseException:
         with suppress(FileNotFoundError):
             partial.unlink()
         raise
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself durable, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

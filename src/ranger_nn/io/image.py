@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from ranger_nn.errors import InputError, MissingExtraError
 from ranger_nn.io.atomic import atomic_write
+from ranger_nn.io.colour import colour_of, seen_bytes
 from ranger_nn.io.extras import import_extra
+from ranger_nn.io.naming import checked_path
 
 Array = NDArray[Any]
 
@@ -49,7 +51,7 @@ def read_image(path: str | os.PathLike[str], memory_limit: int | None = DEFAULT_
     suffix = file.suffix.lower()
     if suffix not in READABLE:
         raise InputError(f"cannot read {str(file)!r}: the name must end in one of {', '.join(READABLE)}.")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"cannot read {str(file)!r}: there is no such file.")
     try:
         if suffix == ".npy":
@@ -104,7 +106,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         InputError: the format is not one of `WRITABLE`, or there is no such folder.
         MissingExtraError: the format needs a package that is not installed.
     """
-    file = Path(path)
+    file = checked_path(path)
     suffix = file.suffix.lower()
     if suffix not in WRITABLE:
         raise InputError(f"cannot write {str(file)!r}: the name must end in one of {', '.join(WRITABLE)}.")
@@ -127,13 +129,24 @@ def _read_npy(file: Path, memory_limit: int | None) -> Array:
 def _read_tiff(file: Path, memory_limit: int | None) -> Array:
     with _tifffile().TiffFile(file) as tiff:
         series = tiff.series[0]
-        _check_size(file, series.shape, np.dtype(series.dtype).itemsize, memory_limit)
+        axes, page = series.axes, series.keyframe
+        channels = [axis for axis, name in enumerate(axes) if name in "CS"]
+        if len(channels) > 1:
+            raise InputError(
+                f"cannot read {str(file)!r}: its axes {axes!r} hold channels twice. Save them as one axis."
+            )
+        colour = colour_of(page, repr(str(file)), len(series.pages))
+        if colour.depth:
+            raise InputError(
+                f"cannot read {str(file)!r}: it has {colour.depth} bits in {series.dtype}, so that its largest value is not that "
+                "of its type. Scale it, or save the model's input as .npy."
+            )
+        stored = series.shape[channels[0]] if channels else 1
+        size = seen_bytes(colour, series.shape, stored, np.dtype(series.dtype))
+        _check_size(file, series.shape, size // math.prod(series.shape) or 1, memory_limit)
         array = np.asarray(series.asarray())
-        axes = series.axes
-    channels = [axis for axis, name in enumerate(axes) if name in "CS"]
-    if len(channels) > 1:
-        raise InputError(f"cannot read {str(file)!r}: its axes {axes!r} hold channels twice. Save them as one axis.")
-    return np.moveaxis(array, channels[0], 0) if channels else array[np.newaxis]
+    found = np.moveaxis(array, channels[0], 0) if channels else array[np.newaxis]
+    return found if colour.plain else np.ascontiguousarray(colour.turned(colour.apply(found)))
 
 
 def _read_with_pillow(file: Path, memory_limit: int | None) -> Array:
@@ -157,9 +170,9 @@ def _in_a_plain_mode(image: Any) -> Any:
     upright = importlib.import_module("PIL.ImageOps").exif_transpose(image)
     if upright.mode == "P":
         return upright.convert("RGBA" if "transparency" in upright.info else "RGB")
-    if upright.mode == "1":
-        return upright.convert("L")
-    return upright.convert("RGB") if upright.mode in ("CMYK", "YCbCr", "LAB", "HSV") else upright
+    plain = {"1": "L", "PA": "RGBA", "RGBa": "RGBA", "La": "LA", "RGBX": "RGB"}
+    plain |= dict.fromkeys(("CMYK", "YCbCr", "LAB", "HSV"), "RGB")
+    return upright.convert(plain[upright.mode]) if upright.mode in plain else upright
 
 
 def _check_size(file: Path, shape: tuple[int, ...], itemsize: int, memory_limit: int | None) -> None:

@@ -29,7 +29,7 @@ def parse_input(text: str) -> tuple[int, ...] | Path:
         InputError: `text` is neither a shape nor the path of a file.
     """
     path = Path(text)
-    if path.is_file():
+    if os.path.isfile(text):  # unlike the method of a path, it takes any text
         return path
     if _SHAPE.fullmatch(text):
         return tuple(int(length) for length in text.lower().split("x"))

@@ -2,12 +2,20 @@
 
 made     model, input, plan, options: what must be the same to go on
 done     regions whose rows are on the disk
+files    checksum of what was written to each file of the working folder
 states   tensors that no region can be computed without (sums over all regions so far), a file for each slot
+placed   at the end: files that have taken, or are about to take, their final names
+sum      of all this: a journal that was cut off or changed is refused
+
+Every name of a file is made here from a number: a journal that names other files is none.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +25,12 @@ import numpy as np
 from ranger_nn.errors import InputError
 from ranger_nn.io.atomic import atomic_write
 from ranger_nn.io.protocol import Array
+from ranger_nn.io.rows import ANEW
+from ranger_nn.io.workplace import JOURNAL
 
-NAME = "journal.json"
-VERSION = 1
+VERSION = 2
+UNKNOWN = "no fingerprint: "
+"""What is told so is not the same as itself: nobody knows."""
 
 
 @dataclass
@@ -36,59 +47,138 @@ class Journal:
     done: int = 0
     tally: dict[str, Any] = field(default_factory=dict)
     bad: list[Any] = field(default_factory=list)
+    files: dict[str, int] = field(default_factory=dict)
+    placed: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
-    _saved: set[int] = field(default_factory=set, repr=False)
+    _saved: dict[int, str] = field(default_factory=dict, repr=False)
 
-    def resume(self) -> bool:
-        """Take up what is written there; False where nothing is.
+    def resume(self, total: int | None = None) -> bool:
+        """Take up what is written there, of `total` regions; False where nothing is.
 
         Raises:
-            InputError: something else was written there: it says what differs.
+            InputError: something else was written there, or it is damaged: it says what differs.
         """
-        path = self.folder / NAME
+        path = self.folder / JOURNAL
         if not path.is_file():
             return False
+        found = _read(path)
+        self._compare(found["made"], path)
         try:
-            found = json.loads(path.read_text())
-            differing = [k for k in self.made if found["made"].get(k) != json.loads(json.dumps(self.made[k]))]
-            version = found["version"]
-        except (ValueError, KeyError, OSError) as error:
-            raise InputError(
-                f"{str(path)!r} cannot be read ({error}). Start anew: overwrite=True (--overwrite)."
-            ) from error
-        if version != VERSION or differing:
-            what = ", ".join(differing) or "the version of Ranger's journal"
-            raise InputError(
-                f"the unfinished run in {str(self.folder)!r} was made with another {what}, so it cannot go on"
-                f"{_detail(found['made'], self.made, differing)}. Use the same as then, or start anew: overwrite=True "
-                "(--overwrite)."
-            )
-        self.done, self.tally, self.bad = found["done"], found["tally"], found["bad"]
-        self.seconds, self._saved = found["seconds"], set(found["states"])
+            self._take(found, total)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{str(path)!r} is no journal of this run ({error!r}): {ANEW}") from error
         return True
 
-    def save(self, states: dict[int, list[Array]]) -> None:
-        """Replace the journal; states that it has not seen before it, those that it no longer needs after it."""
-        for slot in states.keys() - self._saved:
-            with atomic_write(self._state(slot)) as file:
-                np.savez(file, *states[slot])
-        plain = {k: getattr(self, k) for k in ("made", "done", "tally", "bad", "seconds")}
-        with atomic_write(self.folder / NAME) as file:
-            file.write(json.dumps(plain | {"version": VERSION, "states": sorted(states)}).encode())
-        for slot in self._saved - states.keys():
+    def _compare(self, before: Any, path: Path) -> None:
+        now = json.loads(json.dumps(self.made))
+        differing = [k for k in now if before.get(k) != now[k]]
+        unknown = _unknown(now)
+        if differing:
+            raise InputError(
+                f"the unfinished run in {str(self.folder)!r} was made with another {', '.join(differing)}, so it cannot go on"
+                f"{_detail(before, now, differing)}. Use the same as then, or start anew: overwrite=True (--overwrite)."
+            )
+        if unknown:
+            raise InputError(
+                f"the unfinished run in {str(self.folder)!r} cannot go on: whether {unknown} is what it was then cannot be "
+                f"told. Start anew: overwrite=True (--overwrite)."
+            )
+
+    def _take(self, found: dict[str, Any], total: int | None) -> None:
+        done = found["done"]
+        if type(done) is not int or done < 0 or (total is not None and done > total):
+            raise ValueError(f"{done} regions of {total}")
+        self.done, self.tally, self.seconds = done, dict(found["tally"]), float(found["seconds"])
+        self.bad = [tuple((int(lo), int(hi)) for lo, hi in box) for box in found["bad"]]
+        self.files = {str(k): int(v) for k, v in found["files"].items()}
+        self.placed = {str(k): int(v) for k, v in found["placed"].items()}
+        self._saved = {int(k): str(v) for k, v in found["states"].items()}
+
+    @property
+    def slots(self) -> set[int]:
+        """Slots whose states are kept."""
+        return set(self._saved)
+
+    def save(self, states: dict[int, list[Array]] | None = None) -> None:
+        """Replace the journal; states that it has not seen before it, those that it no longer needs after it.
+
+        None: the states are as they were.
+        """
+        before = dict(self._saved)
+        for slot in (states or {}).keys() - before.keys():
+            self._saved[slot] = self._keep(slot, (states or {})[slot])
+        if states is not None:
+            self._saved = {slot: self._saved[slot] for slot in states}
+        names = ("made", "done", "tally", "bad", "files", "placed", "seconds")
+        plain = {k: getattr(self, k) for k in names} | {"version": VERSION, "states": self._saved}
+        text = json.dumps(plain)
+        with atomic_write(self.folder / JOURNAL) as file:
+            file.write(json.dumps(json.loads(text) | {"sum": _sum(json.loads(text))}).encode())
+        for slot in before.keys() - self._saved.keys():
             self._state(slot).unlink(missing_ok=True)
-        self._saved = set(states)
+
+    def _keep(self, slot: int, state: list[Array]) -> str:
+        held = io.BytesIO()
+        np.savez(held, *state)
+        with atomic_write(self._state(slot)) as file:
+            file.write(held.getbuffer())
+        return hashlib.sha256(held.getbuffer()).hexdigest()
 
     def states(self) -> dict[int, list[Array]]:
-        """The states of the last save, by slot."""
+        """The states of the last save, by slot.
+
+        Raises:
+            InputError: one is missing or changed.
+        """
         found: dict[int, list[Array]] = {}
-        for slot in self._saved:
-            with np.load(self._state(slot), allow_pickle=False) as kept:
-                found[slot] = [kept[f"arr_{i}"] for i in range(len(kept.files))]
+        for slot, digest in self._saved.items():
+            path = self._state(slot)
+            try:
+                held = path.read_bytes()
+                if hashlib.sha256(held).hexdigest() != digest:
+                    raise ValueError("it does not hold what was written there")
+                with np.load(io.BytesIO(held), allow_pickle=False) as kept:
+                    found[slot] = [kept[f"arr_{i}"] for i in range(len(kept.files))]
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                raise InputError(f"{str(path)!r} cannot be used ({error}): {ANEW}") from error
         return found
 
     def _state(self, slot: int) -> Path:
-        return self.folder / f"state-{slot}.npz"
+        return self.folder / f"state-{slot:d}.npz"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The journal, whole and as it was written.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict) or not isinstance(found["made"], dict):
+            raise ValueError("no journal")
+        version, told = found["version"], found.pop("sum", None)
+    except (ValueError, KeyError, OSError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error}): {ANEW}") from error
+    if version != VERSION:
+        raise InputError(
+            f"the unfinished run in {str(path.parent)!r} was made with another version of Ranger's journal ({version}, now "
+            f"{VERSION}): {ANEW}"
+        )
+    if told != _sum(found):
+        raise InputError(f"{str(path)!r} cannot be read (it does not hold what was written there): {ANEW}")
+    return found
+
+
+def _sum(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _unknown(value: Any, name: str = "") -> str:
+    """The first thing that has no fingerprint; empty: all have one."""
+    if isinstance(value, dict):
+        return next((found for k, v in value.items() if (found := _unknown(v, str(k)))), "")
+    return f"{name} ({value.removeprefix(UNKNOWN)})" if isinstance(value, str) and value.startswith(UNKNOWN) else ""
 
 
 def _detail(before: dict[str, Any], now: dict[str, Any], differing: list[str]) -> str:

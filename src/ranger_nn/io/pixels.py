@@ -29,7 +29,8 @@ class Pixels:
         result: what the result holds there, and statistics leave out; None: whatever the model gives.
 
     Raises:
-        InputError: a standard deviation that is not positive, negative bands, `result` without `nodata`.
+        InputError: a scale, mean or deviation that is no finite number, a deviation that is not positive, negative bands,
+            `result` without `nodata`.
     """
 
     scale: float | None = None
@@ -44,15 +45,19 @@ class Pixels:
         """Lists become tuples; refuse what has no meaning."""
         for name in ("mean", "std", "bands"):
             value = getattr(self, name)
-            if isinstance(value, Sequence):
+            if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
+        for name in ("scale", "mean", "std", "nodata", "fill", "result"):
+            _check_numbers(name, getattr(self, name))
+        if self.scale == 0:
+            raise InputError("scale of Pixels is 0, which makes all pixels the same; leave it out for the usual one")
         if any(s <= 0 for s in np.atleast_1d(self.std)):
             raise InputError(f"std of Pixels divides, so it is above 0; got {self.std}")
         if self.result is not None and self.nodata is None:
             raise InputError(
                 f"result={self.result} of Pixels stands where the input has no data: say which value that is, nodata=..."
             )
-        if self.bands is not None and (not self.bands or any(b < 0 for b in self.bands)):
+        if self.bands is not None and (not self.bands or any(b != int(b) or b < 0 for b in self.bands)):
             raise InputError(f"bands of Pixels are indices from 0 on; got {self.bands}")
 
     def channels(self, available: int, name: str) -> int:
@@ -102,3 +107,20 @@ class Pixels:
     @staticmethod
     def _column(value: float | tuple[float, ...], like: Array) -> Array:
         return np.asarray(value, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+FINITE = ("scale", "mean", "std")
+"""A number that is none makes every pixel none; `nodata` and what stands for it may be."""
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    if value is None and name in ("scale", "nodata", "result"):
+        return
+    try:
+        numbers = np.asarray(value, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} of Pixels is a number{' for each band' if name in FINITE[1:] else ''}; got {value!r}"
+        ) from error
+    if name in FINITE and not np.isfinite(numbers).all():
+        raise InputError(f"{name} of Pixels is finite; got {value}")

@@ -1,20 +1,26 @@
 """A raw array in a file, written at its places without holding it: `.npy`, and the store of what is not finished.
 
 header | channel 0: row 0, row 1, ... | channel 1: ...        each strip goes to its offset by pwrite
+
+`sum` is a checksum of all that was written, in the order in which it was: a run that goes on holds the file to it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import stat
+import zlib
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ranger_nn.errors import InputError
+from ranger_nn.errors import InputError, WriteError
 from ranger_nn.io.protocol import Array, Box
+
+ANEW = "the unfinished run cannot go on. Start anew: overwrite=True (--overwrite)."
 
 
 class RowFile:
@@ -28,21 +34,52 @@ class RowFile:
         again: the file is there and is gone on with.
 
     Raises:
-        InputError: the place cannot be written.
+        InputError: what is to be gone on with is missing, or has another size or header.
+        WriteError: the place cannot be written.
     """
 
     def __init__(self, path: Path, shape: Sequence[int], dtype: Any, header: bytes = b"", again: bool = False) -> None:
         self.path, self.shape, self.dtype, self._start = path, tuple(shape), np.dtype(dtype), len(header)
-        flags = os.O_RDWR | (0 if again else os.O_CREAT | os.O_TRUNC)
+        self.sum = 0
+        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | (0 if again else os.O_CREAT | os.O_TRUNC)
         try:
             self._file = os.open(path, flags, 0o666)
         except OSError as error:
-            raise InputError(
-                f"cannot write {str(path)!r}: {error.strerror}. Choose a folder that can be written."
-            ) from error
-        if not again:
-            os.pwrite(self._file, header, 0)
+            if again and isinstance(error, FileNotFoundError):
+                raise InputError(f"{str(path)!r} is missing: {ANEW}") from error
+            raise unwritten(path, error) from error
+        try:
+            if again:
+                self._check(header)
+                return
+            _write_all(self._file, memoryview(header), 0)
             os.ftruncate(self._file, self._start + self.nbytes)
+        except OSError as error:
+            self.close()
+            raise unwritten(path, error) from error
+        except InputError:
+            self.close()
+            raise
+
+    def _check(self, header: bytes) -> None:
+        """The file is one of ours and whole in size; what it holds is the affair of `verify`."""
+        found, expected = os.fstat(self._file), self._start + self.nbytes
+        if not stat.S_ISREG(found.st_mode) or found.st_size != expected:
+            raise InputError(f"{str(self.path)!r} has {found.st_size} bytes, not {expected}: {ANEW}")
+        if os.pread(self._file, self._start, 0) != header:
+            raise InputError(f"{str(self.path)!r} begins as the file of another array: {ANEW}")
+
+    def verify(self, expected: int, boxes: Iterable[Box]) -> None:
+        """Take up the checksum of an earlier run, which wrote `boxes` in this order.
+
+        Raises:
+            InputError: the file holds something else.
+        """
+        self.sum = 0
+        for box in boxes:
+            self.sum = zlib.crc32(_bytes(self.read(box)), self.sum)
+        if self.sum != expected:
+            raise InputError(f"{str(self.path)!r} does not hold what was written there: {ANEW}")
 
     @property
     def nbytes(self) -> int:
@@ -66,8 +103,12 @@ class RowFile:
         """Put (channels, *lengths of box) in place."""
         offsets, length = self._runs(box)
         view = _bytes(np.ascontiguousarray(pixels, self.dtype))
-        for k, offset in enumerate(offsets):
-            _write_all(self._file, view[k * length : (k + 1) * length], offset)
+        try:
+            for k, offset in enumerate(offsets):
+                _write_all(self._file, view[k * length : (k + 1) * length], offset)
+        except OSError as error:
+            raise unwritten(self.path, error) from error
+        self.sum = zlib.crc32(view, self.sum)
 
     def read(self, box: Box) -> Array:
         """(channels, *lengths of box)."""
@@ -90,13 +131,26 @@ class RowFile:
 
     def sync(self) -> None:
         """To the disk."""
-        os.fdatasync(self._file)
+        try:
+            os.fdatasync(self._file)
+        except OSError as error:
+            raise unwritten(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def unwritten(path: Path, error: Exception) -> WriteError:
+    """The error of a file that could not be written."""
+    found = WriteError(
+        f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}. What is done stays: make room, or make the "
+        "folder writable, and give the same call again."
+    )
+    found.errno = getattr(error, "errno", None)
+    return found
 
 
 def _bytes(array: Array) -> memoryview:

@@ -11,17 +11,19 @@ whole, costs one more pass over the output on disk, and starts again if it is in
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ranger_nn.errors import InputError
+from ranger_nn.errors import InputError, RangerError
 from ranger_nn.io.extras import import_extra
+from ranger_nn.io.naming import MARK, check_free, checked_path, place
 from ranger_nn.io.protocol import Array, Box
-from ranger_nn.io.rows import RowFile, npy_header
+from ranger_nn.io.rows import RowFile, npy_header, unwritten
+from ranger_nn.io.workplace import remove
+from ranger_nn.io.workplace import working_folder as working_folder
 
 TIFFS = (".tif", ".tiff", ".btf")
 KNOWN = (".zarr", ".npy", *TIFFS)
@@ -34,19 +36,14 @@ BIG = 1 << 32
 """TIFF offsets have 32 bits below this."""
 
 
-def working_folder(path: Path) -> Path:
-    """The folder of a run that is not finished."""
-    return path.with_name(f".{path.name}.partial")
-
-
 def check_sink(given: str | os.PathLike[str], overwrite: bool) -> Path:
     """The path of a result that may be written.
 
     Raises:
-        InputError: an unknown format, no such folder, a read-only one, a result that is there already.
+        InputError: an unknown format, no such folder, a read-only one, a name that is none, something that is there already.
         MissingExtraError: the format needs a package that is not installed.
     """
-    path = Path(given)
+    path = checked_path(given)
     suffix = path.suffix.lower()
     if suffix not in KNOWN:
         raise InputError(f"cannot write {str(path)!r}: the name must end in one of {', '.join(KNOWN)}.")
@@ -54,8 +51,7 @@ def check_sink(given: str | os.PathLike[str], overwrite: bool) -> Path:
         raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"cannot write {str(path)!r}: {str(path.parent)!r} is read-only. Choose another folder.")
-    if path.exists() and not overwrite:
-        raise InputError(f"{str(path)!r} is there already. Give another name, or overwrite=True (--overwrite).")
+    check_free(path, overwrite)
     if suffix == ".zarr":
         import_extra("zarr", "zarr", "Zarr results")
     if suffix in TIFFS:
@@ -89,33 +85,43 @@ class FileSink:
         self.path, self.name, self.shape, self.dtype = path, repr(str(path)), shape, np.dtype(dtype)
         self.geography, self.nodata = geography, nodata
         self._made = rows.with_name(f"{rows.stem}-result{path.suffix}")
-        self._rows = RowFile(rows, shape, dtype, npy_header(self.shape, self.dtype), again)
+        self.rows = RowFile(rows, shape, dtype, npy_header(self.shape, self.dtype), again)
 
     def write(self, box: Box, pixels: Array) -> None:
         """Put (channels, *lengths of box) in place."""
-        self._rows.write(box, pixels)
+        self.rows.write(box, pixels)
 
     def durable(self) -> None:
         """To the disk."""
-        self._rows.sync()
+        self.rows.sync()
 
-    def finish(self) -> None:
+    def finish(self, overwrite: bool = False) -> None:
         """Take the final form and name."""
-        self._rows.sync()
+        place(self.form(), self.path, overwrite)
+
+    def form(self) -> Path:
+        """Take the final form, in the working folder: the file that is to take the final name."""
+        self.rows.sync()
         made = self._made
-        _remove(made)
-        if self.path.suffix.lower() == ".npy":
-            made = self._rows.path
-        elif self.path.suffix.lower() == ".zarr":
-            self._as_zarr(made)
-        else:
-            self._as_tiff(made)
-        _remove(self.path)
-        os.replace(made, self.path)
+        remove(made)
+        suffix = self.path.suffix.lower()
+        if suffix == ".npy":
+            return self.rows.path
+        try:
+            if suffix == ".zarr":
+                self._as_zarr(made)
+            else:
+                self._as_tiff(made)
+        except (RangerError, MemoryError):
+            raise
+        except Exception as error:  # GDAL, zarr and tifffile each have their own errors of a full disk
+            remove(made)
+            raise unwritten(made, error) from error
+        return made
 
     def close(self) -> None:
         """Let go of the file."""
-        self._rows.close()
+        self.rows.close()
 
     # ---- final forms
 
@@ -126,7 +132,7 @@ class FileSink:
             for top in range(0, height, rows):
                 bottom = min(top + rows, height)
                 box = (*((i, i + 1) for i in corner), (top, bottom), (0, width))
-                yield box, self._rows.read(box)
+                yield box, self.rows.read(box)
 
     def _as_zarr(self, made: Path) -> None:
         zarr = import_extra("zarr", "zarr", "Zarr results")
@@ -141,6 +147,7 @@ class FileSink:
             chunks=(self.shape[0], *front, tile, TILE),
             shards=(self.shape[0], *front, tile, width),
             fill_value=self.nodata,
+            attributes={MARK: True},
             dimension_names=["channel", *["depth"] * len(front), "row", "column"],
         )
         for box, pixels in self._bands(tile):
@@ -163,7 +170,7 @@ class FileSink:
             photometric="minisblack",
             planarconfig="separate" if len(shape) == 3 and self.shape[0] > 1 else None,
             compression="zlib",
-            bigtiff=self._rows.nbytes > BIG // 2,
+            bigtiff=self.rows.nbytes > BIG // 2,
             metadata={"axes": pages},
             extratags=self._geo_tags(),
         )
@@ -174,14 +181,14 @@ class FileSink:
         for c, *front in np.ndindex(self.shape[0], *self.shape[1:-2]):
             for top in range(0, height, TILE):
                 box = (*((i, i + 1) for i in front), (top, min(top + TILE, height)), (0, width))
-                band = self._rows.read_channel(c, box).reshape(-1, width).astype(dtype)
+                band = self.rows.read_channel(c, box).reshape(-1, width).astype(dtype)
                 for left in range(0, width, TILE):
                     yield np.ascontiguousarray(band[:, left : left + TILE])
 
     def _geo_tags(self) -> list[tuple[int, int, int, Any, bool]]:
         found: list[tuple[int, int, int, Any, bool]] = []
         if self.nodata is not None:
-            found.append((GDAL_NODATA, 2, 0, f"{self.nodata:g}", True))
+            found.append((GDAL_NODATA, 2, 0, f"{self.nodata:.17g}", True))
         if self.geography is None:
             return found
         zoom = [a / b for a, b in zip(self.geography["size"], self.shape[-2:], strict=True)]
@@ -205,11 +212,3 @@ class FileSink:
                 top, bottom = box[-2]
                 window = rasterio.windows.Window(0, top, self.shape[-1], bottom - top)
                 file.write(pixels.reshape(self.shape[0], bottom - top, -1).astype(dtype), window=window)
-
-
-def _remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

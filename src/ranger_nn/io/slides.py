@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ranger_nn.errors import InputError
 from ranger_nn.io.arrays import file_identity
 from ranger_nn.io.extras import import_extra
 from ranger_nn.io.protocol import Array, BadRegionError, Box
+from ranger_nn.io.tiff import nodata_note
 
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
 TILE = 256
@@ -57,8 +59,10 @@ class SlideSource:
         return np.ascontiguousarray(mixed.astype(np.uint8).transpose(2, 0, 1))
 
     def identity(self) -> dict[str, Any]:
-        """Path, size, date, level."""
-        return {"shape": list(self.shape), "level": self.level} | file_identity(self.path)
+        """Path, size, dates, samples, level; of formats that keep their pixels in a folder beside, of that folder too."""
+        beside = self.path.with_suffix("")
+        folder = {"beside": file_identity(beside)} if beside.is_dir() else {}
+        return {"shape": list(self.shape), "level": self.level} | folder | file_identity(self.path)
 
     def close(self) -> None:
         """Close the slide."""
@@ -80,7 +84,9 @@ class RasterSource:
         self._rasterio = import_extra("rasterio", "geo", "GeoTIFF files")
         self.path, self.name = path, repr(str(path))
         try:
-            self._data = self._rasterio.open(path.resolve(), driver="GTiff")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it has no place on the earth is no matter here
+                self._data = self._rasterio.open(path.resolve(), driver="GTiff")
         except Exception as error:
             raise InputError(f"cannot read {self.name}: {error}") from error
         if len(set(self._data.dtypes)) != 1:
@@ -100,13 +106,31 @@ class RasterSource:
         except Exception as error:
             raise BadRegionError(f"{self.name}: region {box} cannot be read: {error}") from error
 
-    def geography(self) -> dict[str, Any]:
-        """CRS and transform, for the output."""
+    def geography(self) -> dict[str, Any] | None:
+        """CRS and transform, for the output; None where the file has neither."""
+        if self._data.crs is None and self._data.transform.is_identity:
+            return None
         return {"crs": self._data.crs, "transform": self._data.transform, "size": self.shape[1:]}
 
+    def as_seen(self) -> bool:
+        """No band holds indices, inks or the like."""
+        return {i.name for i in self._data.colorinterp} <= {"gray", "red", "green", "blue", "alpha", "undefined"}
+
+    def notes(self) -> list[str]:
+        """What the header says of the numbers that a run does not act upon."""
+        data = self._data
+        found = [nodata_note(self.name, f"{v:.17g}") for v in dict.fromkeys(data.nodatavals) if v is not None]
+        if any(s != 1 for s in data.scales) or any(o != 0 for o in data.offsets):
+            found.append(
+                f"{self.name} says that its numbers are to be taken times {list(data.scales)} plus {list(data.offsets)}; they "
+                "were taken as they are stored. To scale them: scale=, mean= and std= (--scale, --mean, --std)"
+            )
+        return found
+
     def identity(self) -> dict[str, Any]:
-        """Path, size, date."""
-        return {"shape": list(self.shape), "dtype": str(self.dtype)} | file_identity(self.path)
+        """Path, size, dates, samples."""
+        plain = {"shape": list(self.shape), "dtype": str(self.dtype), "reader": "rasterio"}
+        return plain | file_identity(self.path)
 
     def close(self) -> None:
         """Close the file."""

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from ranger_nn.errors import InputError
+from ranger_nn.errors import InputError, MissingExtraError
 from ranger_nn.io.arrays import ArraySource, FileArraySource
+from ranger_nn.io.colour import seen
 from ranger_nn.io.extras import import_extra
 from ranger_nn.io.image import read_image
 from ranger_nn.io.protocol import Source
 from ranger_nn.io.slides import SLIDES, RasterSource, SlideSource
-from ranger_nn.io.tiff import TiffSource
+from ranger_nn.io.tiff import DamagedError, TiffSource
 
 HDF5 = (".h5", ".hdf5", ".hdf")
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -50,12 +51,16 @@ def open_source(given: Any, axes: str | None = None, level: int = 0, limit: int 
     if colon and Path(stem).suffix.lower() in HDF5:
         return _hdf5(Path(stem), inner, axes)
     path = Path(text)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except (OSError, ValueError) as error:  # an over-long name, a folder that may not be entered
+        raise InputError(f"cannot read {text[:80]!r}: {getattr(error, 'strerror', None) or error}.") from error
+    if not there:
         raise InputError(f"cannot read {text!r}: there is no such file.")
     suffix = path.suffix.lower()
     if suffix in HDF5:
         return _hdf5(path, None, axes)
-    if suffix == ".zarr":
+    if suffix == ".zarr" or any((path / name).is_file() for name in ("zarr.json", ".zarray")):
         return _zarr(path, axes)
     if suffix == ".npy":
         return _npy(path, axes)
@@ -77,16 +82,53 @@ def _npy(path: Path, axes: str | None) -> Source:
 
 
 def _tiff(path: Path, level: int) -> Source:
-    """GeoTIFF through rasterio where it is installed, else by tiles; then its tags are kept as they are."""
-    plain = TiffSource(path, level)
-    if level or plain.geography() is None:
+    """GeoTIFF through rasterio where it is installed, else by tiles; what only one of both can open, through that one."""
+    try:
+        plain = TiffSource(path, level)
+    except DamagedError as error:
+        if not _is_tiff(path):
+            raise
+        return _plain_raster(path, level, error)
+    try:
+        return seen(_through(plain, path, level), plain.colour)
+    except BaseException:
+        plain.close()
+        raise
+
+
+def _through(plain: TiffSource, path: Path, level: int) -> Any:
+    """`plain` itself, or the same picture through rasterio."""
+    if level or (plain.geography() is None and plain.decodable):
+        plain.check_compression()
         return plain
     try:
-        import_extra("rasterio", "geo", "GeoTIFF files")
-    except ImportError:
+        raster = RasterSource(path)
+    except (MissingExtraError, InputError):
+        plain.check_compression()
+        return plain
+    if raster.shape != plain.shape:  # pages that are channels or depth: rasterio sees the first one
+        raster.close()
+        plain.check_compression()
         return plain
     plain.close()
-    return RasterSource(path)
+    return raster
+
+
+def _is_tiff(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def _plain_raster(path: Path, level: int, why: InputError) -> Source:
+    """What tifffile does not open, where rasterio does and the bands are grey, colours or undefined."""
+    try:
+        raster = RasterSource(path)
+    except (MissingExtraError, InputError):
+        raise why from None
+    if level or not raster.as_seen():
+        raster.close()
+        raise why
+    return raster
 
 
 def _hdf5(path: Path, inner: str | None, axes: str | None) -> Source:

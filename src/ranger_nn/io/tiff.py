@@ -21,6 +21,7 @@ import numpy as np
 
 from ranger_nn.errors import InputError
 from ranger_nn.io.arrays import file_identity
+from ranger_nn.io.colour import colour_of
 from ranger_nn.io.extras import import_extra
 from ranger_nn.io.protocol import Array, BadRegionError, Box
 
@@ -33,6 +34,10 @@ JPEG_SIZES = range(0xC0, 0xD0)
 JPEG_NO_SIZE = (0xC4, 0xC8, 0xCC)
 
 
+class DamagedError(InputError):
+    """tifffile cannot make sense of the file; another reader may."""
+
+
 class TiffSource:
     """The first series of a TIFF, or the pyramid level asked for.
 
@@ -41,8 +46,10 @@ class TiffSource:
         level: of a pyramid, 0 the largest.
 
     Raises:
-        InputError: damaged, axes that are no picture or volume, a compression that is not decoded here.
-        MissingExtraError: tifffile (or imagecodecs, for LZW and JPEG) is not installed.
+        InputError: damaged, axes that are no picture or volume, colours that are not taken.
+        MissingExtraError: tifffile is not installed.
+
+    Its numbers are as they are stored; `colour` says what they mean.
     """
 
     batched = False
@@ -55,16 +62,25 @@ class TiffSource:
             self._file = tifffile.TiffFile(path, _multifile=False)
             series = self._file.series[0]
         except Exception as error:
-            raise InputError(f"cannot read {self.name}: {error}. The file is damaged or is no TIFF.") from error
+            raise DamagedError(f"cannot read {self.name}: {error}. The file is damaged or is no TIFF.") from error
         if not 0 <= level < len(series.levels):
             raise InputError(
                 f"{self.name} has {len(series.levels)} pyramid levels, 0 to {len(series.levels) - 1}; got {level}"
             )
         self.level = level
-        self._series = series.levels[level]
+        self._full, self._series = series.levels[0], series.levels[level]
         self._lock = threading.Lock()
-        self._set_layout()
-        self._check_compression()
+        try:
+            self._set_layout()
+            self.colour = colour_of(self._series.keyframe, self.name, len(self._series.pages))
+        except InputError:
+            self.close()
+            raise
+        except Exception as error:  # a header may hold anything: a tile of no width, an axis of no length
+            self.close()
+            raise DamagedError(
+                f"cannot read {self.name}: its header makes no sense ({type(error).__name__}: {error}). The file is damaged."
+            ) from error
 
     def _set_layout(self) -> None:
         key, series = self._series.keyframe, self._series
@@ -92,24 +108,41 @@ class TiffSource:
         self._segments = (1,) * (inside - len(key.chunks)) + tuple(key.chunks)
         segment = dict(zip([a for a, _ in self._inner], self._segments, strict=True))
         self.chunks = tuple(int(segment.get(a, 1)) for a in self._spatial)
+        if min(self.shape) < 1 or min(self.chunks) < 1:
+            raise InputError(
+                f"{self.name} has a picture of {series.shape} in tiles of {tuple(key.chunks)}: none of them may be 0. The file "
+                "is damaged."
+            )
         if len(series.pages) * prod(key.shape) != prod(series.shape):
             raise InputError(
                 f"{self.name} has {len(series.pages)} pages of {key.shape} for axes {series.axes} {series.shape}."
             )
 
-    def _check_compression(self) -> None:
+    @property
+    def decodable(self) -> bool:
+        """Its compression is one of those decoded here."""
+        return int(self._series.keyframe.compression) in DECODED
+
+    def check_compression(self) -> None:
+        """Before anything is read.
+
+        Raises:
+            InputError: a compression that is not decoded here.
+            MissingExtraError: what decodes it is not installed.
+        """
         number = int(self._series.keyframe.compression)
         if number not in DECODED:
             raise InputError(
-                f"{self.name} is compressed by method {number}; decoded are {', '.join(sorted(set(DECODED.values())))}. "
-                "Convert it, or install rasterio and read it as GeoTIFF."
+                f"{self.name} is compressed by method {number}; decoded are {', '.join(sorted(set(DECODED.values())))}, and by "
+                "rasterio, if it is installed (pip install 'ranger-nn[geo]'), what GDAL knows. Convert it, or install that."
             )
         if DECODED[number] in ("LZW", "JPEG"):
             import_extra("imagecodecs", "images", f"TIFF files compressed with {DECODED[number]}")
 
     def read(self, box: Box) -> Array:
         """(channels, *lengths of box)."""
-        out = np.zeros((self.shape[0], *(hi - lo for lo, hi in box)), self.dtype)
+        absent = self._series.keyframe.nodata  # 0, unless the header says what stands in tiles that are left out
+        out = np.full((self.shape[0], *(hi - lo for lo, hi in box)), absent, self.dtype)
         wanted = dict(zip(self._spatial, box, strict=True)) | {"C": (0, self.shape[0])}
         for page, at in self._pages(wanted):
             self._read_page(page, at, wanted, out)
@@ -162,7 +195,7 @@ class TiffSource:
         out[tuple(to[a] for a in ("C", *self._spatial))] = part.reshape(shape)
 
     def _segment(self, page: Any, number: int, starts: dict[str, int]) -> Array | None:
-        """One decoded tile or strip; None where the file leaves it out (zeros)."""
+        """One decoded tile or strip; None where the file leaves it out."""
         offset, count = int(page.dataoffsets[number]), int(page.databytecounts[number])
         if count == 0:
             return None
@@ -199,15 +232,32 @@ class TiffSource:
         """GeoTIFF tags as they stand, number to value, and the pixels that they speak of; None: there are none."""
         tags = self._file.pages[0].tags
         found = {n: tags[n] for n in GEO_TAGS if n in tags}
-        return {"tags": {n: (int(t.dtype), t.count, t.value) for n, t in found.items()}} if found else None
+        if not found:
+            return None
+        sizes = dict(zip(self._full.axes, self._full.shape, strict=True))
+        return {
+            "tags": {n: (int(t.dtype), t.count, t.value) for n, t in found.items()},
+            "size": (int(sizes["Y"]), int(sizes["X"])),
+        }
+
+    def notes(self) -> list[str]:
+        """What the header says of the numbers that a run does not act upon."""
+        tags = self._series.keyframe.tags
+        return [nodata_note(self.name, str(tags[GDAL_NODATA].value).strip("\0 "))] if GDAL_NODATA in tags else []
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 42113)
-"""ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory, GeoDoubleParams, GeoAsciiParams, GDAL_NODATA."""
+GDAL_NODATA = 42113
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+"""ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory, GeoDoubleParams, GeoAsciiParams."""
+
+
+def nodata_note(name: str, value: str) -> str:
+    """What the report says of a value of no data that nobody has declared."""
+    return f"{name} says that {value} stands for no data; it was taken as a number. To leave it out: nodata={value} (--nodata)"
 
 
 def _letter(axis: str) -> str:

@@ -67,6 +67,8 @@ class Captured:
     constants: list[Any] = field(default_factory=list)
     strides: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Of each output, as the untouched network gives it."""
+    text: str = ""
+    """The exported program as text: operators with all their arguments."""
 
 
 ORDERED = {"linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "layer_norm", "native_layer_norm"}
@@ -422,7 +424,8 @@ def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
     graph = Graph(
         type(model).__name__, tuple(lower.values), tuple(lower.nodes), tuple(inputs), tuple(dict.fromkeys(outputs))
     )
-    return Captured(fuse(graph, Fused), lower.sources, rebuild, outputs)
+    parts = [m.code for m in program.graph_module.modules() if hasattr(m, "code")]
+    return Captured(fuse(graph, Fused), lower.sources, rebuild, outputs, text="\n".join(map(str, parts)))
 
 
 def _refuse_mutation(model: nn.Module, name: str) -> None:

@@ -212,6 +212,20 @@ def loaded_boxes(instructions: Iterable[Instruction], slot: int, shape: Sequence
     return found
 
 
+def written_boxes(instructions: Iterable[Instruction]) -> dict[int, list[Box]]:
+    """Of each value that is written by region, the regions in order."""
+    found: dict[int, list[Box]] = {}
+    made: dict[int, Instruction] = {}
+    for i in instructions:
+        if i.op == P.ALLOC:
+            made[i.outs[0]] = i
+            found.setdefault(i.value, [])
+        elif i.op == P.WRITE:
+            ((slot, cuts),) = i.reads[0].parts
+            found[made[slot].value].append(_cut(i.reads[0], cuts, made[slot].shape))
+    return found
+
+
 def _cut(read: Read, cuts: Iterable[tuple[int, int, int]], shape: Sequence[int]) -> Box:
     box = [(0, n) for n in shape]
     for dim, start, length in cuts:

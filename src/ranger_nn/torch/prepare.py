@@ -7,18 +7,21 @@ made with what they leave, a few times at most. Enter at `prepare`.
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ranger_nn.core.graph import Graph
 from ranger_nn.core.program import ALLOC, RUN, WRITE, Program
-from ranger_nn.errors import BudgetError, InputError
+from ranger_nn.errors import BudgetError, CaptureError, InputError
+from ranger_nn.io.naming import labels
 from ranger_nn.io.pixels import Pixels
 from ranger_nn.io.protocol import Source, nbytes
 from ranger_nn.io.reader import Reader
@@ -28,7 +31,7 @@ from ranger_nn.planning.report import Plan
 from ranger_nn.planning.search import Options, Planned, make_plan
 from ranger_nn.torch.capture import Captured, capture
 from ranger_nn.torch.expected import expected_seconds
-from ranger_nn.torch.files import AHEAD, loaded_boxes
+from ranger_nn.torch.files import AHEAD, loaded_boxes, written_boxes
 from ranger_nn.torch.module import Memory, Regional, example_inputs
 
 MOST_STEPS = 256
@@ -112,23 +115,70 @@ class Prepared:
                 found.append(where.to(self.device))
         return found
 
+    def labels(self) -> dict[int, str]:
+        """Parts of the names of outputs: keys of the dictionary that the model gives, or numbers; see `io.naming`."""
+        tree = self.captured.rebuild([_Slot(v) for v in self.captured.output_values])
+        keys: dict[int, list[object]] = {}
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+            if isinstance(leaf, _Slot):
+                keys.setdefault(
+                    leaf.value, [getattr(k, "key", getattr(k, "idx", getattr(k, "name", str(k)))) for k in path]
+                )
+        outputs = dict.fromkeys(self.graph.outputs)
+        return dict(zip(outputs, labels([keys.get(v, [n]) for n, v in enumerate(outputs)]), strict=True))
+
+    def notes(self) -> list[str]:
+        """What the input's header says and is not acted upon."""
+        found = list(getattr(self.source, "notes", list)())
+        return [n for n in found if self.pixels.nodata is None or "stands for no data" not in n]
+
     def identity(self) -> dict[str, Any]:
         """What tells this model, input and plan from others: plain data."""
         weights = hashlib.sha256()
         for t in self.externals():
             if t is not None:
+                weights.update(f"{t.dtype} {tuple(t.shape)}".encode())
                 weights.update(t.contiguous().flatten().view(torch.uint8).cpu().numpy().data)
         nodes = "\n".join(f"{n.op} {n.inputs} {n.outputs} {n.rule}" for n in self.graph.nodes)
+        values = "\n".join(f"{v.shape} {v.dtype} {v.kind} {v.layout}" for v in self.graph.values)
         steps = "\n".join(f"{i.op} {i.node} {i.outs} {i.out_box} {i.region}" for i in self.program.instructions)
         return {
-            "model": {"operators": _hash(nodes), "weights": weights.hexdigest()},
+            "model": {
+                "operators": _hash(f"{nodes}\n{self.captured.text}\n{values}"),
+                "weights": weights.hexdigest(),
+            },
             "input": self.source.identity() | {"pixels": str(self.pixels)},
             "plan": {"memory": self.allowed, "steps": _hash(steps)},
+            "versions": _versions(self.device),
         }
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _versions(device: torch.device) -> dict[str, Any]:
+    """What else may change the last bits of a number."""
+    cuda = device.type == "cuda"
+    kind = device.type
+    return {
+        "Ranger": importlib.import_module("ranger_nn").__version__,
+        "PyTorch": torch.__version__,
+        "NumPy": np.__version__,
+        "processor": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "precision": torch.get_float32_matmul_precision(),
+        "oneDNN": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+        "cuDNN": [torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark] if cuda else [],
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "off",
+    }
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A value's place among a model's outputs."""
+
+    value: Any
 
 
 class _Copied(nn.Module):
@@ -179,17 +229,75 @@ def prepare(
     try:
         reader = Reader(opened, limit, skip_bad)
         pixels = pixels or (Pixels(scale=1.0) if opened.batched else Pixels())
+        _check_depth(opened, pixels)
         channels = pixels.channels(opened.shape[0], opened.name)
         shape = (1, channels, *opened.shape[1:])
         copied = _Copied(model)
         with torch.no_grad():
-            captured = _named(capture(copied, example_inputs(copied, shape), grad=False), model)
+            captured = _named(_captured(copied, shape, opened, axes), model)
         chosen = replace(Options.checked(allowed, regions, schedule), disk=True, most_steps=MOST_STEPS)
         planned, in_flight = _planned(captured.graph, reader, chosen)
+        made = Prepared(model, opened, reader, pixels, captured, planned, torch.device(device), allowed, in_flight)
+        _check_pictures(made, _hint(opened, shape, axes))
+        return made
     except BaseException:
         opened.close()
         raise
-    return Prepared(model, opened, reader, pixels, captured, planned, torch.device(device), allowed, in_flight)
+
+
+def _check_depth(source: Source, pixels: Pixels) -> None:
+    depth = getattr(getattr(source, "colour", None), "depth", None)
+    if depth and pixels.scale is None:
+        raise InputError(
+            f"{source.name} has {depth} bits in {source.dtype}, so that its largest value is {2**depth - 1}, not that of its "
+            f"type: say the scale, Pixels(scale=1 / {2**depth - 1}) (--scale {1 / (2**depth - 1):.8g}), or scale=1 for the "
+            "numbers as they are."
+        )
+
+
+def _hint(source: Source, shape: tuple[int, ...], axes: str | None) -> str:
+    """Where the axes of an array were guessed: how it was taken, and how to say it."""
+    if axes is not None or not getattr(source, "guessed", False):
+        return ""
+    letters = "NC" + "ZYX"[-(len(shape) - 2) :]
+    seen = ", ".join(f"{a} {n}" for a, n in zip(letters, shape, strict=True))
+    return f" {source.name} was taken as {seen}; if that is wrong, name its axes: of a volume axes='ZYX' or 'CZYX' (--axes)."
+
+
+def _captured(model: nn.Module, shape: tuple[int, ...], source: Source, axes: str | None) -> Captured:
+    try:
+        return capture(model, example_inputs(model, shape), grad=False)
+    except (InputError, CaptureError) as error:
+        hint = _hint(source, shape, axes)
+        if not hint:
+            raise
+        raise type(error)(f"{error}{hint}") from error
+
+
+def _check_pictures(made: Prepared, hint: str) -> None:
+    """What is written region by region is (1, channels, rows, columns) in sizes and in meaning: regions are of rows and columns.
+
+    Raises:
+        InputError: an output is something else.
+    """
+    boxes = written_boxes(made.program.instructions)
+    rank = len(made.graph.values[made.graph.inputs[0]].shape)
+    shapes = [made.graph.values[v].shape for v in dict.fromkeys(made.graph.outputs)]
+    strange = [s for s in shapes if len(s) == rank and s[0] != 1]
+    if hint and strange:
+        raise InputError(
+            f"{made.graph.name} gives an output of shape {strange[0]}, whose first axis is no batch of one.{hint}"
+        )
+    for v in made.pictures():
+        shape = made.graph.values[v].shape
+        cut = [d for d in range(min(2, len(shape))) if any(b[d] != (0, shape[d]) for b in boxes[v])]
+        if len(shape) >= 3 and shape[0] == 1 and not cut:
+            continue
+        why = f"is cut along axis {cut[0]}" if cut else "has another number of axes, or a batch of more than one"
+        raise InputError(
+            f"{made.graph.name} gives an output of shape {shape}, which {why}: a result is (1, channels, rows, columns), cut along "
+            f"rows and columns. Let the model give that, for example with y.unsqueeze(1) or y.permute(0, 3, 1, 2).{hint}"
+        )
 
 
 def _planned(graph: Graph, reader: Reader, chosen: Options) -> tuple[Planned, int]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ranger_nn.errors import InputError
+from ranger_nn.io.fingerprint import NoFingerprintError, fingerprint
+from ranger_nn.io.journal import UNKNOWN
 from ranger_nn.names import nearest
 
 NAMES = ("none", "argmax", "threshold", "uint8")
@@ -29,6 +31,16 @@ class Reduction:
 
     name: str
     function: Callable[[Tensor], Tensor]
+    given: Any = None
+
+    def identity(self) -> str:
+        """What tells it from others: its name; of a callable what it does, or that nobody can tell."""
+        if self.given is None:
+            return self.name
+        try:
+            return f"{self.name} {fingerprint(self.given)}"
+        except NoFingerprintError as error:
+            return f"{UNKNOWN}{self.name} uses {error}"
 
     def __call__(self, output: Tensor) -> Tensor:
         """(channels', rows, columns) of (channels, rows, columns).
@@ -44,6 +56,13 @@ class Reduction:
                 f"{tuple(found.shape)}"
             )
         return found
+
+
+def _as_tensor(name: str, found: Any) -> Tensor:
+    try:
+        return torch.from_numpy(np.ascontiguousarray(found))
+    except TypeError as error:
+        raise InputError(f"reduce={name} gave {type(found).__name__}, which is no array of numbers: {error}") from error
 
 
 def reduction(given: str | Callable[[Any], Any] | None) -> Reduction:
@@ -62,12 +81,12 @@ def reduction(given: str | Callable[[Any], Any] | None) -> Reduction:
     if callable(given):
         function = given
         name = getattr(given, "__qualname__", type(given).__name__)
-        return Reduction(name, lambda x: torch.from_numpy(np.ascontiguousarray(function(x.cpu().numpy()))))
+        return Reduction(name, lambda x: _as_tensor(name, function(x.cpu().numpy())), given)
     if given == "argmax":
         return Reduction("argmax", lambda x: x.argmax(0).to(torch.uint8 if len(x) <= 256 else torch.int32))
     if given == "uint8":
         return Reduction("uint8", lambda x: (x.nan_to_num().clamp(0, 1) * 255).round_().to(torch.uint8))
-    match = _THRESHOLD.fullmatch(given)
+    match = _THRESHOLD.fullmatch(given) if isinstance(given, str) else None
     if match is None:
         raise InputError(
             f"unknown reduce={given!r}{nearest(given, NAMES)}; known are {', '.join(NAMES)}, or give a callable"
@@ -76,4 +95,4 @@ def reduction(given: str | Callable[[Any], Any] | None) -> Reduction:
         at = float(match["at"] or 0.5)
     except ValueError as error:
         raise InputError(f"reduce={given!r}: {match['at']!r} is no number; for example threshold:0.5") from error
-    return Reduction(f"threshold:{at:g}", lambda x: (x > at).to(torch.uint8))
+    return Reduction(f"threshold:{at!r}", lambda x: (x > at).to(torch.uint8))
