@@ -8,6 +8,8 @@ Enter at `regionalize` and `plan`.
 from __future__ import annotations
 
 import inspect
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,8 +23,11 @@ from ranger_nn.errors import InputError, VerificationError
 from ranger_nn.keras import batches, exporting, private
 from ranger_nn.keras.capture import Captured, capture
 from ranger_nn.keras.execute import Runner
+from ranger_nn.keras.identity import identity
 from ranger_nn.keras.loops import tracing
 from ranger_nn.keras.lower import ITEMSIZE, inferred
+from ranger_nn.keras.lowering_layers import DECLARED, REGIONAL
+from ranger_nn.keras.trace import own_mode
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.planning.report import Plan
 from ranger_nn.planning.rolled_search import make_rolled
@@ -93,6 +98,22 @@ class Ready:
     checked: bool = False
 
 
+@dataclass
+class Found:
+    """What a run gives: flattened outputs, the mask of each or None, and what activity regularisers add to the loss."""
+
+    outputs: list[Any]
+    masks: list[Any]
+    losses: list[Any]
+
+
+PLANS = 64
+"""Plans that a model keeps: one for each shape, mode and state of its layers; above it the one not used for longest goes."""
+
+_LOCK = threading.RLock()
+"""Captures write down calls on the layers, which wrappers may share, and take them away again: one at a time."""
+
+
 @keras.saving.register_keras_serializable(package="ranger_nn")
 class Regional(keras.Model):
     """`untouched`, region by region. Use `regionalize`."""
@@ -114,7 +135,7 @@ class Regional(keras.Model):
         self.untouched = model
         self._given = _Quiet({"memory": memory, "regions": options.regions, "schedule": schedule, "verify": verify})
         self._options = _Quiet(options)
-        self._plans = _Quiet({})
+        self._plans = _Quiet(OrderedDict())
         self._unrolled = _Quiet(False)
         self._first = _Quiet(None)
         self.built = model.built
@@ -166,57 +187,70 @@ class Regional(keras.Model):
 
     # ---- running ------------------------------------------------------------------------------------------
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the untouched model."""
+        _check_arguments(self, args, kwargs)
+        self._dtype_policy = self.untouched.dtype_policy  # it converts what is given
+        return super().__call__(*args, **kwargs)
+
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """As the untouched model."""
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf  # whose conversion of Python branches would go through all of the executor
 
-            return tf.autograph.experimental.do_not_convert(self._call)(inputs, bool(training), mask)
-        return self._call(inputs, bool(training), mask)
+            return tf.autograph.experimental.do_not_convert(self._call)(inputs, training, mask)
+        return self._call(inputs, training, mask)
 
-    def _call(self, inputs: Any, training: bool, mask: Any) -> Any:
+    def _call(self, inputs: Any, training: Any, mask: Any) -> Any:
         if self._first.value is None:  # what `export` goes by
             self._first.value = tree.map_structure(lambda x: tuple(x.shape), inputs)
         masks = tree.flatten(mask) if mask is not None else [None] * len(tree.flatten(inputs))
         if any(not isinstance(n, int) for x in tree.flatten(inputs) for n in x.shape):
             return batches.one_by_one(self, inputs, masks, training)
         ready = self.prepared(inputs, masks, training)
-        found, found_masks = self.run(ready, inputs, masks)
+        found = self.run(ready, inputs, masks)
         if self._given.value["verify"] and not training:
-            _check(self, ready, inputs, found)
-        return masked(ready.captured, found, found_masks)
+            _check(self, ready, inputs, found.outputs)
+        return handed_out(ready.captured, found)
 
-    def prepared(self, inputs: Any, masks: Sequence[Any], training: bool) -> Ready:
-        """The plan for inputs like these, made once."""
+    def prepared(self, inputs: Any, masks: Sequence[Any], training: Any) -> Ready:
+        """The plan for inputs like these and the model as it is now, made once. At most `PLANS` are kept: those used last."""
+        with _LOCK:
+            key, plans = self._key(inputs, masks, training), self._plans.value
+            found = plans.get(key)
+            if found is None:
+                captured = _captured(self.untouched, inputs, training, masks)
+                rolled = make_rolled(captured.graph, self._options.value, bool(training))
+                found = Ready(captured, Runner(rolled, exporting.unrolled() if self._unrolled.value else None))
+                plans[key] = found
+                while len(plans) > PLANS:
+                    plans.popitem(last=False)
+            plans.move_to_end(key)
+            return found
+
+    def _key(self, inputs: Any, masks: Sequence[Any], training: Any) -> tuple[Any, ...]:
         leaves = tree.flatten(inputs)
-        policies = tuple((v.trainable, v.dtype) for v in self.untouched.variables)
-        key = (
+        return (
             tuple((tuple(x.shape), keras.backend.standardize_dtype(x.dtype)) for x in leaves),
+            str(tree.map_structure(lambda _: 0, inputs)),
             tuple(m is not None for m in masks),
-            training,
-            policies if training else (),
+            (type(training), training),
             self._unrolled.value,
+            tuple(DECLARED.items()),
+            identity(self.untouched),
         )
-        found = self._plans.value.get(key)
-        if found is None:
-            captured = _captured(self.untouched, inputs, training, masks)
-            rolled = make_rolled(captured.graph, self._options.value, training)
-            found = Ready(captured, Runner(rolled, exporting.unrolled() if self._unrolled.value else None))
-            self._plans.value[key] = found
-        return found
 
-    def run(self, ready: Ready, inputs: Any, masks: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """Flattened outputs and their masks; what is assigned to Variables is assigned."""
+    def run(self, ready: Ready, inputs: Any, masks: Sequence[Any]) -> Found:
+        """Flattened outputs, their masks and losses; what is assigned to Variables is assigned."""
         captured = ready.captured
         leaves = [*tree.flatten(inputs), *masks]
         known = {v: _external(captured.graph, v, *source, leaves) for v, source in captured.sources.items()}
-        external = {v: known[v] for v in (*captured.outputs, *captured.masks) if v in known}
+        external = {v: known[v] for v in captured.graph.outputs if v in known}
         found = external | ready.runner(known)
         for variable, v in captured.updates:
             variable.assign(found[v])
-        return [None if v is None else found[v] for v in captured.outputs], [
-            None if v is None else found[v] for v in captured.masks
-        ]
+        outputs, masks = ([None if v is None else found[v] for v in vs] for vs in (captured.outputs, captured.masks))
+        return Found(outputs, masks, [found[v] for _, v in captured.losses])
 
     # ---- steps of training and inference, traced for each shape --------------------------------------------
 
@@ -251,6 +285,9 @@ class Regional(keras.Model):
         batches.by_shape(self, "predict_function", super().make_predict_function, force)
 
 
+REGIONAL.append(Regional)
+
+
 class _Quiet:
     """Something that Keras's tracking of attributes must not look into."""
 
@@ -259,15 +296,33 @@ class _Quiet:
 
     def __deepcopy__(self, memo: Any) -> _Quiet:
         """Plans hold closures: a copy makes its own."""
-        return _Quiet({} if isinstance(self.value, dict) and self.value and "memory" not in self.value else self.value)
+        return _Quiet(OrderedDict() if isinstance(self.value, OrderedDict) else self.value)
 
 
-def masked(captured: Captured, found: Sequence[Any], masks: Sequence[Any]) -> Any:
-    """Outputs in the model's structure, with their masks attached."""
-    for y, mask in zip(found, masks, strict=True):
+def handed_out(captured: Captured, found: Found) -> Any:
+    """Outputs in the model's structure, with their masks attached; losses added where the layers add them."""
+    for y, mask in zip(found.outputs, found.masks, strict=True):
         if mask is not None:
             private.set_mask(y, mask)
-    return captured.pack(found)
+    for (layer, _), loss in zip(captured.losses, found.losses, strict=True):
+        layer.add_loss(loss)
+    return captured.pack(found.outputs)
+
+
+def _check_arguments(model: Regional, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Refuse what the untouched model may take and a plan does not."""
+    more = [k for k in kwargs if k not in ("inputs", "training", "mask")]
+    if len(args) + ("inputs" in kwargs) != 1 or more:
+        raise InputError(
+            f"{model.name} takes its inputs as one argument (a tensor, or a list, tuple or dictionary of tensors), and training= "
+            f"and mask= by name; got {len(args)} positional arguments and {sorted(kwargs)}. Put several inputs into one list, "
+            "as keras.Model([a, b], y) does"
+        )
+    if "training" in kwargs and kwargs["training"] is None and own_mode(model.untouched, None) is not None:
+        raise InputError(
+            f"training=None, given to {model.name}, whose call has training={own_mode(model.untouched, None)} by default: "
+            "leave it out for the default, or give True or False"
+        )
 
 
 def _accepted(model: Any, training: Any, mask: Any) -> dict[str, Any]:
@@ -275,7 +330,7 @@ def _accepted(model: Any, training: Any, mask: Any) -> dict[str, Any]:
     return {k: v for k, v in (("training", training), ("mask", mask)) if k in names and v is not None}
 
 
-def _captured(model: keras.Model, inputs: Any, training: bool, masks: Sequence[Any] = ()) -> Captured:
+def _captured(model: keras.Model, inputs: Any, training: Any, masks: Sequence[Any] = ()) -> Captured:
     """The graph, with the dtypes that the back end really gives where double precision is about (Keras's symbolic
     tensors know 32 bits only).
     """
@@ -316,6 +371,8 @@ def _real_dtypes(graph: Graph) -> dict[int, str]:
 def _external(graph: Graph, v: int, kind: str, source: Any, leaves: Sequence[Any]) -> Any:
     if kind == "input":
         return leaves[source]
+    if kind == "tensor":
+        return ops.cast(ops.convert_to_tensor(source), graph.values[v].dtype)
     if kind == "variable":
         return ops.cast(ops.convert_to_tensor(source), graph.values[v].dtype)
     return ops.convert_to_tensor(source)
@@ -326,7 +383,8 @@ def _check(model: Regional, ready: Ready, inputs: Any, found: Any) -> None:
     if ready.checked or not _eager(tree.flatten(inputs)):
         return
     ready.checked = True
-    expected = model.untouched(inputs, **_accepted(model.untouched, False, None))
+    with keras.StatelessScope():  # nothing is assigned or added a second time
+        expected = model.untouched(inputs, **_accepted(model.untouched, False, None))
     for ours, theirs in zip(tree.flatten(found), tree.flatten(expected), strict=True):
         a, b = (np.asarray(ops.convert_to_numpy(ops.cast(x, "float64"))) for x in (ours, theirs))
         apart = float(np.abs(a - b).max(initial=0.0) / max(np.abs(b).max(initial=0.0), 1e-30))
