@@ -10,6 +10,7 @@ Enter at `lower_layer` and `declare`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,19 +91,25 @@ class Declared(Kernel):
 def lower_layer(lower: Lower, layer: Any, args: Any, kwargs: Any, outs: Sequence[Any], training: Any) -> list[Any]:
     """What stands for each flattened output of a call of `layer`."""
     layer = getattr(layer, "untouched", layer) if isinstance(layer, tuple(REGIONAL)) else layer
-    if layer.activity_regularizer is None or _refusal(layer) is not None:
-        return _lowered(lower, layer, args, kwargs, outs, training)[0]
-    found, traced = _lowered(lower, layer, args, kwargs, outs, training)
-    if traced:
+    refusal = _refusal(layer)
+    found, traced = _lowered(lower, layer, args, kwargs, outs, training, refusal)
+    if layer.activity_regularizer is None or not traced:
+        return found
+    try:
         regularised(lower, layer, [v for v in found if isinstance(v, Ref)])
+    except Exception as error:
+        refusal = f"has an activity regulariser that {reason_of(error)}"
+        return _lowered(lower, layer, args, kwargs, outs, training, refusal)[0]
     return found
 
 
 def _lowered(
-    lower: Lower, layer: Any, args: Any, kwargs: Any, outs: Sequence[Any], training: Any
+    lower: Lower, layer: Any, args: Any, kwargs: Any, outs: Sequence[Any], training: Any, refusal: str | None
 ) -> tuple[list[Any], bool]:
-    """What stands for the outputs; whether Keras's own `__call__`, with what it does around `call`, is left out."""
-    rule, refusal = DECLARED.get(type(layer)), _refusal(layer)
+    """What stands for the outputs; whether Keras's own `__call__`, with what it does around `call`, is left out.
+    `refusal`: why the layer must stay whole.
+    """
+    rule = DECLARED.get(type(layer))
     if rule is not None and refusal is None and layer.activity_regularizer is None:
         return _placed(lower, layer, lambda: _declared(lower, layer, rule, args, kwargs, outs, training)), False
     if training and type(layer) in NOISE and refusal is None:
@@ -127,7 +134,10 @@ class _Regularises(keras.Layer):
 
     def __init__(self, regulariser: Any) -> None:
         super().__init__(autocast=False)
-        self.regulariser = regulariser
+        self.regulariser = copy.copy(regulariser)
+        if keras.backend.backend() == "jax":  # whose arrays cannot be multiplied by a symbolic tensor
+            held = vars(self.regulariser) if isinstance(regulariser, keras.Regularizer) else {}
+            held.update({k: float(v) for k, v in held.items() if ops.is_tensor(v) and not v.shape})
 
     def call(self, output: Any) -> Any:
         """The share of one sample."""

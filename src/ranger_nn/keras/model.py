@@ -195,6 +195,7 @@ class Regional(keras.Model):
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """As the untouched model."""
+        training = _mode(self, training)
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf  # whose conversion of Python branches would go through all of the executor
 
@@ -307,6 +308,18 @@ def handed_out(captured: Captured, found: Found) -> Any:
     for (layer, _), loss in zip(captured.losses, found.losses, strict=True):
         layer.add_loss(loss)
     return captured.pack(found.outputs)
+
+
+def _mode(model: Regional, training: Any) -> Any:
+    """The mode as a number, where it is given as a tensor."""
+    if training is None or isinstance(training, (bool, int, float, str)):
+        return training
+    if np.shape(training) == () and _eager([training]):
+        return bool(ops.convert_to_numpy(training))
+    raise InputError(
+        f"training= of {model.name} is {training!r}: a plan is for one mode, so it is True, False or a tensor of one such "
+        "number that is known, not one that a graph computes. Several inputs go into one list"
+    )
 
 
 def _check_arguments(model: Regional, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
