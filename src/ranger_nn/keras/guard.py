@@ -14,7 +14,8 @@ from typing import Any
 import keras
 
 from ranger_nn.core.graph import Graph, Node
-from ranger_nn.errors import PlanError
+from ranger_nn.errors import LayerError, PlanError
+from ranger_nn.keras.kernels import Opaque
 from ranger_nn.planning.rolled import Flow
 
 standardised = functools.cache(keras.backend.standardize_dtype)
@@ -44,7 +45,7 @@ def held_whole(graph: Graph, node: Node, found: Sequence[Any]) -> Sequence[Any]:
     for v, y in zip(node.outputs, found, strict=True):
         value = graph.values[v]
         if not matches(y, value.shape, value.dtype):
-            raise _mismatch(node, y, "the whole", value.shape, value.dtype)
+            raise (_undeclared if isinstance(node.kernel, Opaque) else _mismatch)(node, y, "the whole", value.shape, value.dtype)
     return found
 
 
@@ -53,4 +54,12 @@ def _mismatch(node: Node, found: Any, region: str, shape: Sequence[int], dtype: 
     return PlanError(
         f"{node.name} ({node.op}{where}) gave {tuple(found.shape)} {standardised(found.dtype)} for {region}, which asks "
         f"for {tuple(shape)} {dtype}: please report this network; regionalize with regions= of the whole size meanwhile"
+    )
+
+
+def _undeclared(node: Node, found: Any, region: str, shape: Sequence[int], dtype: str) -> LayerError:
+    return LayerError(
+        f"{node.where or node.name} gave {tuple(found.shape)} {standardised(found.dtype)} from {node.op}, where Keras infers "
+        f"{tuple(shape)} {dtype}: a plan needs sizes that do not depend on the numbers, as those of nonzero, unique and masks "
+        "taken as an index do, and a compute_output_spec that says what the layer gives"
     )

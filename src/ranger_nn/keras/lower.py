@@ -171,7 +171,8 @@ class Lower:
         call, inputs = bound(self, function, args, kwargs)
         kernel = Opaque(lambda *xs: _one(tree.flatten(call(*xs))))
         rule = opaque([self.shape(i) for i in inputs], reason)
-        specs = [(o.shape, keras.backend.standardize_dtype(o.dtype)) for o in self.specs(function, args, kwargs, outs)]
+        known = self.specs(function, args, kwargs, outs) if random else self._inferred(function, args, kwargs, outs)
+        specs = [(o.shape, keras.backend.standardize_dtype(o.dtype)) for o in known]
         return self.emit(name, inputs, specs, rule, kernel, random=random)
 
     def specs(self, function: Any, args: Any, kwargs: Any, outs: Sequence[Any]) -> Sequence[Any]:
@@ -184,6 +185,18 @@ class Lower:
         a, kw = tree.map_structure(self._like, (args, kwargs))
         found = tree.flatten(inferred(function, *a, **kw))
         return [KerasTensor(f.shape, dtype=f.dtype) for f in found]
+
+    def _inferred(self, function: Any, args: Any, kwargs: Any, outs: Sequence[Any]) -> Sequence[Any]:
+        """Shapes and dtypes as the back end infers them: what Keras declares is at times another."""
+        try:
+            a, kw = tree.map_structure(self._like, (args, kwargs))
+            found = tree.flatten(inferred(function, *a, **kw))
+        except Exception:  # a function that works on numbers only
+            found = self.specs(function, args, kwargs, outs)
+        shapes = [tuple(o.shape) for o in found]
+        if len(found) != len(outs) or any(not isinstance(n, int) for shape in shapes for n in shape):
+            raise Untraceable(f"uses {getattr(function, '__qualname__', type(function).__name__)}, whose result's size depends on the numbers")
+        return found
 
     def _like(self, leaf: Any) -> Any:
         v = self.resolve(leaf) if isinstance(leaf, (KerasTensor, keras.Variable)) else leaf

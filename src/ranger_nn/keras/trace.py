@@ -167,6 +167,9 @@ def trace(layer: Any, args: Any, kwargs: Any, training: Any, known: Container[in
         _draw_again(drawn)
         raise Untraceable("draws from a generator of Python's or NumPy's, which a graph would do once and for all")
     leaves = tree.flatten(result)
+    for leaf in tree.flatten((args, kwargs)):
+        if id(leaf) in known and private.history(leaf) is not None:
+            raise Untraceable(f"uses {private.history(leaf).operation.name}, which gives what it reads")
     for leaf in leaves:
         if not isinstance(leaf, KerasTensor) and leaf is not None:
             raise Untraceable("gives something that does not depend on its inputs")
@@ -248,8 +251,9 @@ def _worked_around(layer: Any, held: dict[str, Any]) -> None:
     """Attributes in place of those with which Keras itself fails on symbolic tensors."""
     if "backend" in held:  # preprocessing layers: the back end's functions under the names of keras.ops
         held["backend"] = _Functions()
-    if isinstance(held.get("activation"), FunctionType) and held["activation"] in ACTIVATIONS:
-        held["activation"] = ACTIVATIONS[held["activation"]]
+    for key, attribute in list(held.items()):
+        if isinstance(attribute, FunctionType) and attribute in ACTIVATIONS:
+            held[key] = ACTIVATIONS[attribute]
     if isinstance(layer, keras.layers.BatchNormalization) and layer.center and not layer.scale:
         # Keras refuses a shift without a scale on symbolic tensors; a scale of one gives the same numbers
         held |= {"scale": True, "gamma": np.ones(layer.beta.shape, "float32")}
@@ -280,6 +284,7 @@ def _recorded(known: Container[int], roots: Sequence[Any]) -> list[Any]:
     """The calls that made `roots`, in order; those before `known` tensors are left out."""
     order: list[Any] = []
     seen: set[int] = set()
+    begun: set[int] = set()
     pending = [(root, False) for root in reversed(roots)]
     while pending:
         tensor, done = pending.pop()
@@ -294,6 +299,9 @@ def _recorded(known: Container[int], roots: Sequence[Any]) -> list[Any]:
             seen.add(id(node))
             order.append(node)
             continue
+        if id(node) in begun:
+            raise Untraceable(f"uses {node.operation.name}, which gives what it reads")
+        begun.add(id(node))
         pending.append((tensor, True))
         pending += [(t, False) for t in reversed([*node.arguments.keras_tensors, *_masks(node)])]
     return order
