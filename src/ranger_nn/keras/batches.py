@@ -6,6 +6,7 @@ one_by_one    where someone else traces for any size (a model around this one, a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,15 +30,16 @@ def by_shape(model: Any, name: str, make: Callable[..., None], force: bool) -> N
         return
     import tensorflow as tf
 
-    general, traced = getattr(model, name), {}
+    general, traced, one_at_a_time = getattr(model, name), {}, threading.Lock()
 
     def own(data: Any) -> Any:
         key = tuple(_kind(leaf) for leaf in tree.flatten(data))
-        if key not in traced:
-            make(force=True)
-            traced[key] = getattr(model, name)
-            setattr(model, name, function)
-        return traced[key]
+        with one_at_a_time:
+            if key not in traced:
+                maker = _Maker(model)
+                make.__func__(maker, force=True)  # type: ignore[attr-defined]
+                traced[key] = getattr(maker, name)
+            return traced[key]
 
     def function(given: Any) -> Any:
         if name == "predict_function":  # is given data, not an iterator
@@ -52,6 +54,17 @@ def by_shape(model: Any, name: str, make: Callable[..., None], force: bool) -> N
         return outputs
 
     setattr(model, name, function)
+
+
+class _Maker:
+    """Stands for a model while a step function is made: Keras sets it here, and threads that predict go on with theirs."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the model's."""
+        return getattr(self._model, name)
 
 
 def _kind(leaf: Any) -> Any:

@@ -14,8 +14,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
+from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import keras
@@ -31,6 +33,10 @@ LIBRARIES = frozenset(sys.stdlib_module_names) | {
 
 APART = (keras.optimizers.Optimizer, keras.Metric, keras.Loss, keras.initializers.Initializer, keras.random.SeedGenerator)
 """Objects that no capture reads, or whose state is in Variables."""
+
+
+HOLDERS = (keras.Operation, keras.Regularizer, keras.constraints.Constraint, SimpleNamespace, Namespace)
+"""Of libraries' classes, those whose objects hold what a `call` reads."""
 
 
 class Same:
@@ -69,7 +75,9 @@ class _Walk:
     def visit(self, x: Any) -> None:
         """Add what stands for x."""
         kind = type(x)
-        if x is None or kind is str:
+        if kind is dict and not x:
+            self.found.append("pairs")
+        elif x is None or kind is str:
             self.found.append(x)
         elif kind is float:
             self.found.append(x.hex())
@@ -97,7 +105,7 @@ class _Walk:
         self.seen[id(x)] = len(self.seen)
         if isinstance(x, keras.Variable):
             self.found += (Same(x), x.trainable, str(x.dtype), tuple(x.shape))
-        elif isinstance(x, (list, tuple)):
+        elif isinstance(x, (list, tuple, deque)):
             self.found += ("sequence", len(x))
             for item in list(x):
                 self.visit(item)
@@ -113,17 +121,25 @@ class _Walk:
     def _pairs(self, pairs: list[tuple[Any, Any]]) -> None:
         self.found += ("pairs", len(pairs))
         for key, value in pairs:
+            if key in private.BOOKKEEPING:
+                continue
             self.found.append(key if isinstance(key, str) else repr(key))
             self.visit(value)
 
     def _layer(self, layer: Any) -> None:
         self.found += (Same(layer), Same(type(layer).call))
         self._class(type(layer))
-        held = vars(layer)
-        for name in list(held):
-            if name not in private.BOOKKEEPING:
-                self.found.append(name)
-                self.visit(held[name])
+        for name, value in list(vars(layer).items()):
+            if name in private.BOOKKEEPING:
+                continue
+            self.found.append(name)
+            kind = type(value)  # most are plain: a short way for them, since this is done at every call
+            if value is None or kind is str:
+                self.found.append(value)
+            elif kind is bool or kind is int:
+                self.found += (kind, value)
+            else:
+                self.visit(value)
 
     def _other(self, x: Any) -> None:
         if isinstance(x, FunctionType):
@@ -150,7 +166,7 @@ class _Walk:
     def _held(self, x: Any) -> None:
         """Of objects that users made, and of Keras's that an operation or a regulariser is: what they hold."""
         self.found.append(Same(x))
-        if _library(type(x)) and not isinstance(x, (keras.Operation, keras.Regularizer, keras.constraints.Constraint)):
+        if _library(type(x)) and not isinstance(x, HOLDERS):
             return
         self._class(type(x))
         held = getattr(x, "__dict__", {})
@@ -160,8 +176,8 @@ class _Walk:
 
     def _class(self, cls: type) -> None:
         """Methods and attributes of users' classes."""
-        for each in cls.__mro__:
-            if id(each) in self.seen or _library(each):
+        for each in _users(cls):
+            if id(each) in self.seen:
                 continue
             self.seen[id(each)] = len(self.seen)
             for name, value in list(vars(each).items()):
@@ -187,6 +203,12 @@ def _content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # not yet filled
         return None
+
+
+@functools.cache
+def _users(cls: type) -> tuple[type, ...]:
+    """The classes in its line that are not a library's."""
+    return tuple(c for c in cls.__mro__ if not _library(c))
 
 
 def _library(x: Any) -> bool:

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 from keras import KerasTensor, ops, tree
 
+from ranger_nn.bounds.axes import find_axes
 from ranger_nn.core.graph import Graph
 from ranger_nn.errors import InputError, VerificationError
 from ranger_nn.keras import batches, exporting, private
@@ -78,10 +79,18 @@ def plan(
 
     `training`: plan forward and backward together, as `fit` does.
     """
-    options = Options.checked(parse_memory(memory), regions, schedule)
-    shape = isinstance(x, tuple | list) and all(isinstance(n, int) for n in x)
+    options, model = Options.checked(parse_memory(memory), regions, schedule), _untouched(model)
+    shape = isinstance(x, tuple | list) and all(isinstance(n, int) or n is None for n in x)
+    if shape and any(n is None or n < 1 for n in x):
+        raise InputError(f"a plan is for one shape, and its sizes are positive integers, the batch's too: got {tuple(x)}")
     given = KerasTensor(tuple(x), dtype=_input_dtype(model)) if shape else x
-    return make_rolled(_captured(model, given, training).graph, options, training).plan
+    with _LOCK:
+        return make_rolled(_captured(model, given, training).graph, options, training).plan
+
+
+def _untouched(model: Any) -> Any:
+    """The model itself, of one that is regional already."""
+    return model.untouched if isinstance(model, Regional) else model
 
 
 def _input_dtype(model: keras.Model) -> str:
@@ -130,6 +139,7 @@ class Regional(keras.Model):
     ) -> None:
         if not isinstance(model, keras.Layer):
             raise InputError(f"regionalize takes a keras.Model, got {type(model).__name__}")
+        model = _untouched(model)
         options = Options.checked(parse_memory(memory), regions, schedule)
         super().__init__(**{"name": model.name, "dtype": model.dtype_policy, "trainable": model.trainable, **kwargs})
         self.untouched = model
@@ -211,7 +221,7 @@ class Regional(keras.Model):
         ready = self.prepared(inputs, masks, training)
         found = self.run(ready, inputs, masks)
         if self._given.value["verify"] and not training:
-            _check(self, ready, inputs, found.outputs)
+            _check(self, ready, inputs, masks, found.outputs)
         return handed_out(ready.captured, found)
 
     def prepared(self, inputs: Any, masks: Sequence[Any], training: Any) -> Ready:
@@ -331,6 +341,12 @@ def _check_arguments(model: Regional, args: Sequence[Any], kwargs: dict[str, Any
             f"and mask= by name; got {len(args)} positional arguments and {sorted(kwargs)}. Put several inputs into one list, "
             "as keras.Model([a, b], y) does"
         )
+    wrong = [x for x in tree.flatten([*args, kwargs.get("inputs", ())]) if not hasattr(x, "shape") or not hasattr(x, "dtype")]
+    if wrong:
+        raise InputError(
+            f"{model.name} takes tensors or NumPy arrays, got {type(wrong[0]).__name__}: {str(wrong[0])[:40]!r}. Call "
+            "keras.ops.convert_to_tensor first"
+        )
     if "training" in kwargs and kwargs["training"] is None and own_mode(model.untouched, None) is not None:
         raise InputError(
             f"training=None, given to {model.name}, whose call has training={own_mode(model.untouched, None)} by default: "
@@ -391,21 +407,44 @@ def _external(graph: Graph, v: int, kind: str, source: Any, leaves: Sequence[Any
     return ops.convert_to_tensor(source)
 
 
-def _check(model: Regional, ready: Ready, inputs: Any, found: Any) -> None:
-    """Compare a plan's first eager result with the untouched model's; it needs the untouched model's memory."""
+def _check(model: Regional, ready: Ready, inputs: Any, masks: Sequence[Any], found: Any) -> None:
+    """Compare a plan's first eager result with the untouched model's, and with that what the same graph gives in several
+    regions, however many the plan itself has; it needs the untouched model's memory.
+    """
     if ready.checked or not _eager(tree.flatten(inputs)):
         return
     ready.checked = True
     with keras.StatelessScope():  # nothing is assigned or added a second time
-        expected = model.untouched(inputs, **_accepted(model.untouched, False, None))
-    for ours, theirs in zip(tree.flatten(found), tree.flatten(expected), strict=True):
+        expected = tree.flatten(model.untouched(inputs, **_accepted(model.untouched, False, None)))
+        parts = _in_parts(ready.captured.graph)
+        again = found if parts is None else model.run(replace(ready, runner=parts), inputs, masks).outputs
+    shapes = [tuple(x.shape) for x in tree.flatten(inputs)]
+    _compare(model.name, f"inputs of shape {shapes}", found, expected)
+    _compare(model.name, f"inputs of shape {shapes} in {PARTS} regions", again, expected)
+
+
+PARTS = 4
+"""Regions of every sweep in which `verify` runs a graph: first, last and two between, which differ at their borders."""
+
+
+def _in_parts(graph: Graph) -> Runner | None:
+    """The graph in several regions of every sweep, or None where nothing can be cut."""
+    axes = find_axes(graph)
+    if not axes:
+        return None
+    rows = max(1, max(graph.values[v].shape[d] for v, d in axes[0].dims.items() if v in graph.inputs) // PARTS)
+    return Runner(make_rolled(graph, Options.checked(None, (rows,), None), False))
+
+
+def _compare(name: str, place: str, found: Any, expected: Sequence[Any]) -> None:
+    for ours, theirs in zip(tree.flatten(found), expected, strict=True):
         a, b = (np.asarray(ops.convert_to_numpy(ops.cast(x, "float64"))) for x in (ours, theirs))
         apart = float(np.abs(a - b).max(initial=0.0) / max(np.abs(b).max(initial=0.0), 1e-30))
         limit = {8: 1e-9, 4: 1e-4}.get(ITEMSIZE.get(keras.backend.standardize_dtype(theirs.dtype), 4), 5e-2)
-        if apart > limit:
+        if not apart <= limit and not np.array_equal(a, b, equal_nan=True):
             raise VerificationError(
-                f"{model.name} differs from the untouched model by {apart:.1e} of its largest value, more than {limit:.0e}, "
-                f"for inputs of shape {[tuple(x.shape) for x in tree.flatten(inputs)]}: use the untouched model, and report this"
+                f"{name} differs from the untouched model by {apart:.1e} of its largest value, more than {limit:.0e}, "
+                f"for {place}: use the untouched model, and report this"
             )
 
 
