@@ -6,6 +6,7 @@ one_by_one    where someone else traces for any size (a model around this one, a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,15 +30,16 @@ def by_shape(model: Any, name: str, make: Callable[..., None], force: bool) -> N
         return
     import tensorflow as tf
 
-    general, traced = getattr(model, name), {}
+    general, traced, one_at_a_time = getattr(model, name), {}, threading.Lock()
 
     def own(data: Any) -> Any:
         key = tuple(_kind(leaf) for leaf in tree.flatten(data))
-        if key not in traced:
-            make(force=True)
-            traced[key] = getattr(model, name)
-            setattr(model, name, function)
-        return traced[key]
+        with one_at_a_time:
+            if key not in traced:
+                maker = _Maker(model)
+                make.__func__(maker, force=True)  # type: ignore[attr-defined]
+                traced[key] = getattr(maker, name)
+            return traced[key]
 
     def function(given: Any) -> Any:
         if name == "predict_function":  # is given data, not an iterator
@@ -52,6 +54,17 @@ def by_shape(model: Any, name: str, make: Callable[..., None], force: bool) -> N
         return outputs
 
     setattr(model, name, function)
+
+
+class _Maker:
+    """Stands for a model while a step function is made: Keras sets it here, and threads that predict go on with theirs."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the model's."""
+        return getattr(self._model, name)
 
 
 def _kind(leaf: Any) -> Any:
@@ -69,27 +82,31 @@ def one_by_one(model: Any, inputs: Any, masks: Sequence[Any], training: bool) ->
             )
     import tensorflow as tf
 
-    from ranger_nn.keras.model import masked
+    from ranger_nn.keras.model import Found, handed_out
 
     like = tree.map_structure(_sample, inputs)
     ready = model.prepared(like, [None if m is None else _sample(m) for m in masks], training)
     captured = ready.captured
     if training:
         _refuse_batch_statistics(model, captured.graph)
-    wanted = [*captured.outputs, *captured.masks]
+    losses = [v for _, v in captured.losses]
+    wanted = [*captured.outputs, *captured.masks, *losses]
     values = [captured.graph.values[v] for v in wanted if v is not None]
     given = [m for m in masks if m is not None]
 
     def each(sample: Any) -> Any:
         x, own = tree.map_structure(lambda t: ops.expand_dims(t, 0), sample)
         own = iter(own)
-        found, found_masks = model.run(ready, x, [None if m is None else next(own) for m in masks])
-        return [y[0] for y in (*found, *found_masks) if y is not None]
+        found = model.run(ready, x, [None if m is None else next(own) for m in masks])
+        return [y[0] for y in (*found.outputs, *found.masks) if y is not None] + found.losses
 
-    signature = [tf.TensorSpec(v.shape[1:], v.dtype) for v in values]
+    signature = [tf.TensorSpec(v.shape[1:], v.dtype) for v in values[: len(values) - len(losses)]]
+    signature += [tf.TensorSpec(v.shape, v.dtype) for v in values[len(values) - len(losses) :]]
     made = iter(tf.map_fn(each, (inputs, given), fn_output_signature=signature, parallel_iterations=1))
     found = [None if v is None else next(made) for v in wanted]
-    return masked(captured, found[: len(captured.outputs)], found[len(captured.outputs) :])
+    outputs = len(captured.outputs)
+    means = [ops.mean(loss, axis=0) for loss in found[2 * outputs :]]  # each sample's share is that of a batch of one
+    return handed_out(captured, Found(found[:outputs], found[outputs : 2 * outputs], means))
 
 
 def _sample(x: Any) -> KerasTensor:

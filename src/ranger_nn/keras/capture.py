@@ -25,19 +25,22 @@ from ranger_nn.core.graph import INPUT, NHWC, Graph
 from ranger_nn.errors import InputError, LayerError, RangerError
 from ranger_nn.keras import private
 from ranger_nn.keras.kernels import Fused
-from ranger_nn.keras.lower import Lower
+from ranger_nn.keras.lower import Lower, Ref
+from ranger_nn.keras.lowering_layers import regularised
 from ranger_nn.keras.private import get_mask
-from ranger_nn.keras.trace import config_of, reason_of
+from ranger_nn.keras.trace import Untraceable, config_of, own_mode, reason_of
 
 
 @dataclass(frozen=True)
 class Captured:
     """A graph and where its external values come from.
 
-    `sources[v]`: ("input", position among the flattened inputs, then their masks), ("variable", keras.Variable) or ("constant", array).
+    `sources[v]`: ("input", position among the flattened inputs, then their masks), ("variable", keras.Variable),
+    ("constant", array) or ("tensor", the back end's own, read when the plan runs).
     `outputs`: for each flattened output the value index, or a constant as it is; `pack` puts flattened outputs into the
     model's structure. `updates`: (Variable, value index) to be assigned once after the forward pass. `masks`: the value of
-    the mask that Keras attaches to each output, for the loss; None where there is none.
+    the mask that Keras attaches to each output, for the loss; None where there is none. `losses`: (layer, value index) that
+    the layer's activity regulariser adds.
     """
 
     graph: Graph
@@ -46,20 +49,22 @@ class Captured:
     pack: Callable[[Sequence[Any]], Any]
     updates: tuple[tuple[Any, int], ...] = ()
     masks: tuple[int | None, ...] = ()
+    losses: tuple[tuple[Any, int], ...] = ()
 
 
-def capture(model: keras.Model, inputs: Any, training: bool = False) -> Captured:
+def capture(model: keras.Model, inputs: Any, training: Any = None) -> Captured:
     """Graph of `model` for inputs of these shapes.
 
     Args:
         model: a built functional, Sequential or subclassed model.
         inputs: what the model takes, with a `keras.KerasTensor` (concrete shape, batch included) for each tensor; one
             that has a mask has one attached.
-        training: the mode that is captured.
+        training: the mode that is captured; None where nobody chose one.
 
     Raises LayerError where the model's own `call` cannot be traced, InputError where the model refuses such inputs.
     """
-    lower = Lower(training)
+    training = own_mode(model, training)
+    lower = Lower(bool(training))
     flat = tree.flatten(inputs)
     found = []
     for position, like in enumerate(flat):
@@ -80,25 +85,45 @@ def capture(model: keras.Model, inputs: Any, training: bool = False) -> Captured
     outputs = tuple(None if leaf is None else int(lower.resolve(leaf)) for leaf in leaves)
     updates = tuple(lower.updated.values())
     masks = tuple(None if get_mask(leaf) is None else int(lower.resolve(get_mask(leaf))) for leaf in leaves)
-    kept = dict.fromkeys([v for v in (*outputs, *masks) if v is not None] + [v for _, v in updates])
+    kept = dict.fromkeys([v for v in (*outputs, *masks) if v is not None] + [v for _, v in (*updates, *lower.losses)])
     graph = Graph(model.name, tuple(lower.values), tuple(lower.nodes), (*found, *masks_given), tuple(kept))
     graph = fuse(_pruned(graph), Fused)
 
     def pack(given: Sequence[Any]) -> Any:
         return tree.pack_sequence_as(structure, list(given))
 
-    return Captured(graph, lower.sources, outputs, pack, updates, masks)
+    return Captured(graph, lower.sources, outputs, pack, updates, masks, tuple(lower.losses))
 
 
-def _lower_model(lower: Lower, model: Any, inputs: Any, training: bool) -> tuple[list[Any], Any]:
-    if not model.built:
-        model(inputs)
-    operations = _operations(model)
-    before = [private.recorded(op) for op in operations]
+def _lower_model(lower: Lower, model: Any, inputs: Any, training: Any) -> tuple[list[Any], Any]:
+    with _explained(model, inputs):
+        if not model.built:
+            model(inputs)
+    before = [private.recorded(op) for op in _operations(model)]
     try:
-        masks = tree.map_structure(get_mask, inputs)
-        given = any(m is not None for m in tree.flatten(masks)) and "mask" in inspect.signature(model.call).parameters
-        return lower.layer(model, (inputs,), {"mask": masks} if given else {}, training)
+        with private.as_they_were(private.layers_of(model)), _explained(model, inputs):
+            return _layer(lower, model, inputs, training)
+    finally:
+        for each in before:
+            private.forget(*each)
+
+
+def _layer(lower: Lower, model: Any, inputs: Any, training: Any) -> tuple[list[Any], Any]:
+    masks = tree.map_structure(get_mask, inputs)
+    given = any(m is not None for m in tree.flatten(masks)) and "mask" in inspect.signature(model.call).parameters
+    if private.hooked(model):
+        raise Untraceable("has hooks, which may change what it gives")
+    leaves, structure = lower.layer(model, (inputs,), {"mask": masks} if given else {}, training)
+    if model.activity_regularizer is not None:
+        regularised(lower, model, [v for leaf in leaves if isinstance(v := lower.resolve(leaf), Ref)])
+    return leaves, structure
+
+
+@contextlib.contextmanager
+def _explained(model: Any, inputs: Any) -> Iterator[None]:
+    """Whatever goes wrong inside is the model's or the input's fault, and says so."""
+    try:
+        yield
     except RangerError:
         raise
     except Exception as error:
@@ -109,9 +134,6 @@ def _lower_model(lower: Lower, model: Any, inputs: Any, training: bool) -> tuple
             "replace a Python branch on tensor values by keras.ops.where or keras.ops.cond, or put what cannot be "
             f"traced into a layer of its own, which then stays whole. Config: {config_of(model)}"
         ) from error
-    finally:
-        for each in before:
-            private.forget(*each)
 
 
 def _operations(model: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from keras import ops
 
 from ranger_nn.aggregate.monoid import Extremum, Moments
 from ranger_nn.core.graph import Graph
+from ranger_nn.keras.guard import held_whole
 from ranger_nn.keras.loops import Loops, inside, loops
 from ranger_nn.keras.saved import Checkpoints, Saved
 from ranger_nn.keras.step import Step
@@ -56,7 +57,7 @@ class Runner:
     def _whole(self, k: int, known: dict[int, Any]) -> None:
         node = self.graph.nodes[k]
         found = node.kernel.whole(*[known[v] for v in node.inputs])
-        known |= zip(node.outputs, found if len(node.outputs) > 1 else (found,), strict=True)
+        known |= zip(node.outputs, held_whole(self.graph, node, found if len(node.outputs) > 1 else (found,)), strict=True)
 
     def _in_one(self, nodes: Sequence[int], sinks: set[int], known: dict[int, Any]) -> None:
         last = {v: k for k in nodes for v in self.graph.nodes[k].inputs}
@@ -88,9 +89,9 @@ class Sweep:
         results = dict(zip(self.loop.sinks, found, strict=False))
         rest = found[len(self.loop.sinks) :]
         for call in self.lifts:
-            kernel = self.graph.nodes[call.node].kernel
-            count = _entries(kernel)
-            results[self.graph.nodes[call.node].outputs[0]] = kernel.finish(tuple(rest[:count]))
+            node = self.graph.nodes[call.node]
+            count = _entries(node.kernel)
+            results |= zip(node.outputs, held_whole(self.graph, node, [node.kernel.finish(tuple(rest[:count]))]), strict=True)
             rest = rest[count:]
         return results
 

@@ -16,7 +16,7 @@ from keras import KerasTensor, ops, tree
 from ranger_nn.core.graph import COMPUTED, CONSTANT, PARAMETER, Node, Rule, Value
 from ranger_nn.keras import private
 from ranger_nn.keras.kernels import Kernel, Opaque
-from ranger_nn.keras.trace import Parameter, masked, seen_dtype, trace
+from ranger_nn.keras.trace import Parameter, Untraceable, masked, seen_dtype, trace
 from ranger_nn.ops.pointwise import opaque, pointwise
 
 ITEMSIZE = {"bool": 1, "int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2, "float64": 8}
@@ -39,6 +39,7 @@ class Lower:
     parameters: dict[tuple[int, str], int] = field(default_factory=dict)
     current: dict[int, int] = field(default_factory=dict)
     updated: dict[int, tuple[Any, int]] = field(default_factory=dict)
+    losses: list[tuple[Any, int]] = field(default_factory=list)
     stack: list[Any] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     channels_last: bool = field(default_factory=lambda: keras.config.image_data_format() == "channels_last")
@@ -98,9 +99,26 @@ class Lower:
             return Ref(known) if isinstance(known, int) and not isinstance(known, bool) else known
         if isinstance(leaf, keras.Variable):
             return Ref(self.variable(leaf))
-        if ops.is_tensor(leaf) or (isinstance(leaf, np.ndarray) and leaf.ndim):
-            return Ref(self.constant(leaf)) if len(leaf.shape) else np.asarray(ops.convert_to_numpy(leaf))
+        if isinstance(leaf, np.ndarray) and leaf.ndim:
+            return Ref(self.constant(leaf))
+        if _holds_number(leaf) or (ops.is_tensor(leaf) and len(leaf.shape)):
+            return Ref(self.tensor(leaf) if _may_change(leaf) else self.constant(leaf))
+        if ops.is_tensor(leaf):
+            return Ref(self.tensor(leaf)) if _trained(leaf) else np.asarray(ops.convert_to_numpy(leaf))
         return leaf
+
+    def tensor(self, tensor: Any) -> int:
+        """A tensor of the back end that the model holds: read when the plan runs, so that it is as it is then, with a
+        gradient where it asks for one.
+        """
+        if _trained(tensor) and not getattr(tensor, "is_leaf", True):
+            raise Untraceable("computes with a tensor that is trained and no Variable")
+        dtype = str(keras.backend.standardize_dtype(tensor.dtype))
+        key = (id(tensor), dtype)
+        if key not in self.parameters:
+            kind = PARAMETER if _trained(tensor) else CONSTANT
+            self.parameters[key] = self.external("tensor", tensor.shape, dtype, kind, ("tensor", tensor))
+        return self.parameters[key]
 
     # ---------------------------------------------------------------------------------- nodes
 
@@ -153,7 +171,8 @@ class Lower:
         call, inputs = bound(self, function, args, kwargs)
         kernel = Opaque(lambda *xs: _one(tree.flatten(call(*xs))))
         rule = opaque([self.shape(i) for i in inputs], reason)
-        specs = [(o.shape, keras.backend.standardize_dtype(o.dtype)) for o in self.specs(function, args, kwargs, outs)]
+        known = self.specs(function, args, kwargs, outs) if random else self._inferred(function, args, kwargs, outs)
+        specs = [(o.shape, keras.backend.standardize_dtype(o.dtype)) for o in known]
         return self.emit(name, inputs, specs, rule, kernel, random=random)
 
     def specs(self, function: Any, args: Any, kwargs: Any, outs: Sequence[Any]) -> Sequence[Any]:
@@ -167,25 +186,38 @@ class Lower:
         found = tree.flatten(inferred(function, *a, **kw))
         return [KerasTensor(f.shape, dtype=f.dtype) for f in found]
 
+    def _inferred(self, function: Any, args: Any, kwargs: Any, outs: Sequence[Any]) -> Sequence[Any]:
+        """Shapes and dtypes as the back end infers them: what Keras declares is at times another."""
+        try:
+            a, kw = tree.map_structure(self._like, (args, kwargs))
+            found = tree.flatten(inferred(function, *a, **kw))
+        except Exception:  # a function that works on numbers only
+            found = self.specs(function, args, kwargs, outs)
+        shapes = [tuple(o.shape) for o in found]
+        if len(found) != len(outs) or any(not isinstance(n, int) for shape in shapes for n in shape):
+            raise Untraceable(f"uses {getattr(function, '__qualname__', type(function).__name__)}, whose result's size depends on the numbers")
+        return found
+
     def _like(self, leaf: Any) -> Any:
         v = self.resolve(leaf) if isinstance(leaf, (KerasTensor, keras.Variable)) else leaf
         return KerasTensor(self.shape(v), dtype=self.values[v].dtype) if isinstance(v, Ref) else v
 
     # --------------------------------------------------------------------------------- layers
 
-    def layer(self, layer: Any, args: Any, kwargs: Any, training: bool) -> tuple[list[Any], Any]:
+    def layer(self, layer: Any, args: Any, kwargs: Any, training: Any) -> tuple[list[Any], Any]:
         """Lower a call of a layer: its flattened outputs (KerasTensors that are known), and their structure."""
         self.stack.append(layer)
         try:
             args, kwargs = tree.map_structure(self._fresh, (args, kwargs))
-            traced, result, updates = trace(layer, args, kwargs, training, self.env)
-            for node in traced:
-                self.node(node, training)
-            for variable, value in updates:
+            traced = trace(layer, args, kwargs, training, self.env)
+            for node, mode in traced.calls:
+                self.node(node, mode)
+            for variable, value in traced.updates:
                 found = self.resolve(value)
                 index = self.cast(found, keras.backend.standardize_dtype(variable.dtype))
                 self.current[id(variable)] = index
                 self.updated[id(variable)] = (variable, index)
+            result = traced.result
             return tree.flatten(result), result
         finally:
             self.stack.pop()
@@ -205,8 +237,8 @@ class Lower:
             private.set_mask(tensor, self._fresh(mask))
         return tensor
 
-    def node(self, node: Any, training: bool) -> None:
-        """Lower one recorded call of a layer or of an operation."""
+    def node(self, node: Any, training: Any) -> None:
+        """Lower one recorded call of a layer, in this mode, or of an operation."""
         from ranger_nn.keras.lowering import lower_operation
         from ranger_nn.keras.lowering_layers import lower_layer
 
@@ -235,6 +267,21 @@ class _Inferred(keras.Operation):
 def inferred(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Symbolic results of a function on symbolic tensors, as the back end infers them."""
     return _Inferred(function).compute_output_spec(*args, **kwargs)
+
+
+def _holds_number(leaf: Any) -> bool:
+    """A Variable of TensorFlow's own, which Keras does not know."""
+    return keras.backend.backend() == "tensorflow" and hasattr(leaf, "assign") and hasattr(leaf, "handle")
+
+
+def _may_change(tensor: Any) -> bool:
+    """Whether a tensor may have other numbers at the next call."""
+    return keras.backend.backend() == "torch" or _holds_number(tensor)
+
+
+def _trained(tensor: Any) -> bool:
+    """Whether a tensor asks for a gradient."""
+    return bool(getattr(tensor, "requires_grad", False) or (_holds_number(tensor) and tensor.trainable))
 
 
 def _one(found: list[Any]) -> Any:

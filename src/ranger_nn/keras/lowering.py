@@ -10,14 +10,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 from ranger_nn.core.graph import Rule
 from ranger_nn.keras.kernels import Kernel
 from ranger_nn.keras.lower import Lower, bound
+from ranger_nn.keras.trace import Untraceable
 from ranger_nn.ops.pointwise import pointwise
 
 RULES: dict[str, Callable[[Call], Any]] = {}
@@ -145,6 +147,10 @@ POINTWISE = frozenset(
 )
 
 
+SIZED_BY_NUMBERS = frozenset(["Nonzero", "Unique", "Argwhere"])
+"""Operations whose result's size depends on what is in their input."""
+
+
 def rule(*names: str) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
     """Register a rule function for classes of operations."""
 
@@ -218,8 +224,27 @@ def lower_operation(lower: Lower, op: Any, args: Any, kwargs: Any, outs: Sequenc
         named = dict(inspect.signature(op.call).bind(*args, **kwargs).arguments)
     except TypeError:
         named = {}
+    _refuse_hidden(op, name, args, kwargs, named)
     outs = lower.specs(op.call, args, kwargs, outs)
     return emit_call(Call(lower, op, name, args, kwargs, outs, named))
+
+
+def _refuse_hidden(op: Any, name: str, args: Any, kwargs: Any, named: dict[str, Any]) -> None:
+    """What a graph of known shapes cannot hold: sizes that the numbers decide, tensors that only a function's closure reads."""
+    sized = name in SIZED_BY_NUMBERS and getattr(op, "size", None) is None
+    if sized or (name == "Where" and named.get("x1") is None):
+        raise Untraceable(f"uses {name.lower()}, whose result's size depends on the numbers")
+    functions = [x for x in (*tree.flatten((args, kwargs)), *vars(op).values()) if isinstance(x, (FunctionType, MethodType))]
+    if type(op).__module__.startswith("keras.") and not all(map(_alone, functions)):
+        raise Untraceable(f"hands {name.lower()} a function that reads more than its arguments")
+
+
+def _alone(function: Any) -> bool:
+    """Whether a function reads nothing but its arguments and numbers: tensors in its closure are no inputs of the operation."""
+    if isinstance(function, MethodType):
+        return False
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    return all(isinstance(x, (int, float, str, type(None))) or (isinstance(x, FunctionType) and _alone(x)) for x in held)
 
 
 def emit_call(call: Call) -> list[Any]:

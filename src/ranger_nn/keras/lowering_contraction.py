@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -32,11 +33,10 @@ def _matmul(call: Call) -> Any:
 @rule("Einsum")
 def _einsum(call: Call) -> Any:
     function, inputs = call.function()
-    subscripts = call.op.subscripts.replace(" ", "")
-    if "." in subscripts or "->" not in subscripts or call.kwargs:
+    found = _explicit(call.op.subscripts.replace(" ", ""), [len(call.shape(v)) for v in inputs])
+    if found is None or call.kwargs:
         return None
-    terms, out = subscripts.split("->")
-    letters = terms.split(",")
+    letters, out = found
     if len(letters) != len(inputs) or any(len(set(t)) != len(t) for t in [*letters, out]):
         return None
     computed = [i for i, v in enumerate(inputs) if call.lower.values[v].kind in {"computed", "input"}]
@@ -50,6 +50,24 @@ def _einsum(call: Call) -> Any:
         )
     sizes = {c: n for i, term in enumerate(letters) for c, n in zip(term, call.shape(inputs[i]), strict=True)}
     return call.emit(inputs, Rule(tuple(links)), Kernel(function), macs=prod(sizes.values()))
+
+
+def _explicit(subscripts: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
+    """Letters of each operand and of the result, with letters in place of dots and with the result where it is left out."""
+    terms, arrow, out = subscripts.partition("->")
+    letters = terms.split(",")
+    if len(letters) != len(ranks):
+        return None
+    free = [c for c in string.ascii_letters if c not in subscripts]
+    more = [r - len(t.replace("...", "")) if "..." in t else 0 for t, r in zip(letters, ranks, strict=True)]
+    if max(more) > len(free):
+        return None
+    dots = "".join(reversed(free[: max(more)]))
+    letters = [t.replace("...", dots[len(dots) - m :]) for t, m in zip(letters, more, strict=True)]
+    plain = terms.replace(",", "").replace("...", "")
+    alone = "".join(sorted(c for c in set(plain) if plain.count(c) == 1))
+    out = out.replace("...", dots) if arrow else dots + alone
+    return (letters, out) if all(len(t) == r for t, r in zip(letters, ranks, strict=True)) else None
 
 
 def _leading_operand(terms: Sequence[str], out: str) -> int:
@@ -74,3 +92,21 @@ def _attention(call: Call) -> Any:
             links.append((Link(0) if shape[0] == call.out[0] else None, *(None,) * (len(shape) - 1)))
     macs = 2 * prod(call.shape(query)) * call.shape(inputs[1])[1]
     return call.emit(inputs, Rule(tuple(links)), Kernel(function), macs=macs)
+
+
+@rule("Tensordot", "Inner")
+def _tensordot(call: Call) -> Any:
+    """The last dimensions of the first by those of the second: as many dimensions of the first are left as come before."""
+    left, right = call.arg("x1"), call.arg("x2")
+    if not isinstance(left, Ref) or not isinstance(right, Ref):
+        return None
+    a, b = call.shape(left), call.shape(right)
+    axes = getattr(call.op, "axes", [[-1], [-1]])
+    if isinstance(axes, int):
+        axes = [range(len(a) - axes, len(a)), range(axes)]
+    mine, others = ([n % len(s) for n in ([x] if isinstance(x, int) else x)] for x, s in zip(axes, (a, b), strict=True))
+    function, inputs = call.function()
+    kept = [d for d in range(len(a)) if d not in mine]
+    row = tuple(Link(kept.index(d)) if d in kept else None for d in range(len(a)))
+    macs = prod(call.out) * prod(b[d] for d in others)
+    return call.emit(inputs, Rule((row, (None,) * len(b))), Kernel(function), macs=macs)

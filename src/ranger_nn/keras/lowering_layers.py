@@ -10,24 +10,31 @@ Enter at `lower_layer` and `declare`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
+from keras import KerasTensor, ops
 
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link, Reach
 from ranger_nn.errors import LayerError, RangerError
+from ranger_nn.keras import private
 from ranger_nn.keras.kernels import Kernel
 from ranger_nn.keras.kernels import Local as Function
 from ranger_nn.keras.kernels_random import NOISE, Noise, shared_over_space
 from ranger_nn.keras.lower import Lower, Ref, bound
-from ranger_nn.keras.trace import config_of, reason_of, with_training
+from ranger_nn.keras.trace import config_of, reason_of
 
 WHOLE = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.TimeDistributed)
 SPATIAL = (keras.layers.SpatialDropout1D, keras.layers.SpatialDropout2D, keras.layers.SpatialDropout3D)
 DECLARED: dict[type, Local] = {}
+REGIONAL: list[type] = []
+"""Wrappers, in place of which the model in them is lowered (`model.py` adds its own)."""
+LIBRARIES = ("keras.", "torch.", "tensorflow.", "flax.", "builtins")
+"""Where classes come from whose `__call__` is Keras's."""
 
 
 @dataclass(frozen=True)
@@ -81,27 +88,76 @@ class Declared(Kernel):
         return lambda *xs: function(*xs)[kept]
 
 
-def lower_layer(lower: Lower, layer: Any, args: Any, kwargs: Any, outs: Sequence[Any], training: bool) -> list[Any]:
+def lower_layer(lower: Lower, layer: Any, args: Any, kwargs: Any, outs: Sequence[Any], training: Any) -> list[Any]:
     """What stands for each flattened output of a call of `layer`."""
-    training = bool(training if kwargs.get("training") is None else kwargs["training"])
+    layer = getattr(layer, "untouched", layer) if isinstance(layer, tuple(REGIONAL)) else layer
+    refusal = _refusal(layer)
+    found, traced = _lowered(lower, layer, args, kwargs, outs, training, refusal)
+    if layer.activity_regularizer is None or not traced:
+        return found
+    try:
+        regularised(lower, layer, [v for v in found if isinstance(v, Ref)])
+    except Exception as error:
+        refusal = f"has an activity regulariser that {reason_of(error)}"
+        return _lowered(lower, layer, args, kwargs, outs, training, refusal)[0]
+    return found
+
+
+def _lowered(
+    lower: Lower, layer: Any, args: Any, kwargs: Any, outs: Sequence[Any], training: Any, refusal: str | None
+) -> tuple[list[Any], bool]:
+    """What stands for the outputs; whether Keras's own `__call__`, with what it does around `call`, is left out.
+    `refusal`: why the layer must stay whole.
+    """
     rule = DECLARED.get(type(layer))
-    if rule is not None:
-        return _placed(lower, layer, lambda: _declared(lower, layer, rule, args, kwargs, outs, training))
-    if training and type(layer) in NOISE:
-        return _placed(lower, layer, lambda: _noise(lower, layer, args))
-    refusal = _refusal(layer, training)
+    if rule is not None and refusal is None and layer.activity_regularizer is None:
+        return _placed(lower, layer, lambda: _declared(lower, layer, rule, args, kwargs, outs, training)), False
+    if training and type(layer) in NOISE and refusal is None:
+        return _placed(lower, layer, lambda: _noise(lower, layer, args)), True
     if refusal is None:
         try:
             leaves, _ = lower.layer(layer, args, kwargs, training)
-            return [lower.resolve(leaf) for leaf in leaves]
+            return [lower.resolve(leaf) for leaf in leaves], True
         except RangerError:
             raise
         except Exception as error:
             refusal = reason_of(error)
-    kwargs = with_training(layer, kwargs, training)
+    kwargs = called_with(kwargs, training)
     name, reason = type(layer).__name__.lower(), f"its call {refusal}"
     random = any("seed_generator" in v.path for v in layer.variables)
-    return _placed(lower, layer, lambda: lower.whole(name, layer, args, kwargs, outs, reason, random))
+    found = _placed(lower, layer, lambda: lower.whole(name, layer, args, kwargs, outs, reason, random))
+    return found, False
+
+
+class _Regularises(keras.Layer):
+    """What Keras adds to the loss for each output of a layer with an activity regulariser."""
+
+    def __init__(self, regulariser: Any) -> None:
+        super().__init__(autocast=False)
+        self.regulariser = copy.copy(regulariser)
+        if keras.backend.backend() == "jax":  # whose arrays cannot be multiplied by a symbolic tensor
+            held = vars(self.regulariser) if isinstance(regulariser, keras.Regularizer) else {}
+            held.update({k: float(v) for k, v in held.items() if ops.is_tensor(v) and not v.shape})
+
+    def call(self, output: Any) -> Any:
+        """The share of one sample."""
+        found = self.regulariser(output)
+        return ops.divide_no_nan(found, ops.cast(output.shape[0], found.dtype)) if len(output.shape) else found
+
+
+def regularised(lower: Lower, layer: Any, outputs: Sequence[Ref]) -> None:
+    """Note the loss that a layer's activity regulariser adds for each output."""
+    for v in outputs:
+        like = KerasTensor(lower.shape(v), dtype=lower.values[v].dtype)
+        lower.env[id(like)] = (like, int(v))
+        leaves, _ = lower.layer(_Regularises(layer.activity_regularizer), (like,), {}, None)
+        lower.losses.append((layer, int(lower.resolve(leaves[0]))))
+
+
+def called_with(kwargs: dict[str, Any], training: Any) -> dict[str, Any]:
+    """Arguments of a call of a layer itself, which hands the mode on to layers inside whether or not it takes it."""
+    rest = {k: v for k, v in kwargs.items() if k != "training"}
+    return rest if training is None else {**rest, "training": training}
 
 
 def _placed(lower: Lower, layer: Any, made: Callable[[], list[Any]]) -> list[Any]:
@@ -112,21 +168,23 @@ def _placed(lower: Lower, layer: Any, made: Callable[[], list[Any]]) -> list[Any
         lower.stack.pop()
 
 
-def _refusal(layer: Any, training: bool) -> str | None:
+def _refusal(layer: Any) -> str | None:
     """Why a layer is not traced, or None."""
     if isinstance(layer, WHOLE):
         return "is a loop over time"
     if layer.quantization_mode is not None:
         return "is quantised"
-    if training and layer.activity_regularizer is not None:
-        return "has an activity regulariser, which sums over all of the output"
+    if private.hooked(layer):
+        return "has hooks, which may change what it gives"
+    if "__call__" in {name for cls in type(layer).__mro__ if not cls.__module__.startswith(LIBRARIES) for name in vars(cls)}:
+        return "is not all: its class has a __call__ of its own"
     return None
 
 
 def _declared(
-    lower: Lower, layer: Any, rule: Local, args: Any, kwargs: Any, outs: Sequence[Any], training: bool
+    lower: Lower, layer: Any, rule: Local, args: Any, kwargs: Any, outs: Sequence[Any], training: Any
 ) -> list[int]:
-    function, inputs = bound(lower, layer, args, with_training(layer, kwargs, training))
+    function, inputs = bound(lower, layer, args, called_with(kwargs, training))
     if len(inputs) != 1 or len(outs) != 1:
         raise LayerError(
             f"{type(layer).__name__} {layer.name!r} is declared with {rule}, which is for one input and one output; it is "

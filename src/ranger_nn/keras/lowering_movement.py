@@ -194,12 +194,34 @@ def _take(call: Call) -> Any:
     table, indices = call.arg("x"), call.arg("indices")
     if not isinstance(table, Ref) or not isinstance(indices, Ref) or call.op.axis is None:
         return None
-    if call.op.axis % len(call.shape(table)) != 0:
-        return None
     function, inputs = call.function()
+    axis = call.op.axis % len(call.shape(table))
+    if axis != 0:  # picks along a dimension that is read whole
+        more = len(call.shape(indices)) - 1
+        row = tuple(None if d == axis else Link(d + more * (d > axis)) for d in range(len(call.shape(table))))
+        return call.emit(inputs, Rule((row, (None,) * (more + 1))), Kernel(function))
     rows = tuple(Link(d) for d in range(len(call.shape(indices))))
     links = ((None,) * len(call.shape(table)), rows)
     return call.emit(inputs, Rule(links), Kernel(function))
+
+
+@rule("Tile")
+def _tile(call: Call) -> Any:
+    """Along the dimensions that are not repeated."""
+    function, inputs = call.function()
+    shape, out = call.shape(inputs[0]), call.out
+    more = len(out) - len(shape)
+    row = tuple(Link(d + more) if n == out[d + more] else None for d, n in enumerate(shape))
+    return call.emit(inputs, Rule((row,)), Kernel(function))
+
+
+@rule("Diff")
+def _diff(call: Call) -> Any:
+    """Each row and those after it."""
+    function, inputs = call.function()
+    axis, n = call.op.axis % len(call.out), call.op.n
+    row = tuple(Link(d, Reach(1, 0, n)) if d == axis else Link(d) for d in range(len(call.out)))
+    return call.emit(inputs, Rule((row,)), Kernel(function))
 
 
 @rule("OneHot")

@@ -17,7 +17,7 @@ from ranger_nn.ops import reduction
 from ranger_nn.ops.pointwise import local_except
 
 
-@rule("Mean", "Sum", "Max", "Min", "Amax", "Amin", "Var")
+@rule("Mean", "Sum", "Max", "Min", "Amax", "Amin")
 def _reduction(call: Call) -> Any:
     x = call.arg("x")
     monoid: Any = {
@@ -27,16 +27,27 @@ def _reduction(call: Call) -> Any:
         "Amax": Extremum(),
         "Min": Extremum(-1),
         "Amin": Extremum(-1),
-    }.get(call.name)
-    if (
-        monoid is None
-        or getattr(call.op, "initial", None) is not None
-        or not call.dtype.startswith(("float", "bfloat"))
-    ):
-        return None
+    }[call.name]
     axes = _axes(call.op.axis, len(call.shape(x)))
+    if getattr(call.op, "initial", None) is not None:
+        return None
+    if not call.dtype.startswith(("float", "bfloat")):
+        return _over(call)
     kern = _reduce(call, x, monoid, axes, call.op.keepdims)
     return call.emit([x], reduction.reduction(call.shape(x), axes, call.op.keepdims), kern)
+
+
+@rule("Var", "Std")
+def _spread(call: Call) -> Any:
+    """From moments, as far as the dtype allows."""
+    x = call.arg("x")
+    if call.lower.values[x].dtype != call.dtype or not call.dtype.startswith(("float", "bfloat")):
+        return _over(call)
+    axes, keepdims = _axes(call.op.axis, len(call.shape(x))), call.op.keepdims
+    function = lambda t: ops.moments(t, axes, keepdims)  # noqa: E731
+    both = _both_moments(call, x, axes, _reduce(call, x, Moments(), axes, keepdims, function))
+    root = ops.sqrt if call.name == "Std" else ops.copy
+    return _one_moment(call, both, "spread", lambda t: root(t[1]))
 
 
 def _axes(axis: Any, rank: int) -> tuple[int, ...]:
@@ -45,10 +56,10 @@ def _axes(axis: Any, rank: int) -> tuple[int, ...]:
     return tuple(sorted(a % rank for a in ([axis] if isinstance(axis, int) else axis)))
 
 
-def _reduce(call: Call, x: int, monoid: Any, axes: tuple[int, ...], keepdims: bool) -> Reduce:
+def _reduce(call: Call, x: int, monoid: Any, axes: tuple[int, ...], keepdims: bool, function: Any = None) -> Reduce:
     dtype = call.lower.values[x].dtype
     wide = "float32" if dtype in {"float16", "bfloat16"} else dtype
-    function, _ = call.function()
+    function = function or call.function()[0]
     if isinstance(monoid, Moments):
         moments = function
         function = lambda t: ops.stack(moments(t))  # noqa: E731
@@ -58,15 +69,22 @@ def _reduce(call: Call, x: int, monoid: Any, axes: tuple[int, ...], keepdims: bo
 @rule("Moments")
 def _moments(call: Call) -> Any:
     x = call.arg("x")
-    shape, axes = call.shape(x), _axes(call.op.axes, len(call.shape(x)))
-    kern = _reduce(call, x, Moments(), axes, call.op.keepdims)
-    row = reduction.reduction(shape, axes, call.op.keepdims).links[0]
+    axes = _axes(call.op.axes, len(call.shape(x)))
+    both = _both_moments(call, x, axes, _reduce(call, x, Moments(), axes, call.op.keepdims))
+    first = _one_moment(call, both, "mean", lambda t: t[0])
+    return first + _one_moment(call, both, "variance", lambda t: t[1])
+
+
+def _both_moments(call: Call, x: int, axes: tuple[int, ...], kern: Reduce) -> int:
+    row = reduction.reduction(call.shape(x), axes, kern.keepdims).links[0]
     links = tuple(None if link is None else Link(link.out_dim + 1) for link in row)
     stacked = (2, *call.out)
-    both = call.lower.emit("moments", [x], [(stacked, call.dtype)], Rule((links,), reduces=True), kern)[0]
+    return int(call.lower.emit("moments", [x], [(stacked, call.dtype)], Rule((links,), reduces=True), kern)[0])
+
+
+def _one_moment(call: Call, both: int, name: str, function: Any) -> list[int]:
     chosen = Rule(((None, *(Link(d) for d in range(len(call.out)))),))
-    first = call.lower.emit("mean", [both], [(call.out, call.dtype)], chosen, Kernel(lambda t: t[0]))
-    return first + call.lower.emit("variance", [both], [(call.out, call.dtype)], chosen, Kernel(lambda t: t[1]))
+    return call.lower.emit(name, [both], [(call.out, call.dtype)], chosen, Kernel(function))
 
 
 # ----------------------------------------------------------------------------- norms over channels
@@ -129,3 +147,42 @@ def _channel_norm(call: Call) -> Any:
     row = tuple(None if d in whole else Link(d) for d in range(rank))
     others = tuple((None,) * len(call.shape(v)) for v in inputs[1:])
     return call.emit(inputs, Rule((row, *others)), Kernel(function))
+
+
+# ---------------------------------------------------------------- along axes of which all is read
+
+
+ALONG = ("Argsort", "Cumprod", "Cumsum", "Flip", "Nancumprod", "Nancumsum", "Roll", "Sort")
+"""Operations that keep the shape; everything where they have no axis."""
+
+OVER = (
+    *("All", "Any", "Argmax", "Argmin", "CountNonzero", "Logsumexp", "Median", "Nanargmax", "Nanargmin", "Nanmax", "Nanmean"),
+    *("Nanmedian", "Nanmin", "Nanprod", "Nanstd", "Nansum", "Nanvar", "Norm", "Prod", "Ptp", "Average"),
+)
+"""Operations that leave axes out, or with one index in them."""
+
+
+@rule(*ALONG)
+def _along(call: Call) -> Any:
+    function, inputs = call.function()
+    if len(inputs) != 1 or call.op.axis is None:
+        return None
+    axes = _axes(call.op.axis, len(call.out))
+    return call.emit(inputs, local_except([call.shape(inputs[0])], call.out, set(axes)), Kernel(function))
+
+
+@rule(*OVER)
+def _over(call: Call) -> Any:
+    function, inputs = call.function()
+    if len(inputs) != 1 or call.op.axis is None:
+        return None
+    shape = call.shape(inputs[0])
+    axes = _axes(call.op.axis, len(shape))
+    kept = [d for d in range(len(shape)) if d not in axes]
+    if len(call.out) == len(shape):
+        row = tuple(None if d in axes else Link(d) for d in range(len(shape)))
+    elif len(call.out) == len(kept):
+        row = tuple(Link(kept.index(d)) if d in kept else None for d in range(len(shape)))
+    else:
+        return None
+    return call.emit(inputs, Rule((row,)), Kernel(function))

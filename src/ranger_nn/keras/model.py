@@ -8,6 +8,8 @@ Enter at `regionalize` and `plan`.
 from __future__ import annotations
 
 import inspect
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,13 +18,17 @@ import keras
 import numpy as np
 from keras import KerasTensor, ops, tree
 
+from ranger_nn.bounds.axes import find_axes
 from ranger_nn.core.graph import Graph
 from ranger_nn.errors import InputError, VerificationError
 from ranger_nn.keras import batches, exporting, private
 from ranger_nn.keras.capture import Captured, capture
 from ranger_nn.keras.execute import Runner
+from ranger_nn.keras.identity import identity
 from ranger_nn.keras.loops import tracing
 from ranger_nn.keras.lower import ITEMSIZE, inferred
+from ranger_nn.keras.lowering_layers import DECLARED, REGIONAL
+from ranger_nn.keras.trace import own_mode
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.planning.report import Plan
 from ranger_nn.planning.rolled_search import make_rolled
@@ -73,10 +79,18 @@ def plan(
 
     `training`: plan forward and backward together, as `fit` does.
     """
-    options = Options.checked(parse_memory(memory), regions, schedule)
-    shape = isinstance(x, tuple | list) and all(isinstance(n, int) for n in x)
+    options, model = Options.checked(parse_memory(memory), regions, schedule), _untouched(model)
+    shape = isinstance(x, tuple | list) and all(isinstance(n, int) or n is None for n in x)
+    if shape and any(n is None or n < 1 for n in x):
+        raise InputError(f"a plan is for one shape, and its sizes are positive integers, the batch's too: got {tuple(x)}")
     given = KerasTensor(tuple(x), dtype=_input_dtype(model)) if shape else x
-    return make_rolled(_captured(model, given, training).graph, options, training).plan
+    with _LOCK:
+        return make_rolled(_captured(model, given, training).graph, options, training).plan
+
+
+def _untouched(model: Any) -> Any:
+    """The model itself, of one that is regional already."""
+    return model.untouched if isinstance(model, Regional) else model
 
 
 def _input_dtype(model: keras.Model) -> str:
@@ -91,6 +105,22 @@ class Ready:
     captured: Captured
     runner: Runner
     checked: bool = False
+
+
+@dataclass
+class Found:
+    """What a run gives: flattened outputs, the mask of each or None, and what activity regularisers add to the loss."""
+
+    outputs: list[Any]
+    masks: list[Any]
+    losses: list[Any]
+
+
+PLANS = 64
+"""Plans that a model keeps: one for each shape, mode and state of its layers; above it the one not used for longest goes."""
+
+_LOCK = threading.RLock()
+"""Captures write down calls on the layers, which wrappers may share, and take them away again: one at a time."""
 
 
 @keras.saving.register_keras_serializable(package="ranger_nn")
@@ -109,12 +139,13 @@ class Regional(keras.Model):
     ) -> None:
         if not isinstance(model, keras.Layer):
             raise InputError(f"regionalize takes a keras.Model, got {type(model).__name__}")
+        model = _untouched(model)
         options = Options.checked(parse_memory(memory), regions, schedule)
         super().__init__(**{"name": model.name, "dtype": model.dtype_policy, "trainable": model.trainable, **kwargs})
         self.untouched = model
         self._given = _Quiet({"memory": memory, "regions": options.regions, "schedule": schedule, "verify": verify})
         self._options = _Quiet(options)
-        self._plans = _Quiet({})
+        self._plans = _Quiet(OrderedDict())
         self._unrolled = _Quiet(False)
         self._first = _Quiet(None)
         self.built = model.built
@@ -166,57 +197,71 @@ class Regional(keras.Model):
 
     # ---- running ------------------------------------------------------------------------------------------
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the untouched model."""
+        _check_arguments(self, args, kwargs)
+        self._dtype_policy = self.untouched.dtype_policy  # it converts what is given
+        return super().__call__(*args, **kwargs)
+
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """As the untouched model."""
+        training = _mode(self, training)
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf  # whose conversion of Python branches would go through all of the executor
 
-            return tf.autograph.experimental.do_not_convert(self._call)(inputs, bool(training), mask)
-        return self._call(inputs, bool(training), mask)
+            return tf.autograph.experimental.do_not_convert(self._call)(inputs, training, mask)
+        return self._call(inputs, training, mask)
 
-    def _call(self, inputs: Any, training: bool, mask: Any) -> Any:
+    def _call(self, inputs: Any, training: Any, mask: Any) -> Any:
         if self._first.value is None:  # what `export` goes by
             self._first.value = tree.map_structure(lambda x: tuple(x.shape), inputs)
         masks = tree.flatten(mask) if mask is not None else [None] * len(tree.flatten(inputs))
         if any(not isinstance(n, int) for x in tree.flatten(inputs) for n in x.shape):
             return batches.one_by_one(self, inputs, masks, training)
         ready = self.prepared(inputs, masks, training)
-        found, found_masks = self.run(ready, inputs, masks)
+        found = self.run(ready, inputs, masks)
         if self._given.value["verify"] and not training:
-            _check(self, ready, inputs, found)
-        return masked(ready.captured, found, found_masks)
+            _check(self, ready, inputs, masks, found.outputs)
+        return handed_out(ready.captured, found)
 
-    def prepared(self, inputs: Any, masks: Sequence[Any], training: bool) -> Ready:
-        """The plan for inputs like these, made once."""
+    def prepared(self, inputs: Any, masks: Sequence[Any], training: Any) -> Ready:
+        """The plan for inputs like these and the model as it is now, made once. At most `PLANS` are kept: those used last."""
+        with _LOCK:
+            key, plans = self._key(inputs, masks, training), self._plans.value
+            found = plans.get(key)
+            if found is None:
+                captured = _captured(self.untouched, inputs, training, masks)
+                rolled = make_rolled(captured.graph, self._options.value, bool(training))
+                found = Ready(captured, Runner(rolled, exporting.unrolled() if self._unrolled.value else None))
+                plans[key] = found
+                while len(plans) > PLANS:
+                    plans.popitem(last=False)
+            plans.move_to_end(key)
+            return found
+
+    def _key(self, inputs: Any, masks: Sequence[Any], training: Any) -> tuple[Any, ...]:
         leaves = tree.flatten(inputs)
-        policies = tuple((v.trainable, v.dtype) for v in self.untouched.variables)
-        key = (
+        return (
             tuple((tuple(x.shape), keras.backend.standardize_dtype(x.dtype)) for x in leaves),
+            str(tree.map_structure(lambda _: 0, inputs)),
             tuple(m is not None for m in masks),
-            training,
-            policies if training else (),
+            (type(training), training),
             self._unrolled.value,
+            tuple(DECLARED.items()),
+            identity(self.untouched),
         )
-        found = self._plans.value.get(key)
-        if found is None:
-            captured = _captured(self.untouched, inputs, training, masks)
-            rolled = make_rolled(captured.graph, self._options.value, training)
-            found = Ready(captured, Runner(rolled, exporting.unrolled() if self._unrolled.value else None))
-            self._plans.value[key] = found
-        return found
 
-    def run(self, ready: Ready, inputs: Any, masks: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """Flattened outputs and their masks; what is assigned to Variables is assigned."""
+    def run(self, ready: Ready, inputs: Any, masks: Sequence[Any]) -> Found:
+        """Flattened outputs, their masks and losses; what is assigned to Variables is assigned."""
         captured = ready.captured
         leaves = [*tree.flatten(inputs), *masks]
         known = {v: _external(captured.graph, v, *source, leaves) for v, source in captured.sources.items()}
-        external = {v: known[v] for v in (*captured.outputs, *captured.masks) if v in known}
+        external = {v: known[v] for v in captured.graph.outputs if v in known}
         found = external | ready.runner(known)
         for variable, v in captured.updates:
             variable.assign(found[v])
-        return [None if v is None else found[v] for v in captured.outputs], [
-            None if v is None else found[v] for v in captured.masks
-        ]
+        outputs, masks = ([None if v is None else found[v] for v in vs] for vs in (captured.outputs, captured.masks))
+        return Found(outputs, masks, [found[v] for _, v in captured.losses])
 
     # ---- steps of training and inference, traced for each shape --------------------------------------------
 
@@ -251,6 +296,9 @@ class Regional(keras.Model):
         batches.by_shape(self, "predict_function", super().make_predict_function, force)
 
 
+REGIONAL.append(Regional)
+
+
 class _Quiet:
     """Something that Keras's tracking of attributes must not look into."""
 
@@ -259,15 +307,51 @@ class _Quiet:
 
     def __deepcopy__(self, memo: Any) -> _Quiet:
         """Plans hold closures: a copy makes its own."""
-        return _Quiet({} if isinstance(self.value, dict) and self.value and "memory" not in self.value else self.value)
+        return _Quiet(OrderedDict() if isinstance(self.value, OrderedDict) else self.value)
 
 
-def masked(captured: Captured, found: Sequence[Any], masks: Sequence[Any]) -> Any:
-    """Outputs in the model's structure, with their masks attached."""
-    for y, mask in zip(found, masks, strict=True):
+def handed_out(captured: Captured, found: Found) -> Any:
+    """Outputs in the model's structure, with their masks attached; losses added where the layers add them."""
+    for y, mask in zip(found.outputs, found.masks, strict=True):
         if mask is not None:
             private.set_mask(y, mask)
-    return captured.pack(found)
+    for (layer, _), loss in zip(captured.losses, found.losses, strict=True):
+        layer.add_loss(loss)
+    return captured.pack(found.outputs)
+
+
+def _mode(model: Regional, training: Any) -> Any:
+    """The mode as a number, where it is given as a tensor."""
+    if training is None or isinstance(training, (bool, int, float, str)):
+        return training
+    if np.shape(training) == () and _eager([training]):
+        return bool(ops.convert_to_numpy(training))
+    raise InputError(
+        f"training= of {model.name} is {training!r}: a plan is for one mode, so it is True, False or a tensor of one such "
+        "number that is known, not one that a graph computes. Several inputs go into one list"
+    )
+
+
+def _check_arguments(model: Regional, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Refuse what the untouched model may take and a plan does not."""
+    more = [k for k in kwargs if k not in ("inputs", "training", "mask")]
+    if len(args) + ("inputs" in kwargs) != 1 or more:
+        raise InputError(
+            f"{model.name} takes its inputs as one argument (a tensor, or a list, tuple or dictionary of tensors), and training= "
+            f"and mask= by name; got {len(args)} positional arguments and {sorted(kwargs)}. Put several inputs into one list, "
+            "as keras.Model([a, b], y) does"
+        )
+    wrong = [x for x in tree.flatten([*args, kwargs.get("inputs", ())]) if not hasattr(x, "shape") or not hasattr(x, "dtype")]
+    if wrong:
+        raise InputError(
+            f"{model.name} takes tensors or NumPy arrays, got {type(wrong[0]).__name__}: {str(wrong[0])[:40]!r}. Call "
+            "keras.ops.convert_to_tensor first"
+        )
+    if "training" in kwargs and kwargs["training"] is None and own_mode(model.untouched, None) is not None:
+        raise InputError(
+            f"training=None, given to {model.name}, whose call has training={own_mode(model.untouched, None)} by default: "
+            "leave it out for the default, or give True or False"
+        )
 
 
 def _accepted(model: Any, training: Any, mask: Any) -> dict[str, Any]:
@@ -275,7 +359,7 @@ def _accepted(model: Any, training: Any, mask: Any) -> dict[str, Any]:
     return {k: v for k, v in (("training", training), ("mask", mask)) if k in names and v is not None}
 
 
-def _captured(model: keras.Model, inputs: Any, training: bool, masks: Sequence[Any] = ()) -> Captured:
+def _captured(model: keras.Model, inputs: Any, training: Any, masks: Sequence[Any] = ()) -> Captured:
     """The graph, with the dtypes that the back end really gives where double precision is about (Keras's symbolic
     tensors know 32 bits only).
     """
@@ -316,25 +400,51 @@ def _real_dtypes(graph: Graph) -> dict[int, str]:
 def _external(graph: Graph, v: int, kind: str, source: Any, leaves: Sequence[Any]) -> Any:
     if kind == "input":
         return leaves[source]
+    if kind == "tensor":
+        return ops.cast(ops.convert_to_tensor(source), graph.values[v].dtype)
     if kind == "variable":
         return ops.cast(ops.convert_to_tensor(source), graph.values[v].dtype)
     return ops.convert_to_tensor(source)
 
 
-def _check(model: Regional, ready: Ready, inputs: Any, found: Any) -> None:
-    """Compare a plan's first eager result with the untouched model's; it needs the untouched model's memory."""
+def _check(model: Regional, ready: Ready, inputs: Any, masks: Sequence[Any], found: Any) -> None:
+    """Compare a plan's first eager result with the untouched model's, and with that what the same graph gives in several
+    regions, however many the plan itself has; it needs the untouched model's memory.
+    """
     if ready.checked or not _eager(tree.flatten(inputs)):
         return
     ready.checked = True
-    expected = model.untouched(inputs, **_accepted(model.untouched, False, None))
-    for ours, theirs in zip(tree.flatten(found), tree.flatten(expected), strict=True):
+    with keras.StatelessScope():  # nothing is assigned or added a second time
+        expected = tree.flatten(model.untouched(inputs, **_accepted(model.untouched, False, None)))
+        parts = _in_parts(ready.captured.graph)
+        again = found if parts is None else model.run(replace(ready, runner=parts), inputs, masks).outputs
+    shapes = [tuple(x.shape) for x in tree.flatten(inputs)]
+    _compare(model.name, f"inputs of shape {shapes}", found, expected)
+    _compare(model.name, f"inputs of shape {shapes} in {PARTS} regions", again, expected)
+
+
+PARTS = 4
+"""Regions of every sweep in which `verify` runs a graph: first, last and two between, which differ at their borders."""
+
+
+def _in_parts(graph: Graph) -> Runner | None:
+    """The graph in several regions of every sweep, or None where nothing can be cut."""
+    axes = find_axes(graph)
+    if not axes:
+        return None
+    rows = max(1, max(graph.values[v].shape[d] for v, d in axes[0].dims.items() if v in graph.inputs) // PARTS)
+    return Runner(make_rolled(graph, Options.checked(None, (rows,), None), False))
+
+
+def _compare(name: str, place: str, found: Any, expected: Sequence[Any]) -> None:
+    for ours, theirs in zip(tree.flatten(found), expected, strict=True):
         a, b = (np.asarray(ops.convert_to_numpy(ops.cast(x, "float64"))) for x in (ours, theirs))
         apart = float(np.abs(a - b).max(initial=0.0) / max(np.abs(b).max(initial=0.0), 1e-30))
         limit = {8: 1e-9, 4: 1e-4}.get(ITEMSIZE.get(keras.backend.standardize_dtype(theirs.dtype), 4), 5e-2)
-        if apart > limit:
+        if not apart <= limit and not np.array_equal(a, b, equal_nan=True):
             raise VerificationError(
-                f"{model.name} differs from the untouched model by {apart:.1e} of its largest value, more than {limit:.0e}, "
-                f"for inputs of shape {[tuple(x.shape) for x in tree.flatten(inputs)]}: use the untouched model, and report this"
+                f"{name} differs from the untouched model by {apart:.1e} of its largest value, more than {limit:.0e}, "
+                f"for {place}: use the untouched model, and report this"
             )
 
 

@@ -8,7 +8,7 @@ adapter uses such a name (`loops_tensorflow.py` uses two of TensorFlow's, `convo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -84,6 +84,126 @@ def readable(variables: Sequence[Any]) -> Iterator[None]:
     finally:
         for v in empty:
             v._value = None
+
+
+@contextlib.contextmanager
+def as_they_were(layers: Sequence[Any]) -> Iterator[None]:
+    """Tensors that layers put into their attributes while Keras infers their shapes are taken away again, and what they
+    appended to lists; layers and Variables that they build stay.
+    """
+    before = [(layer, dict(vars(layer)), _lists(layer)) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, attributes, lists in before:
+            held = vars(layer)
+            for name in [n for n, now in held.items() if now is not attributes.get(n, held) and _tensors(now)]:
+                if name in attributes:
+                    held[name] = attributes[name]
+                else:
+                    del held[name]
+            for now, content in lists:
+                if not any(isinstance(x, (keras.Layer, keras.Variable)) for x in now[len(content) :]):
+                    now[:] = content
+
+
+def _lists(layer: Any) -> list[tuple[Any, list[Any]]]:
+    return [(v, list(v)) for n, v in vars(layer).items() if isinstance(v, list) and n not in BOOKKEEPING]
+
+
+def _tensors(x: Any) -> bool:
+    """Whether there are tensors in it, symbolic or not."""
+    return any(isinstance(leaf, keras.KerasTensor) or keras.ops.is_tensor(leaf) for leaf in keras.tree.flatten(x))
+
+
+# ------------------------------------------------------------------------------- the context of calls
+
+
+BOOKKEEPING = frozenset(
+    """_allow_non_tensor_positional_args _auto_config _backward_hooks _backward_pre_hooks _buffers _build_shapes_dict _call_context_args _call_has_context_arg
+    _call_has_mask_arg _call_has_training_arg _call_signature _called _compile_config _compile_loss _compile_metrics
+    _compiled_trainable_state _compute_loss_has_training_arg _distribute_strategy _eval_epoch_iterator _forward_hooks_always_called _forward_hooks_with_kwargs
+    _forward_pre_hooks_with_kwargs _inbound_nodes
+    _initial_epoch _input_spec _inputs _inputs_struct _is_full_backward_hook _jax_state _jax_state_synced _jit_compile
+    _layers _load_state_dict_post_hooks _load_state_dict_pre_hooks _lock _loss_ids _loss_tracker _losses _losses_override
+    _metrics _nodes _nodes_by_depth _non_persistent_buffers_set _non_trainable_variables _operations_by_depth
+    _outbound_nodes _outputs _outputs_struct _parameters _parent_path _path _remat_mode _run_eagerly
+    _saved_model_arg_spec _saved_model_inputs_spec _seed_generators _self_name_based_restores
+    _self_saveable_object_factories _self_setattr_tracking _self_unconditional_checkpoint_dependencies
+    _self_unconditional_deferred_dependencies _self_unconditional_dependency_names _self_update_uid _state_dict_hooks
+    _state_dict_pre_hooks _torch_params _tracked _tracker _trainable_variables build built call_signature_parameters
+    compiled history loss name optimizer output_names predict_function quantize steps_per_execution stop_evaluating
+    stop_predicting stop_training test_function train_function training unrolled_steps_per_execution""".split()
+)
+"""Attributes in which Keras and the back end keep what no `call` reads, or what stands in other attributes as well."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where PyTorch keeps what is called around a layer."""
+
+
+def hooked(layer: Any) -> bool:
+    """Whether PyTorch calls something around this layer."""
+    return any(vars(layer).get(name) for name in HOOKS)
+
+
+class Context:
+    """What Keras hands from layer to layer while a call is traced, and what it handed to each.
+
+    Keras gives a layer the mode that it is called with, else that of the layer called before it (not: around it), else the
+    default of its `call`. Here that is Keras's own work; this only writes it down: `modes` has the mode of each call, by
+    layer and number of the call among those recorded.
+    """
+
+    def __init__(self, training: Any, before: Callable[[], Any], after: Callable[[Any], None]) -> None:
+        """`before` and `after` a call of a layer that is called directly: `after` takes what `before` gave."""
+        self.training, self.modes = training, {}  # type: Any, dict[tuple[int, int], Any]
+        self._open: list[Any] = []
+        self._before, self._after, self._given = before, after, None
+
+    @property
+    def entry_layer(self) -> Context:
+        """Asked for when a call ends: see `__eq__`."""
+        return self
+
+    def get_value(self, name: str, default: Any = None) -> Any:
+        """As Keras's own."""
+        return getattr(self, name, default)
+
+    def set_value(self, name: str, value: Any) -> None:
+        """As Keras's own: a call begins."""
+        setattr(self, name, value)
+        if name == "training":
+            if not self._open:
+                self._given = self._before()
+            self._open.append(value)
+
+    def __eq__(self, layer: object) -> bool:
+        """Keras asks whether the call that ends is the outermost one; it never is."""
+        if self._open:
+            value = self._open.pop()
+            if not self._open:
+                self.modes[id(layer), len(_private(layer, "_inbound_nodes"))] = value
+                self._after(self._given)
+        return False
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def calling(context: Context) -> Iterator[None]:
+    """Layers called inside take their mode from `context`, not from a call around."""
+    state = _private(keras, "src.backend.common.global_state")
+    outer = state.get_global_attribute("current_call_ctx")
+    state.set_global_attribute("current_call_ctx", context)
+    try:
+        yield
+    finally:
+        state.set_global_attribute("current_call_ctx", outer)
+
+
+def mode_of(context: Context, node: Any) -> Any:
+    """The mode of a recorded call of a layer."""
+    return context.modes.get((id(node.operation), calls_into(node.operation).index(node)))
 
 
 # --------------------------------------------------------------------------------------------- masks

@@ -17,6 +17,7 @@ from typing import Any
 from keras import ops
 
 from ranger_nn.core.graph import Graph
+from ranger_nn.keras.guard import held
 from ranger_nn.keras.loops import Loops
 from ranger_nn.keras.pieces import Pieces, cut
 from ranger_nn.keras.saved import block
@@ -136,7 +137,7 @@ class Step:
             flow = self.loop.flows[node.outputs[0]]
             xs = [self._read(take, t, full, outside) for take in call.takes]
             options = {"position": flow.rate * t + flow.ahead} if node.kernel.positional else {}
-            y = self.functions[call.node](*xs, **options)
+            y = held(self.graph, node, flow, t, self.functions[call.node](*xs, **options))
             del xs
             if flow.masked and self._hangs_over(flow, group):
                 y = self.on.mask(y, flow.dim or 0, flow.rate * t + flow.ahead, flow.size, 0.0)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import random
 import traceback
-from collections.abc import Callable, Container, Iterator, Sequence
-from types import FunctionType
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import keras
@@ -131,31 +133,65 @@ def seen_dtype(variable: Any, layer: Any) -> str:
     return str(compute if compute is not None and compute.startswith(("float", "bfloat")) else own)
 
 
-def trace(
-    layer: Any, args: Any, kwargs: Any, training: bool, known: Container[int]
-) -> tuple[list[Any], Any, list[Any]]:
-    """Calls that `layer.call` makes, in order; its outputs; updates (Variable, symbolic value).
+@dataclass(frozen=True)
+class Traced:
+    """What a call of a layer does: the calls that it makes, in order, each with the mode that Keras hands on to it; what it
+    gives; updates (Variable, symbolic value).
+    """
+
+    calls: list[tuple[Any, Any]]
+    result: Any
+    updates: list[tuple[Any, Any]]
+
+
+def trace(layer: Any, args: Any, kwargs: Any, training: Any, known: Container[int]) -> Traced:
+    """What `layer.call` does.
 
     Args:
         args, kwargs: of the call, with symbolic tensors.
+        training: the mode, None where nobody chose one.
         known: ids of the symbolic tensors at which the calls begin.
 
     Raises Untraceable, or what the layer itself raises, where the trace would not be what the layer does.
     """
     updates: list[tuple[Any, Any]] = []
+    context = private.Context(training, _drawn, _draw_again)
+    drawn = _drawn()
     cast_scope = private.cast_to(layer.compute_dtype) if _mixed(layer) else contextlib.nullcontext()
-    with _Scope(), _symbolic(layer, updates), cast_scope:
+    with _Scope(), private.calling(context), cast_scope:
         if private.converts_inputs(layer):
             args, kwargs = tree.map_structure(lambda leaf: _converted(layer, leaf), (args, kwargs))
         kwargs = with_training(layer, kwargs, training)
-        result = layer.call(*args, **kwargs)
+        result = _symbolic(layer, updates).call(*args, **kwargs)
+    if not _as_drawn(drawn):
+        _draw_again(drawn)
+        raise Untraceable("draws from a generator of Python's or NumPy's, which a graph would do once and for all")
     leaves = tree.flatten(result)
+    for leaf in tree.flatten((args, kwargs)):
+        if id(leaf) in known and private.history(leaf) is not None:
+            raise Untraceable(f"uses {private.history(leaf).operation.name}, which gives what it reads")
     for leaf in leaves:
         if not isinstance(leaf, KerasTensor) and leaf is not None:
             raise Untraceable("gives something that does not depend on its inputs")
     roots = [leaf for leaf in leaves if leaf is not None] + [value for _, value in updates]
     roots += [get_mask(leaf) for leaf in leaves if get_mask(leaf) is not None]
-    return _recorded(known, roots), result, updates
+    calls = [(n, private.mode_of(context, n) if isinstance(n.operation, keras.Layer) else None) for n in _recorded(known, roots)]
+    return Traced(calls, result, updates)
+
+
+def _drawn() -> tuple[Any, Any]:
+    """State of the generators that a `call` may draw from without Keras."""
+    return random.getstate(), np.random.get_state()
+
+
+def _as_drawn(before: tuple[Any, Any]) -> bool:
+    now = _drawn()
+    return bool(now[0] == before[0] and all(np.array_equal(a, b) for a, b in zip(now[1], before[1], strict=True)))
+
+
+def _draw_again(before: tuple[Any, Any]) -> None:
+    random.setstate(before[0])
+    np.random.set_state(before[1])
 
 
 def _converted(layer: Any, leaf: Any) -> Any:
@@ -168,9 +204,10 @@ def _converted(layer: Any, leaf: Any) -> Any:
     return found
 
 
-@contextlib.contextmanager
-def _symbolic(layer: Any, updates: list[tuple[Any, Any]]) -> Iterator[None]:
-    """The layer's own Variables are symbolic tensors while this is open."""
+def _symbolic(layer: Any, updates: list[tuple[Any, Any]]) -> Any:
+    """A layer that is `layer`, but for its own Variables, which are symbolic tensors. `layer` is left alone: another thread
+    may be calling it.
+    """
     made: dict[int, Parameter] = {}
 
     def stand_in(leaf: Any) -> Any:
@@ -192,42 +229,51 @@ def _symbolic(layer: Any, updates: list[tuple[Any, Any]]) -> Iterator[None]:
         for key in places:  # from here on the layer reads the new value
             held[key] = ops.cast(value, parameter.seen)
 
-    held = vars(layer)
-    swapped = {}
+    double = object.__new__(type(layer))
+    held = vars(double)
+    held.update(vars(layer))
+    for key, attribute in list(held.items()):
+        if isinstance(attribute, MethodType) and attribute.__self__ is layer:
+            held[key] = MethodType(attribute.__func__, double)
+        elif key in _TRACKED:
+            continue
+        elif isinstance(attribute, keras.Variable):
+            held[key] = stand_in(attribute)
+        elif isinstance(attribute, (list, tuple)) and any(isinstance(a, keras.Variable) for a in attribute):
+            held[key] = type(attribute)([stand_in(a) for a in attribute])
+        elif isinstance(attribute, dict) and any(isinstance(a, keras.Variable) for a in attribute.values()):
+            held[key] = {k: stand_in(a) for k, a in attribute.items()}
+    _worked_around(layer, held)
+    return double
+
+
+def _worked_around(layer: Any, held: dict[str, Any]) -> None:
+    """Attributes in place of those with which Keras itself fails on symbolic tensors."""
     if "backend" in held:  # preprocessing layers: the back end's functions under the names of keras.ops
-        swapped["backend"], held["backend"] = held["backend"], _Functions()
-    if isinstance(held.get("activation"), FunctionType) and held["activation"] in ACTIVATIONS:
-        swapped["activation"], held["activation"] = held["activation"], ACTIVATIONS[held["activation"]]
+        held["backend"] = _Functions()
+    for key, attribute in list(held.items()):
+        if isinstance(attribute, FunctionType) and attribute in ACTIVATIONS:
+            held[key] = ACTIVATIONS[attribute]
     if isinstance(layer, keras.layers.BatchNormalization) and layer.center and not layer.scale:
         # Keras refuses a shift without a scale on symbolic tensors; a scale of one gives the same numbers
-        swapped |= {"scale": layer.scale, "gamma": layer.gamma}
         held |= {"scale": True, "gamma": np.ones(layer.beta.shape, "float32")}
-    grouped = getattr(layer, "groups", 1) != 1 and isinstance(
-        getattr(type(layer), "convolution_op", None), FunctionType
-    )
-    if grouped:
+    if getattr(layer, "groups", 1) != 1 and isinstance(getattr(type(layer), "convolution_op", None), FunctionType):
         held["convolution_op"] = lambda inputs, kernel: Conv.of(layer)(inputs, kernel)
-    for key, attribute in list(held.items()):
-        if key in _TRACKED:
-            continue
-        if isinstance(attribute, keras.Variable):
-            swapped[key], held[key] = attribute, stand_in(attribute)
-        elif isinstance(attribute, (list, tuple)) and any(isinstance(a, keras.Variable) for a in attribute):
-            swapped[key], held[key] = attribute, type(attribute)([stand_in(a) for a in attribute])
-        elif isinstance(attribute, dict) and any(isinstance(a, keras.Variable) for a in attribute.values()):
-            swapped[key], held[key] = attribute, {k: stand_in(a) for k, a in attribute.items()}
-    try:
-        yield
-    finally:
-        held.update(swapped)
-        if grouped:
-            del held["convolution_op"]
 
 
-def with_training(layer: Any, kwargs: Any, training: bool) -> dict[str, Any]:
-    """Arguments of `layer.call`, with the mode where it takes one."""
+def with_training(layer: Any, kwargs: Any, training: Any) -> dict[str, Any]:
+    """Arguments of `layer.call`, with the mode where there is one and it takes one."""
     rest = {k: v for k, v in kwargs.items() if k != "training"}
-    return {**rest, "training": training} if "training" in inspect.signature(layer.call).parameters else rest
+    takes = training is not None and "training" in inspect.signature(layer.call).parameters
+    return {**rest, "training": training} if takes else rest
+
+
+def own_mode(layer: Any, training: Any) -> Any:
+    """The mode of a layer that no other one is around: as it is called, else the default of its `call`."""
+    parameter = inspect.signature(layer.call).parameters.get("training")
+    if training is not None or parameter is None or parameter.default is inspect.Parameter.empty:
+        return training
+    return parameter.default
 
 
 def _mixed(layer: Any) -> bool:
@@ -238,6 +284,7 @@ def _recorded(known: Container[int], roots: Sequence[Any]) -> list[Any]:
     """The calls that made `roots`, in order; those before `known` tensors are left out."""
     order: list[Any] = []
     seen: set[int] = set()
+    begun: set[int] = set()
     pending = [(root, False) for root in reversed(roots)]
     while pending:
         tensor, done = pending.pop()
@@ -252,6 +299,9 @@ def _recorded(known: Container[int], roots: Sequence[Any]) -> list[Any]:
             seen.add(id(node))
             order.append(node)
             continue
+        if id(node) in begun:
+            raise Untraceable(f"uses {node.operation.name}, which gives what it reads")
+        begun.add(id(node))
         pending.append((tensor, True))
         pending += [(t, False) for t in reversed([*node.arguments.keras_tensors, *_masks(node)])]
     return order

@@ -1,0 +1,238 @@
+"""A plan is for the model as it is: what `call` reads in Python may change between calls, and the numbers with it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as L
+from keras import ops
+
+import ranger_nn
+from ranger_nn.errors import InputError
+from ranger_nn.keras.identity import identity
+from ranger_nn.keras.model import PLANS
+from tests.keras.regions import apart
+
+SHAPE = (2, 9, 4)
+FACTOR = [2.0]
+BACKEND = keras.backend.backend()
+
+
+def series(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(SHAPE).astype("float32")
+
+
+def after(*layers: Any) -> keras.Model:
+    """A convolution, and these."""
+    return keras.Sequential([keras.Input(SHAPE[1:]), L.Conv1D(4, 3, padding="same"), *layers])
+
+
+def times_factor(x: Any) -> Any:
+    return x * FACTOR[0]
+
+
+class Scaled(L.Layer):
+    """Reads all that a layer of a user's may read."""
+
+    shared = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.table, self.helper = 1.0, np.ones(4, "float32"), SimpleNamespace(offset=0.0)
+        self.kept = [0.5]
+        self.inner = functools.partial(ops.multiply, x2=2.0)
+
+    def call(self, x: Any) -> Any:
+        x = ops.add(x * self.scale + self.kept[0] + self.shared, ops.convert_to_tensor(self.table))
+        return self.inner(x) + self.helper.offset
+
+
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "slope": (lambda: L.LeakyReLU(0.1), lambda la: setattr(la, "negative_slope", 0.9)),
+    "epsilon": (L.LayerNormalization, lambda la: setattr(la, "epsilon", 5.0)),
+    "momentum": (L.BatchNormalization, lambda la: setattr(la, "momentum", 0.5)),
+    "trainable": (
+        lambda: L.BatchNormalization(center=False, scale=False),
+        lambda la: setattr(la, "trainable", False),
+    ),
+    "activation": (lambda: L.Conv1D(3, 3, activation="relu"), lambda la: setattr(la, "activation", ops.tanh)),
+    "strides": (lambda: L.Conv1D(3, 3), lambda la: setattr(la, "strides", (2,))),
+    "rate": (lambda: L.Dropout(0.5), lambda la: setattr(la, "rate", 0.0)),
+    "policy": (lambda: L.Dense(3), lambda la: setattr(la, "dtype_policy", "mixed_bfloat16")),
+    "call": (L.ReLU, lambda la: setattr(la, "call", lambda x: 3.0 * x)),
+    "closure": (lambda: L.Lambda(times_factor), lambda _: FACTOR.__setitem__(0, FACTOR[0] + 1.0)),
+    "number": (Scaled, lambda la: setattr(la, "scale", 2.0)),
+    "number of another type": (Scaled, lambda la: setattr(la, "scale", True)),
+    "minus zero": (Scaled, lambda la: setattr(la.helper, "offset", -0.0)),
+    "list": (Scaled, lambda la: la.kept.__setitem__(0, 3.0)),
+    "array written in place": (Scaled, lambda la: la.table.__setitem__(0, 9.0)),
+    "helper": (Scaled, lambda la: setattr(la.helper, "offset", 1.0)),
+    "class": (Scaled, lambda _: setattr(Scaled, "shared", Scaled.shared + 1.0)),
+    "partial": (Scaled, lambda la: setattr(la, "inner", functools.partial(ops.multiply, x2=3.0))),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_call_reads_is_part_of_the_identity(name: str) -> None:
+    """Equal as long as nothing changes, and other as soon as something does."""
+    make, change = CHANGES[name]
+    layer = make()
+    model = after(layer)
+    before = identity(model)
+    assert identity(model) == before
+    change(layer)
+    assert identity(model) != before
+
+
+@pytest.mark.parametrize("name", ["slope", "activation", "strides", "call", "closure", "number", "helper", "class"])
+def test_a_change_between_calls_counts(name: str) -> None:
+    """The regional model gives what the untouched one gives now, not what it gave at its first call."""
+    make, change = CHANGES[name]
+    layer, x = make(), series()
+    model = after(layer)
+    small = ranger_nn.regionalize(model, regions=(3,))
+    first = small(x)
+    change(layer)
+    assert tuple(small(x).shape) != tuple(first.shape) or apart(small(x), first) > 1e-3
+    assert apart(small(x), model(x)) < 1e-5
+
+
+def test_training_changes_nothing_of_the_identity() -> None:
+    """Fitting, and new numbers in weights, make no new plan."""
+    model = after(L.BatchNormalization(), L.Dropout(0.1))
+    before = identity(model)
+    model.compile("sgd", "mse")
+    model.train_on_batch(series(), series())
+    model.layers[0].kernel.assign(2.0 * model.layers[0].kernel)
+    model.predict(series(), verbose=0)
+    assert identity(model) == before
+
+
+def test_layers_added_later_are_seen() -> None:
+    """A Sequential model grows."""
+    model, x = after(), series()
+    small = ranger_nn.regionalize(model, regions=(3,))
+    small(x)
+    model.add(L.ReLU())
+    assert apart(small(x), model(x)) < 1e-6
+
+
+class Modes(keras.Model):
+    """Tells every mode that it is called with from every other."""
+
+    def __init__(self, default: Any = None) -> None:
+        super().__init__()
+        self.conv = L.Conv1D(4, 3, padding="same")
+
+    def call(self, x: Any, training: Any = None) -> Any:
+        return self.conv(x) * {"None": 1.0, "True": 2.0, "False": 3.0, "1": 4.0, "1.0": 5.0, "0": 6.0}[str(training)]
+
+
+class TrainsByDefault(keras.Model):
+    """A mode by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = L.Conv1D(4, 3, padding="same")
+
+    def call(self, x: Any, training: Any = True) -> Any:
+        return self.conv(x) * (2.0 if training else 1.0)
+
+
+def test_modes_that_compare_equal() -> None:
+    """None, False, True, 1, 1.0 and 0 reach `call` as they are given, and a default as Keras gives it."""
+    model, x = Modes(), series()
+    model(x)
+    small = ranger_nn.regionalize(model, regions=(3,))
+    for mode in (None, False, True, 1, 1.0, 0):
+        assert apart(small(x, training=mode), model(x, training=mode)) < 1e-6, mode
+    model = TrainsByDefault()
+    model(x)
+    small = ranger_nn.regionalize(model, regions=(3,))
+    assert apart(small(x), model(x)) < 1e-6
+    assert apart(small(x, training=ops.convert_to_tensor(False)), model(x, training=False)) < 1e-6
+    with pytest.raises(InputError, match="leave it out for the default"):
+        small(x, training=None)
+
+
+def test_the_mode_goes_from_layer_to_layer_as_in_keras() -> None:
+    """Keras hands the mode of the layer called before on to the next: a frozen norm turns a later dropout off."""
+
+    class Frozen(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.drop = L.BatchNormalization(), L.Dropout(0.9)
+
+        def call(self, x: Any) -> Any:
+            return self.drop(self.norm(x, training=False))
+
+    model, x = Frozen(), series()
+    model(x)
+    small = ranger_nn.regionalize(model, regions=(3,))
+    small.plan_for(x, training=True)  # planned where nothing is being called
+    assert apart(small(x, training=True), model(x, training=True)) < 1e-6
+
+
+def test_plans_that_are_not_used_go() -> None:
+    """Those used last are kept."""
+    model, x = after(L.LeakyReLU(0.1)), series()
+    small = ranger_nn.regionalize(model, regions=(3,))
+    for n in range(PLANS + 3):
+        model.layers[-1].negative_slope = n / 100.0
+        small.plan_for(x)
+    assert len(small._plans.value) == PLANS
+
+
+def test_activity_regularisers_count_in_training_and_evaluation() -> None:
+    """Their loss is summed up region by region."""
+    model = after(L.Conv1D(3, 3, activity_regularizer="l2"), L.Dropout(0.0, activity_regularizer="l1"))
+    losses = []
+    for run in (model, ranger_nn.regionalize(model, regions=(3,))):
+        run.compile(keras.optimizers.SGD(0.0), "mse")
+        wanted = np.zeros((2, 7, 3), "float32")
+        losses.append([float(run.test_on_batch(series(), wanted)), float(run.train_on_batch(series(), wanted))])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert losses[0][0] > 0.1
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="tensors that are trained and no Variables")
+def test_tensors_of_the_back_end_get_their_gradient() -> None:
+    """Prompts in a list, and parameters that Keras does not track."""
+    import torch
+
+    class Prompt(L.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = [torch.ones(4, requires_grad=True)]
+
+        def call(self, x: Any) -> Any:
+            return x * self.kept[0]
+
+    layer, x = Prompt(), ops.convert_to_tensor(series())
+    model = after(layer)
+    grads = []
+    for run in (model, ranger_nn.regionalize(model, regions=(3,))):
+        layer.kept[0].grad = None
+        (run(x) ** 2).sum().backward()
+        grads.append(layer.kept[0].grad.clone())
+    assert apart(grads[1], grads[0]) < 1e-5
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's hooks")
+def test_hooks_run_or_are_refused() -> None:
+    """A layer with a hook stays whole; a model with one is refused by name."""
+    model, x = after(L.ReLU()), series()
+    small = ranger_nn.regionalize(model, regions=(3,))
+    small(x)
+    handle = model.layers[0].register_forward_hook(lambda module, given, found: 2.0 * found)
+    assert apart(small(x), model(x)) < 1e-6
+    handle.remove()
+    model.register_forward_hook(lambda module, given, found: 2.0 * found)
+    with pytest.raises(ranger_nn.CaptureError, match="has hooks"):
+        small(x)
