@@ -101,30 +101,7 @@ def _check_device(torch: Any, name: str) -> None:
 def _load_archive(torch: Any, path: str) -> Any:
     if not Path(path).is_file():
         raise InputError(f"MODEL {path!r}: there is no such file.")
-    try:
-        with _nothing_unpickled():
-            return torch.export.load(path).module()
-    except Exception as error:
-        # The reader raises many kinds of error on a file that is not an archive.
-        raise InputError(
-            f"MODEL {path!r} is not an archive of torch.export whose tensors load without unpickling objects "
-            f"({type(error).__name__}). Make one with torch.export.save(torch.export.export(model, inputs), path)."
-        ) from error
-
-
-@contextmanager
-def _nothing_unpickled() -> Iterator[None]:
-    """PyTorch's own switch: whatever a file asks for, only tensors are loaded. A model file may come from anyone."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    return importlib.import_module("ranger_nn.cli.archive.load").load_archive(path)
 
 
 def _call_factory(text: str) -> Any:
