@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import pytest
 import torch
 
 import ranger_nn
-from ranger_nn.cli.loading import _nothing_unpickled
 from ranger_nn.cli.main import main
 from ranger_nn.io.image import read_image, write_image
 from tests.cli.models import Smooth
@@ -104,19 +102,6 @@ def test_an_archive(tmp_path, capsys):
     assert call("plan", path, SHAPE) == 0
     assert call("run", path, SHAPE, "-o", tmp_path / "out.npy") == 0
     assert np.load(tmp_path / "out.npy").shape == (1, 3, 40, 56)
-
-
-def test_nothing_is_unpickled_from_an_archive(tmp_path):
-    """Whatever the reader of archives asks for."""
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "touched"),)
-
-    torch.save(Evil(), tmp_path / "weights")
-    with _nothing_unpickled(), pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "weights", weights_only=False)
-    assert os.listdir(tmp_path) == ["weights"]
 
 
 # ---------------------------------------------------------------------------------------- run

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -44,12 +45,49 @@ def load_model(chosen: argparse.Namespace, training: bool = False) -> nn.Module:
     _check_device(torch, chosen.device)
     torch.manual_seed(chosen.seed)
     text: str = chosen.model
-    model = _load_archive(torch, text) if text.lower().endswith(".pt2") else _call_factory(text)
-    if not isinstance(model, torch.nn.Module):
-        raise InputError(f"MODEL {text!r} gave {type(model).__name__}, not a torch.nn.Module.")
+    model = _load_archive(text) if text.lower().endswith(".pt2") else _call_factory(text)
+    _check_kind(torch, model, text)
+    _check_number(model, chosen)
     _set_mode(model, text, training)
     dtype = getattr(torch, chosen.dtype) if chosen.dtype else None
     return model.to(device=chosen.device, dtype=dtype)
+
+
+def _check_kind(torch: Any, model: Any, text: str) -> None:
+    """A module that can be captured; of the wrappers that cannot, what to give instead."""
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"MODEL {text!r} gave {type(model).__name__}, not a torch.nn.Module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            f"MODEL {text!r} gave a TorchScript module, which has no Python to capture. Give the module it was made of."
+        )
+    if isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+        raise InputError(
+            f"MODEL {text!r} gave {type(model).__name__}, which sends inputs to other devices. Give its .module."
+        )
+
+
+def _check_number(model: nn.Module, chosen: argparse.Namespace) -> None:
+    """As many INPUTs as forward takes; told before capture, whose words are about graphs."""
+    unfit = _why_not_called_with(model.forward, chosen.inputs)
+    if unfit:
+        raise InputError(
+            f"MODEL {chosen.model!r} does not take {len(chosen.inputs)} INPUT(s) in order: its forward{unfit}. "
+            "Give one INPUT for each tensor that it takes by position."
+        )
+
+
+def _why_not_called_with(function: Any, arguments: Sequence[object]) -> str:
+    """The signature and what is wrong; nothing if the call suits, or if the call itself must tell."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # not written in Python
+        return ""
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        return f"{signature}: {error}"
+    return ""
 
 
 def load_inputs(chosen: argparse.Namespace, model: nn.Module) -> tuple[Tensor, ...]:
@@ -98,43 +136,26 @@ def _check_device(torch: Any, name: str) -> None:
         raise InputError(f"--device {name!r}: PyTorch finds no CUDA device here. Leave the option out for the CPU.")
 
 
-def _load_archive(torch: Any, path: str) -> Any:
+def _load_archive(path: str) -> Any:
+    if Path(path).is_dir():
+        raise InputError(f"MODEL {path!r} is a folder, not an archive of torch.export.")
     if not Path(path).is_file():
         raise InputError(f"MODEL {path!r}: there is no such file.")
-    try:
-        with _nothing_unpickled():
-            return torch.export.load(path).module()
-    except Exception as error:
-        # The reader raises many kinds of error on a file that is not an archive.
-        raise InputError(
-            f"MODEL {path!r} is not an archive of torch.export whose tensors load without unpickling objects "
-            f"({type(error).__name__}). Make one with torch.export.save(torch.export.export(model, inputs), path)."
-        ) from error
-
-
-@contextmanager
-def _nothing_unpickled() -> Iterator[None]:
-    """PyTorch's own switch: whatever a file asks for, only tensors are loaded. A model file may come from anyone."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    if not os.access(path, os.R_OK):
+        raise InputError(f"MODEL {path!r}: the file may not be read.")
+    return importlib.import_module("ranger_nn.cli.archive.load").load_archive(path)
 
 
 def _call_factory(text: str) -> Any:
     module_name, colon, attributes = text.partition(":")
     if not (module_name and colon and attributes):
-        raise InputError(f"MODEL {text!r} is neither a .pt2 archive nor of the form package.module:factory.")
+        raise InputError(
+            f"MODEL {text!r} is neither a .pt2 archive nor of the form package.module:factory.{_what_file_it_is(text)}"
+        )
     with _working_folder_importable():
         try:
             found: Any = importlib.import_module(module_name)
-        except ImportError as error:
+        except (ImportError, ValueError, TypeError) as error:  # the last two: of names such as ".a" and "a..b"
             raise InputError(f"MODEL {text!r}: cannot import {module_name!r}: {error}.") from error
         for attribute in attributes.split("."):
             if not hasattr(found, attribute):
@@ -142,7 +163,24 @@ def _call_factory(text: str) -> Any:
             found = getattr(found, attribute)
         if not callable(found):
             raise InputError(f"MODEL {text!r}: {attributes!r} is not callable. Name a function or class.")
-        return found if isinstance(found, import_torch().nn.Module) else found()
+        if isinstance(found, import_torch().nn.Module):
+            return found
+        unfit = _why_not_called_with(found, ())
+        if unfit:
+            raise InputError(f"MODEL {text!r}: it is called without arguments, but takes {unfit}.")
+        return found()
+
+
+def _what_file_it_is(text: str) -> str:
+    """What to do with a file of another kind; nothing of it is read."""
+    if Path(text).is_dir() and text:
+        return " It is a folder."
+    if not Path(text).is_file():
+        return ""
+    return (
+        " It is a file: of torch.save or TorchScript (.pt, .pth, .ts) nothing is loaded here, for it holds objects or "
+        "code without a graph. Write a factory that makes the module and loads it, or export it with torch.export.save."
+    )
 
 
 @contextmanager
@@ -181,7 +219,8 @@ def _dtype_of(torch: Any, chosen: argparse.Namespace, model: nn.Module) -> Any:
 def _load_tensor(torch: Any, text: str, dtype: Any, device: str) -> Tensor:
     given = parse_input(text)
     if isinstance(given, tuple):
-        return torch.rand(given, dtype=dtype, device=device)
+        with _one_that_fits(text):
+            return torch.rand(given, dtype=dtype, device=device)
     tensor = torch.from_numpy(load_input(given).copy())
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
@@ -189,5 +228,18 @@ def _load_tensor(torch: Any, text: str, dtype: Any, device: str) -> Tensor:
 def _meta_tensor(torch: Any, text: str, dtype: Any) -> Tensor:
     given = parse_input(text)
     if isinstance(given, tuple):
-        return torch.empty(given, dtype=dtype, device="meta")
+        with _one_that_fits(text):
+            return torch.empty(given, dtype=dtype, device="meta")
     return _load_tensor(torch, text, dtype, "cpu").to("meta")
+
+
+@contextmanager
+def _one_that_fits(text: str) -> Iterator[None]:
+    """PyTorch's allocator and its size arithmetic raise RuntimeError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise InputError(
+            f"INPUT {text!r} is larger than this machine can hold. Give a smaller shape; `plan` takes all that PyTorch "
+            "can count (2**63 bytes), and `run` reads a file region by region."
+        ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
@@ -15,44 +14,71 @@ from typing import NoReturn
 
 import ranger_nn
 from ranger_nn.cli import bench, plan, run
-from ranger_nn.errors import RangerError
+from ranger_nn.cli.streams import say, silence, usable_streams
+from ranger_nn.errors import InputError, RangerError
 
 FAILURE = 1
 INTERRUPTED = 128 + signal.SIGINT
-BROKEN_PIPE = 128 + 13
+BROKEN_PIPE = 128 + 13  # SIGPIPE, which not every system names
+TERMINATED = 128 + signal.SIGTERM
 _COMMANDS = (plan, run, bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line on `arguments` (by default those of the process); give the exit status."""
+    with usable_streams() as printable:
+        try:
+            chosen = _parser().parse_args(arguments)
+        except SystemExit as leaving:  # --help, --version, wrong usage
+            return _flushed(leaving.code if isinstance(leaving.code, int) else FAILURE)
+        return _flushed(_run(chosen, printable))
+
+
+def _run(chosen: argparse.Namespace, printable: bool) -> int:
+    """Run the chosen command; whatever goes wrong becomes one line and a status."""
     try:
-        chosen = _parser().parse_args(arguments)
-    except SystemExit as leaving:  # --help, --version, wrong usage
-        return leaving.code if isinstance(leaving.code, int) else FAILURE
-    try:
+        if not printable and chosen.command is not run.run:  # its result is a file
+            raise InputError("standard output is closed, and the result goes there. Give it a file or /dev/null.")
         with _terminated_like_interrupted():
             chosen.command(chosen)
             sys.stdout.flush()
     except KeyboardInterrupt:
-        print("ranger-nn: interrupted", file=sys.stderr)
+        say("ranger-nn: interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left (as `| head` does): not an error worth a message.
-        _silence_stdout()
         return BROKEN_PIPE
+    except SystemExit as leaving:
+        if leaving.code != TERMINATED:
+            say(f"ranger-nn: error: MODEL {chosen.model!r}: its own code left the program ({leaving.code})")
+            return FAILURE
+        return TERMINATED
     except Exception as error:
         if chosen.debug:
-            traceback.print_exc()
-        print(f"ranger-nn: error: {_explain(error)}", file=sys.stderr)
+            say(traceback.format_exc())
+        say(f"ranger-nn: error: {_explain(error)}")
         return FAILURE
     return 0
+
+
+def _flushed(status: int) -> int:
+    """Write what is left of standard output; an interpreter that fails to do so at its exit prints a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        silence(sys.stdout)
+        if not isinstance(error, BrokenPipeError) and status == 0:
+            say(f"ranger-nn: error: cannot write to standard output: {error.strerror}")
+        return status or (BROKEN_PIPE if isinstance(error, BrokenPipeError) else FAILURE)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ranger-nn",
         description="Run a network region by region inside a stated memory, with the same numbers.",
-        epilog="Exit status: 0 success, 1 failure, 2 wrong usage, 130 after Ctrl-C.",
+        epilog="Exit status: 0 success, 1 failure, 2 wrong usage, 130 after Ctrl-C, 141 if the reader of standard "
+        "output left (as head does), 143 after SIGTERM.",
     )
     parser.add_argument("--version", action="version", version=f"ranger-nn {ranger_nn.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -62,12 +88,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _explain(error: Exception) -> str:
-    """Our own errors say what to do; of others, the kind and the first line, on one line."""
+    """Our own errors say what to do; of others, the kind and the first line. Always one line that a terminal can show."""
     if isinstance(error, RangerError):
-        return str(error)
+        return _one_line(str(error))
     lines = str(error).strip().splitlines()
     first = lines[0] if lines else "no message"
-    return f"{type(error).__name__}: {first} (give --debug to see where)"
+    return f"{type(error).__name__}: {_one_line(first)} (give --debug to see where)"
+
+
+def _one_line(text: str) -> str:
+    """A file's or a path's text may hold what moves a terminal's cursor."""
+    joined = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
 
 
 @contextmanager
@@ -84,15 +116,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
-def _silence_stdout() -> None:
-    """Keep the interpreter from complaining when it flushes standard output at exit."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):
-        return
+    raise SystemExit(TERMINATED)
 
 
 if __name__ == "__main__":

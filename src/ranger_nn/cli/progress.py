@@ -10,7 +10,7 @@ import importlib
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TextIO
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -62,7 +62,8 @@ class _Lines:
         ending = f"{clock(left)} left" if done < total else f"took {clock(now - self._start)}"
         if self._size is not None:
             ending = f"{rate(self._size, done - self._first, total, now - self._start)}, {ending}"
-        print(f"region {done}/{total}, {ending}", file=self._out, flush=True)
+        with suppress(OSError, ValueError):  # a log whose reader left, or whose disk is full, stops no run
+            print(f"region {done}/{total}, {ending}", file=self._out, flush=True)
 
 
 class _Bar:

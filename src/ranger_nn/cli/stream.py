@@ -15,6 +15,7 @@ from typing import Any
 import ranger_nn
 from ranger_nn.cli.loading import load_model, threads
 from ranger_nn.cli.progress import clock, show_progress
+from ranger_nn.cli.streams import say
 from ranger_nn.errors import InputError
 from ranger_nn.io.pixels import Pixels
 from ranger_nn.io.sinks import KNOWN, check_sink
@@ -136,14 +137,9 @@ def _dry(prepared: Any, chosen: argparse.Namespace) -> str:
 
 
 def _say_how_to_go_on(chosen: argparse.Namespace) -> None:
-    import sys
-
     folder = working_folder(Path(chosen.output))
     if folder.is_dir():
-        print(
-            f"ranger-nn: what is done is kept in {os.fspath(folder)!r}: give the same command again to go on",
-            file=sys.stderr,
-        )
+        say(f"ranger-nn: what is done is kept in {os.fspath(folder)!r}: give the same command again to go on")
 
 
 def _as_text(found: dict[str, Any]) -> str:
