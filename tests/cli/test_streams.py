@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX streams")
 def shell(arguments, redirections):
     """Status, and what standard output and error show."""
     command = f"{sys.executable} -m ranger_nn.cli.main {shlex.join(arguments)} {redirections}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -63,14 +63,19 @@ def _run(chosen: argparse.Namespace, printable: bool) -> int:
 
 
 def _flushed(status: int) -> int:
-    """Write what is left of standard output; an interpreter that fails to do so at its exit prints a traceback."""
+    """Write what is left of the streams; an interpreter that fails to do so at its exit prints a traceback."""
     try:
         sys.stdout.flush()
     except OSError as error:
         silence(sys.stdout)
-        if not isinstance(error, BrokenPipeError) and status == 0:
+        left = isinstance(error, BrokenPipeError)
+        if not left and status == 0:
             say(f"ranger-nn: error: cannot write to standard output: {error.strerror}")
-        return status or (BROKEN_PIPE if isinstance(error, BrokenPipeError) else FAILURE)
+        status = status or (BROKEN_PIPE if left else FAILURE)
+    try:
+        sys.stderr.flush()
+    except OSError:  # nobody can be told
+        silence(sys.stderr)
     return status
 
 
