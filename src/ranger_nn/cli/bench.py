@@ -3,7 +3,8 @@
 Peak: bytes over what was live before, less the final output. Time: the median of runs that take
 turns, after one run of each; never taken while bytes are counted. Difference: the largest, relative
 to the largest magnitude of the untouched model's values. An untouched model that does not fit the
-machine is reported as such, and the regional one is run alone.
+machine is reported as such, and the regional one is run alone. With --train also why gradients differ
+and which side is nearer to float64 (`cli/rounding.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ranger_nn
 from ranger_nn.cli.arguments import add_train, new_parser, positive
 from ranger_nn.cli.loading import import_torch, leaves, load_inputs, load_model, threads
+from ranger_nn.cli.rounding import as_lines, explain, gradients_of, relative
 from ranger_nn.planning.budget import format_bytes
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def bench(chosen: argparse.Namespace) -> None:
         plan = small.plan_for(*inputs)
         planning = time.perf_counter() - start
         sides = {name: _work(net, inputs, chosen.train) for name, net in (("untouched", model), ("regional", small))}
-        result = _compare(sides, model, chosen)
+        result = _compare(sides, model, inputs, chosen)
     result |= {
         "allowed": plan.allowed,
         "projected": plan.projected,
@@ -78,10 +80,14 @@ def _work(net: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> Work:
     return forward_and_backward if training else forward
 
 
-def _compare(sides: dict[str, Work], model: nn.Module, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Values first (they warm up both sides), then peaks, then times."""
+def _compare(
+    sides: dict[str, Work], model: nn.Module, inputs: tuple[Tensor, ...], chosen: argparse.Namespace
+) -> dict[str, Any]:
+    """Values first (they warm up both sides), then peaks, then times; at last why gradients differ."""
     expected = _values_if_they_fit(sides["untouched"], model)
+    gradients = {"untouched": gradients_of(model)}
     given = _values(sides["regional"], model)
+    gradients["regional"] = gradients_of(model)
     result: dict[str, Any] = {"largest_difference": _difference(expected, given)}
     fitting = sides if expected is not None else {"regional": sides["regional"]}
     del expected, given
@@ -89,6 +95,8 @@ def _compare(sides: dict[str, Work], model: nn.Module, chosen: argparse.Namespac
         result[f"{name}_peak"] = _peak(work, model, chosen.device)
     for name, seconds in _times(fitting, chosen.repeat, chosen.device).items():
         result[f"{name}_seconds"] = seconds
+    if chosen.train and len(fitting) > 1:
+        result |= explain(model, inputs, lambda net, given: _work(net, given, True)(), gradients, result)
     return result
 
 
@@ -113,12 +121,7 @@ def _values_if_they_fit(work: Work, model: nn.Module) -> list[Tensor] | None:
 def _difference(expected: list[Tensor] | None, given: list[Tensor]) -> float | None:
     if expected is None:
         return None
-    return max((_relative(a, b) for a, b in zip(expected, given, strict=True) if a.numel()), default=0.0)
-
-
-def _relative(expected: Tensor, given: Tensor) -> float:
-    scale = expected.double().abs().max().item() or 1.0
-    return (expected.double() - given.double()).abs().max().item() / scale
+    return max((relative(a, b) for a, b in zip(expected, given, strict=True) if a.numel()), default=0.0)
 
 
 def _peak(work: Work, model: nn.Module, device: str) -> int:
@@ -155,6 +158,7 @@ def _as_text(result: dict[str, Any]) -> str:
         [
             *table,
             f"difference        {apart}",
+            *as_lines(result),
             f"extra macs        {100 * result['extra_macs']:.1f} %",
             f"allowed           {'-' if allowed is None else format_bytes(allowed)}",
             f"projected         {format_bytes(result['projected'])}",

@@ -65,6 +65,8 @@ def _check_kind(torch: Any, model: Any, text: str) -> None:
         raise InputError(
             f"MODEL {text!r} gave {type(model).__name__}, which sends inputs to other devices. Give its .module."
         )
+    if type(model).__module__ == "ranger_nn.torch.module":
+        raise InputError(f"MODEL {text!r} gave a module that is regionalized already. Give the untouched one.")
 
 
 def _check_number(model: nn.Module, chosen: argparse.Namespace) -> None:

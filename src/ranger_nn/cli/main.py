@@ -21,6 +21,7 @@ FAILURE = 1
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + 13  # SIGPIPE, which not every system names
 TERMINATED = 128 + signal.SIGTERM
+LONGEST_NAME = 200  # characters of a path in an error
 _COMMANDS = (plan, run, bench)
 
 
@@ -62,14 +63,19 @@ def _run(chosen: argparse.Namespace, printable: bool) -> int:
 
 
 def _flushed(status: int) -> int:
-    """Write what is left of standard output; an interpreter that fails to do so at its exit prints a traceback."""
+    """Write what is left of the streams; an interpreter that fails to do so at its exit prints a traceback."""
     try:
         sys.stdout.flush()
     except OSError as error:
         silence(sys.stdout)
-        if not isinstance(error, BrokenPipeError) and status == 0:
+        left = isinstance(error, BrokenPipeError)
+        if not left and status == 0:
             say(f"ranger-nn: error: cannot write to standard output: {error.strerror}")
-        return status or (BROKEN_PIPE if isinstance(error, BrokenPipeError) else FAILURE)
+        status = status or (BROKEN_PIPE if left else FAILURE)
+    try:
+        sys.stderr.flush()
+    except OSError:  # nobody can be told
+        silence(sys.stderr)
     return status
 
 
@@ -91,9 +97,17 @@ def _explain(error: Exception) -> str:
     """Our own errors say what to do; of others, the kind and the first line. Always one line that a terminal can show."""
     if isinstance(error, RangerError):
         return _one_line(str(error))
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else f": {_shortened(error.filename)!r}"
+        return _one_line(f"{error.strerror}{place} (give --debug to see where)")
     lines = str(error).strip().splitlines()
     first = lines[0] if lines else "no message"
     return f"{type(error).__name__}: {_one_line(first)} (give --debug to see where)"
+
+
+def _shortened(name: str | bytes | int) -> str:
+    text = str(name)
+    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
 
 
 def _one_line(text: str) -> str:

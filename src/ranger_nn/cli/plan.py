@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import ranger_nn
 from ranger_nn.cli.arguments import add_train, new_parser
 from ranger_nn.cli.loading import load_model, load_shapes, threads
+from ranger_nn.errors import InputError
 
 
 def add_parser(commands: Any) -> None:
@@ -24,6 +26,8 @@ def add_parser(commands: Any) -> None:
 
 def plan(chosen: argparse.Namespace) -> None:
     """Plan, draw if asked, print."""
+    if chosen.plot is not None and not Path(chosen.plot).suffix:
+        raise InputError(f"--plot {chosen.plot!r} must name a file that ends in .png, .svg or .pdf.")
     with threads(chosen):
         model = load_model(chosen, training=chosen.train)
         made = ranger_nn.plan(
@@ -34,6 +38,13 @@ def plan(chosen: argparse.Namespace) -> None:
             schedule=chosen.schedule,
             training=chosen.train,
         )
-    if chosen.plot:
-        made.plot(chosen.plot)
+    if chosen.plot is not None:
+        _draw(made, chosen.plot)
     print(made.to_json() if chosen.json else made)
+
+
+def _draw(made: Any, path: str) -> None:
+    try:
+        made.plot(path)
+    except ValueError as error:  # matplotlib's, on the ending
+        raise InputError(f"--plot {path!r} cannot be drawn: {error}.") from error

@@ -16,7 +16,7 @@ def archives(tmp_path_factory):
     for name, (model, args, kwargs, shapes) in good().items():
         path = folder / f"{name}.pt2"
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-        torch.export.save(exported, path, extra_files={"notes.txt": "it's \"text\""})
+        torch.export.save(exported, path, extra_files={"notes.txt": 'it\'s "text"'})
         made[name] = (path, exported.module(), args, kwargs)
     return made
 

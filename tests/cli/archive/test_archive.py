@@ -114,7 +114,7 @@ CALL = "graph_module/module_call_graph/0/signature"
         "(s0 := 1)",
         "f'{{s0}}'",
         "Symbol('s0' + 's1')",
-        "Symbol(\"s0'); import os #\")",
+        'Symbol("s0\'); import os #")',
         "Symbol('s0', positive=__import__('os'))",
         "Integer('1')",
         "Function('f')(1)",

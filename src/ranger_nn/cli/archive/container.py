@@ -57,7 +57,9 @@ def _names(records: list[zipfile.ZipInfo]) -> list[str]:
         if name != record.orig_filename or not name.isprintable() or "\\" in name or ".." in parts or "" in parts:
             raise Forbidden(f"must have records with plain relative names; it has {record.orig_filename[:120]!r}")
         if name.casefold() in seen:
-            raise Forbidden(f"must have each record once; {name[:120]!r} is there twice, small and capital letters alike")
+            raise Forbidden(
+                f"must have each record once; {name[:120]!r} is there twice, small and capital letters alike"
+            )
         seen.add(name.casefold())
     folders = {record.filename.partition("/")[0] for record in records}
     inside = [record.filename.partition("/")[2] for record in records]

@@ -22,8 +22,13 @@ _MOST_BITS = 1 << 16  # a thousand sizes multiplied
 _LARGEST_POWER = 64  # dimensions of a tensor are at most this many
 _LONGEST = 100_000  # characters; the parser's own stack is kept from overflowing by RecursionError
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # What SymPy's `srepr` writes for the operators, and the functions of `torch.utils._sympy`.
-_FUNCTIONS = frozenset(
+_FUNCTIONS = _words(
     "Add Mul Pow Max Min Abs Mod floor ceiling Integer Float Rational Symbol Dummy And Or Not Xor ITE Piecewise "
     "ExprCondPair Equality Unequality Eq Ne LessThan GreaterThan StrictLessThan StrictGreaterThan Le Ge Lt Gt "
     "FloorDiv ModularIndexing Where PythonMod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural "
@@ -31,15 +36,15 @@ _FUNCTIONS = frozenset(
     "RoundDecimal ToFloat Identity BitwiseFn_bitwise_and BitwiseFn_bitwise_or BitwiseFn_bitwise_xor "
     "OpaqueUnaryFn_sqrt OpaqueUnaryFn_cos OpaqueUnaryFn_cosh OpaqueUnaryFn_sin OpaqueUnaryFn_sinh "
     "OpaqueUnaryFn_tan OpaqueUnaryFn_tanh OpaqueUnaryFn_asin OpaqueUnaryFn_acos OpaqueUnaryFn_atan "
-    "OpaqueUnaryFn_exp OpaqueUnaryFn_log OpaqueUnaryFn_asinh OpaqueUnaryFn_log2".split()
+    "OpaqueUnaryFn_exp OpaqueUnaryFn_log OpaqueUnaryFn_asinh OpaqueUnaryFn_log2"
 )
 _POWERS = {"Pow", "PowByNatural", "FloatPow", "LShift", "RShift"}
 # What PyTorch's printer of guards writes.
-_GUARD_FUNCTIONS = frozenset(
+_GUARD_FUNCTIONS = _words(
     "abs max min round int float bool IsNonOverlappingAndDenseIndicator cast_symbool_to_symint_guardless "
     "math.floor math.ceil math.trunc math.sqrt math.log2 math.cos math.cosh math.acos math.sin math.sinh math.asin "
     "math.tan math.tanh math.atan math.isnan torch.sym_float torch.sym_int torch.sym_max torch.sym_min "
-    "torch._sym_sqrt torch.sym_ite torch.sym_not".split()
+    "torch._sym_sqrt torch.sym_ite torch.sym_not"
 )
 _GUARD_CONSTANTS = {"math.inf", "math.nan"}
 _METHODS = {"size", "stride", "storage_offset", "dim", "numel"}

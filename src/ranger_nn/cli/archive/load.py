@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -17,6 +17,7 @@ from ranger_nn.cli.archive.program import Misplaced, check_payload, check_progra
 from ranger_nn.cli.archive.words import Forbidden
 from ranger_nn.errors import InputError
 
+_LONGEST_REASON = 160  # characters of PyTorch's own words
 _WAY_OUT = "Make one with torch.export.save(torch.export.export(model, inputs), path), or give package.module:factory."
 
 
@@ -30,7 +31,9 @@ def load_archive(path: str) -> Any:
         try:
             check_archive(file)
         except (Forbidden, Misplaced) as error:
-            raise InputError(f"MODEL {path!r} is not an archive that is safe to load: it {error}. {_WAY_OUT}") from error
+            raise InputError(
+                f"MODEL {path!r} is not an archive that is safe to load: it {error}. {_WAY_OUT}"
+            ) from error
         except Exception as error:
             raise _none_of_ours(path, error) from error
         file.seek(0)
@@ -52,12 +55,19 @@ def check_archive(file: IO[bytes]) -> None:
         raise Forbidden("must read the same for every reader of zip files")
     sizes = {name.rpartition("/")[2]: reader.get_record_size(name) for name in names if name.startswith("data/")}
     for name in names:
-        if name.startswith("models/"):
-            _named(name, lambda: check_program(_parsed(reader, name)))
-        elif name.endswith("_config.json"):
-            _named(name, lambda: _check_table(_parsed(reader, name), sizes))
-        elif name.startswith("data/sample_inputs/"):
-            _named(name, lambda: check_sample_inputs(reader.get_record(name)))
+        try:
+            _check_record(reader, name, sizes)
+        except (Forbidden, Misplaced) as error:
+            raise Forbidden(f"breaks a rule in {name}: {error}") from error
+
+
+def _check_record(reader: Any, name: str, sizes: dict[str, int]) -> None:
+    if name.startswith("models/"):
+        check_program(_parsed(reader, name))
+    elif name.endswith("_config.json"):
+        _check_table(_parsed(reader, name), sizes)
+    elif name.startswith("data/sample_inputs/"):
+        check_sample_inputs(reader.get_record(name))
 
 
 def _check_table(table: Any, sizes: dict[str, int]) -> None:
@@ -69,17 +79,11 @@ def _parsed(reader: Any, name: str) -> Any:
     return json.loads(reader.get_record(name).decode("utf-8"))
 
 
-def _named(name: str, check: Callable[[], None]) -> None:
-    try:
-        check()
-    except (Forbidden, Misplaced) as error:
-        raise Forbidden(f"breaks a rule in {name}: {error}") from error
-
-
 def _none_of_ours(path: str, error: Exception) -> InputError:
+    reason = (str(error).strip().splitlines() or ["no message"])[0][:_LONGEST_REASON]
     return InputError(
         f"MODEL {path!r} is not an archive of torch.export whose tensors load without unpickling objects "
-        f"({type(error).__name__}). {_WAY_OUT}"
+        f"({type(error).__name__}: {reason}). {_WAY_OUT}"
     )
 
 

@@ -20,7 +20,9 @@ def check_tensors(table: dict[str, Any], sizes: dict[str, int]) -> None:
     for name, entry in table.get("config", {}).items():
         record = entry.get("path_name", "")
         if not _PAYLOAD.fullmatch(record):
-            raise Forbidden(f"{name[:120]!r} must be a tensor; {record[:120]!r} holds an object that would be unpickled")
+            raise Forbidden(
+                f"{name[:120]!r} must be a tensor; {record[:120]!r} holds an object that would be unpickled"
+            )
         if record not in sizes:
             raise Forbidden(f"{name[:120]!r} must have its values in the archive; there is no {record!r}")
         if sizes[record] == 0 and _elements(entry.get("tensor_meta")) > 0:

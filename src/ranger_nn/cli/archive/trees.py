@@ -47,7 +47,9 @@ def _check_node(node: Any) -> None:
 def _check_context(context: Any) -> None:
     """The keys of a container: JSON, or JSON as text."""
     if isinstance(context, dict) and "default_factory_module" in context:
-        if context["default_factory_module"] != "builtins" or context.get("default_factory_name") not in _FACTORIES:
+        name = context.get("default_factory_name")
+        known = context["default_factory_module"] == "builtins" and isinstance(name, str) and name in _FACTORIES
+        if not known:
             raise Forbidden("a defaultdict's factory must be one of " + ", ".join(sorted(_FACTORIES)))
     if isinstance(context, str):
         try:
