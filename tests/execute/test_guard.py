@@ -103,5 +103,5 @@ def test_only_the_first_run_is_held() -> None:
     """Later runs of the plan call the bare kernels."""
     net = ranger_nn.regionalize(Net(), regions=(5, 12))
     step(net)
-    (ready,) = net._ready._items.values()
+    (ready,) = net._ready.values()
     assert ready.tried == {"forward", "backward"}

@@ -26,6 +26,11 @@ class Recent(Generic[T]):
         """How many are kept."""
         return len(self._items)
 
+    def values(self) -> list[T]:
+        """Those that are kept, the one used last at the end."""
+        with self._lock:
+            return list(self._items.values())
+
     def get(self, key: Hashable) -> T | None:
         """The value, which counts as used, or None."""
         with self._lock:
