@@ -174,7 +174,7 @@ class _Walk:
             self._class(x)
         elif isinstance(x, keras.DTypePolicy):
             self.found += (type(x), x.name, x.compute_dtype, x.variable_dtype)
-        elif isinstance(x, APART) or isinstance(x, (ModuleType, BuiltinFunctionType)):
+        elif isinstance(x, (*APART, ModuleType, BuiltinFunctionType)):
             self.found.append(Same(x))
         elif ops.is_tensor(x):  # what a trained one holds is read when the plan runs
             trained = bool(getattr(x, "requires_grad", False))
