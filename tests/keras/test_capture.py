@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -17,6 +19,7 @@ import ranger_nn.keras
 from ranger_nn.bounds.axes import find_axes
 from ranger_nn.errors import CaptureError
 from ranger_nn.keras.capture import Captured, capture
+from ranger_nn.keras.model import regionalize
 from tests.keras.nets import LOCAL, MODELS, Blur, Foreign, chain, shaken
 from tests.keras.regions import captured, check_region, evaluate, inputs_for, whole_error
 
@@ -260,3 +263,69 @@ def test_policies(policy: str) -> None:
         assert found.graph.values[found.outputs[0]].dtype == "float32"
     finally:
         keras.config.set_dtype_policy(before)
+
+
+class Remembering(L.Layer):
+    """Puts what it computes into its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.log = None, []
+
+    def call(self, x: Any) -> Any:
+        self.last = 2.0 * x
+        self.log.append(1)
+        self.new = x
+        return self.last
+
+
+def test_capture_leaves_attributes_alone() -> None:
+    """No symbolic tensor stays behind, in a layer or in a list."""
+    layer = Remembering()
+    model, shape = chain(L.Conv1D(4, 3), layer, shape=(1, 9, 4))
+    layer.last = None
+    del layer.new
+    layer.log.clear()
+    captured(model, inputs_for(model, shape))
+    assert layer.last is None and not hasattr(layer, "new") and not layer.log
+
+
+def test_python_random_numbers_are_not_frozen() -> None:
+    """A layer that draws from NumPy stays whole, and the generator stays where it was."""
+
+    class Depth(L.Layer):
+        def call(self, x: Any) -> Any:
+            return x * float(np.random.rand() < 0.5)
+
+    model, shape = chain(L.Conv1D(4, 3), Depth(), shape=(1, 9, 4))
+    state = np.random.get_state()[2]
+    found = captured(model, inputs_for(model, shape))
+    assert np.random.get_state()[2] == state
+    assert any("NumPy" in node.rule.reason for node in found.graph.nodes)
+
+
+def test_threads_that_meet_new_shapes_and_the_untouched_model() -> None:
+    """Captures and plans of several threads, while another one runs the untouched model."""
+    inputs = keras.Input((None, 3))
+    model = keras.Model(inputs, L.Conv1D(3, 3, padding="same")(L.BatchNormalization()(inputs)))
+    small, x = regionalize(model, regions=(4,)), np.ones((1, 9, 3), "float32")
+    expected, wrong, done = ops.convert_to_numpy(model(x)), [], threading.Event()
+
+    def untouched() -> None:
+        while not done.is_set():
+            if not np.allclose(ops.convert_to_numpy(model(x)), expected, atol=1e-6):
+                wrong.append("untouched")
+
+    def each(rows: int) -> None:
+        given = np.random.default_rng(rows).standard_normal((1, rows, 3)).astype("float32")
+        if not np.allclose(ops.convert_to_numpy(small(given)), ops.convert_to_numpy(model(given)), atol=1e-5):
+            wrong.append(rows)
+
+    with ThreadPoolExecutor(5) as pool:
+        other = pool.submit(untouched)
+        found = [pool.submit(each, rows) for rows in range(9, 13)]
+        for future in found:
+            future.result()
+        done.set()
+        other.result()
+    assert not wrong

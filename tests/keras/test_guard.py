@@ -35,11 +35,18 @@ def damaged(kernel: type, monkeypatch: pytest.MonkeyPatch, harm: Any) -> None:
     monkeypatch.setattr(kernel, "region", other)
 
 
-@pytest.mark.parametrize("harm", [lambda y: y[:, :1], lambda y: ops.concatenate([y, y], 1), lambda y: ops.cast(y, "bfloat16")])
-def test_a_wrong_shape_or_dtype_is_an_error_that_names_node_and_region(harm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "harm", [lambda y: y[:, :1], lambda y: ops.concatenate([y, y], 1), lambda y: ops.cast(y, "bfloat16")]
+)
+def test_a_wrong_shape_or_dtype_is_an_error_that_names_node_and_region(
+    harm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the next operator would stretch it."""
     damaged(kernels_movement.Concatenate, monkeypatch, harm)
-    with pytest.raises(PlanError, match=r"concatenate \(concatenate.*\) gave \(1, .*\) \w+ for \d+ rows from .* of dimension 1, which asks"):
+    with pytest.raises(
+        PlanError,
+        match=r"concatenate \(concatenate.*\) gave \(1, .*\) \w+ for \d+ rows from .* of dimension 1, which asks",
+    ):
         joined()(np.zeros(SHAPE, "float32"))
 
 

@@ -16,7 +16,6 @@ from keras import ops
 import ranger_nn
 from ranger_nn.errors import InputError
 from ranger_nn.keras.identity import identity
-from ranger_nn.keras.model import PLANS
 from tests.keras.regions import apart
 
 SHAPE = (2, 9, 4)
@@ -179,14 +178,19 @@ def test_the_mode_goes_from_layer_to_layer_as_in_keras() -> None:
     assert apart(small(x, training=True), model(x, training=True)) < 1e-6
 
 
-def test_plans_that_are_not_used_go() -> None:
+def test_plans_that_are_not_used_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those used last are kept."""
+    monkeypatch.setattr("ranger_nn.keras.model.PLANS", 3)
     model, x = after(L.LeakyReLU(0.1)), series()
     small = ranger_nn.regionalize(model, regions=(3,))
-    for n in range(PLANS + 3):
+    for n in (0, 1, 2, 0, 3):
         model.layers[-1].negative_slope = n / 100.0
         small.plan_for(x)
-    assert len(small._plans.value) == PLANS
+        last = list(small._plans.value)[-2:]
+    assert len(small._plans.value) == 3
+    model.layers[-1].negative_slope = 0.0
+    small.plan_for(x)
+    assert list(small._plans.value)[-2:] == last[::-1]
 
 
 def test_activity_regularisers_count_in_training_and_evaluation() -> None:

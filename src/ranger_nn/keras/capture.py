@@ -28,7 +28,7 @@ from ranger_nn.keras.kernels import Fused
 from ranger_nn.keras.lower import Lower, Ref
 from ranger_nn.keras.lowering_layers import regularised
 from ranger_nn.keras.private import get_mask
-from ranger_nn.keras.trace import Untraceable, config_of, own_mode, reason_of
+from ranger_nn.keras.trace import Untraceable, config_of, draw_again, drawn_so_far, own_mode, reason_of
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,14 @@ def _lower_model(lower: Lower, model: Any, inputs: Any, training: Any) -> tuple[
     with _explained(model, inputs):
         if not model.built:
             model(inputs)
-    before = [private.recorded(op) for op in _operations(model)]
+    before, drawn = [private.recorded(op) for op in _operations(model)], drawn_so_far()
     try:
         with private.as_they_were(private.layers_of(model)), _explained(model, inputs):
             return _layer(lower, model, inputs, training)
     finally:
         for each in before:
             private.forget(*each)
+        draw_again(drawn)
 
 
 def _layer(lower: Lower, model: Any, inputs: Any, training: Any) -> tuple[list[Any], Any]:

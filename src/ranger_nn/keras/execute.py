@@ -57,7 +57,9 @@ class Runner:
     def _whole(self, k: int, known: dict[int, Any]) -> None:
         node = self.graph.nodes[k]
         found = node.kernel.whole(*[known[v] for v in node.inputs])
-        known |= zip(node.outputs, held_whole(self.graph, node, found if len(node.outputs) > 1 else (found,)), strict=True)
+        known |= zip(
+            node.outputs, held_whole(self.graph, node, found if len(node.outputs) > 1 else (found,)), strict=True
+        )
 
     def _in_one(self, nodes: Sequence[int], sinks: set[int], known: dict[int, Any]) -> None:
         last = {v: k for k in nodes for v in self.graph.nodes[k].inputs}
@@ -91,7 +93,9 @@ class Sweep:
         for call in self.lifts:
             node = self.graph.nodes[call.node]
             count = _entries(node.kernel)
-            results |= zip(node.outputs, held_whole(self.graph, node, [node.kernel.finish(tuple(rest[:count]))]), strict=True)
+            results |= zip(
+                node.outputs, held_whole(self.graph, node, [node.kernel.finish(tuple(rest[:count]))]), strict=True
+            )
             rest = rest[count:]
         return results
 

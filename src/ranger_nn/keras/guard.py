@@ -45,7 +45,9 @@ def held_whole(graph: Graph, node: Node, found: Sequence[Any]) -> Sequence[Any]:
     for v, y in zip(node.outputs, found, strict=True):
         value = graph.values[v]
         if not matches(y, value.shape, value.dtype):
-            raise (_undeclared if isinstance(node.kernel, Opaque) else _mismatch)(node, y, "the whole", value.shape, value.dtype)
+            raise (_undeclared if isinstance(node.kernel, Opaque) else _mismatch)(
+                node, y, "the whole", value.shape, value.dtype
+            )
     return found
 
 

@@ -27,11 +27,30 @@ from keras import ops
 from ranger_nn.keras import private
 
 LIBRARIES = frozenset(sys.stdlib_module_names) | {
-    *("keras", "tensorflow", "jax", "jaxlib", "torch", "numpy", "ml_dtypes", "optree", "scipy", "h5py", "flax", "ranger_nn"),
+    *(
+        "keras",
+        "tensorflow",
+        "jax",
+        "jaxlib",
+        "torch",
+        "numpy",
+        "ml_dtypes",
+        "optree",
+        "scipy",
+        "h5py",
+        "flax",
+        "ranger_nn",
+    ),
 }
 """Packages whose classes and functions do not change; what users patch in them is looked for where they do: at `call`."""
 
-APART = (keras.optimizers.Optimizer, keras.Metric, keras.Loss, keras.initializers.Initializer, keras.random.SeedGenerator)
+APART = (
+    keras.optimizers.Optimizer,
+    keras.Metric,
+    keras.Loss,
+    keras.initializers.Initializer,
+    keras.random.SeedGenerator,
+)
 """Objects that no capture reads, or whose state is in Variables."""
 
 
@@ -69,7 +88,7 @@ class _Walk:
     """One walk: `found` grows by marks that could not be confused."""
 
     def __init__(self) -> None:
-        self.found: list[Hashable] = []
+        self.found: list[Any] = []
         self.seen: dict[int, int] = {}
 
     def visit(self, x: Any) -> None:
@@ -99,7 +118,7 @@ class _Walk:
         if x.dtype.hasobject:
             self.found.append(Same(x))
             return
-        self.found += ("array", x.shape, str(x.dtype), hashlib.blake2b(np.ascontiguousarray(x).view(np.uint8)).digest())
+        self.found += ("array", x.shape, str(x.dtype), hashlib.blake2b(x.tobytes()).digest())
 
     def _object(self, x: Any) -> None:
         self.seen[id(x)] = len(self.seen)
@@ -155,7 +174,7 @@ class _Walk:
             self._class(x)
         elif isinstance(x, keras.DTypePolicy):
             self.found += (type(x), x.name, x.compute_dtype, x.variable_dtype)
-        elif isinstance(x, APART) or isinstance(x, (ModuleType, BuiltinFunctionType)):
+        elif isinstance(x, (*APART, ModuleType, BuiltinFunctionType)):
             self.found.append(Same(x))
         elif ops.is_tensor(x):  # what a trained one holds is read when the plan runs
             trained = bool(getattr(x, "requires_grad", False))
@@ -230,4 +249,6 @@ def _globals(f: FunctionType) -> Iterator[Any]:
 def _names(code: CodeType) -> tuple[str, ...]:
     """Names in a function's code and in that of the functions that it makes."""
     inner: Callable[[CodeType], tuple[str, ...]] = _names
-    return tuple(dict.fromkeys([*code.co_names, *(n for c in code.co_consts if isinstance(c, CodeType) for n in inner(c))]))
+    return tuple(
+        dict.fromkeys([*code.co_names, *(n for c in code.co_consts if isinstance(c, CodeType) for n in inner(c))])
+    )

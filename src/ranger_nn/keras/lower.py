@@ -195,7 +195,9 @@ class Lower:
             found = self.specs(function, args, kwargs, outs)
         shapes = [tuple(o.shape) for o in found]
         if len(found) != len(outs) or any(not isinstance(n, int) for shape in shapes for n in shape):
-            raise Untraceable(f"uses {getattr(function, '__qualname__', type(function).__name__)}, whose result's size depends on the numbers")
+            raise Untraceable(
+                f"uses {getattr(function, '__qualname__', type(function).__name__)}, whose result's size depends on the numbers"
+            )
         return found
 
     def _like(self, leaf: Any) -> Any:

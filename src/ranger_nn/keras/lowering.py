@@ -234,7 +234,9 @@ def _refuse_hidden(op: Any, name: str, args: Any, kwargs: Any, named: dict[str, 
     sized = name in SIZED_BY_NUMBERS and getattr(op, "size", None) is None
     if sized or (name == "Where" and named.get("x1") is None):
         raise Untraceable(f"uses {name.lower()}, whose result's size depends on the numbers")
-    functions = [x for x in (*tree.flatten((args, kwargs)), *vars(op).values()) if isinstance(x, (FunctionType, MethodType))]
+    functions = [
+        x for x in (*tree.flatten((args, kwargs)), *vars(op).values()) if isinstance(x, (FunctionType, MethodType))
+    ]
     if type(op).__module__.startswith("keras.") and not all(map(_alone, functions)):
         raise Untraceable(f"hands {name.lower()} a function that reads more than its arguments")
 
@@ -244,7 +246,9 @@ def _alone(function: Any) -> bool:
     if isinstance(function, MethodType):
         return False
     held = [cell.cell_contents for cell in function.__closure__ or ()]
-    return all(isinstance(x, (int, float, str, type(None))) or (isinstance(x, FunctionType) and _alone(x)) for x in held)
+    return all(
+        isinstance(x, (int, float, str, type(None))) or (isinstance(x, FunctionType) and _alone(x)) for x in held
+    )
 
 
 def emit_call(call: Call) -> list[Any]:

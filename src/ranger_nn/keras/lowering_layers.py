@@ -176,7 +176,9 @@ def _refusal(layer: Any) -> str | None:
         return "is quantised"
     if private.hooked(layer):
         return "has hooks, which may change what it gives"
-    if "__call__" in {name for cls in type(layer).__mro__ if not cls.__module__.startswith(LIBRARIES) for name in vars(cls)}:
+    if "__call__" in {
+        name for cls in type(layer).__mro__ if not cls.__module__.startswith(LIBRARIES) for name in vars(cls)
+    }:
         return "is not all: its class has a __call__ of its own"
     return None
 

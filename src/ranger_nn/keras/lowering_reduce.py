@@ -156,7 +156,19 @@ ALONG = ("Argsort", "Cumprod", "Cumsum", "Flip", "Nancumprod", "Nancumsum", "Rol
 """Operations that keep the shape; everything where they have no axis."""
 
 OVER = (
-    *("All", "Any", "Argmax", "Argmin", "CountNonzero", "Logsumexp", "Median", "Nanargmax", "Nanargmin", "Nanmax", "Nanmean"),
+    *(
+        "All",
+        "Any",
+        "Argmax",
+        "Argmin",
+        "CountNonzero",
+        "Logsumexp",
+        "Median",
+        "Nanargmax",
+        "Nanargmin",
+        "Nanmax",
+        "Nanmean",
+    ),
     *("Nanmedian", "Nanmin", "Nanprod", "Nanstd", "Nansum", "Nanvar", "Norm", "Prod", "Ptp", "Average"),
 )
 """Operations that leave axes out, or with one index in them."""

@@ -82,7 +82,9 @@ def plan(
     options, model = Options.checked(parse_memory(memory), regions, schedule), _untouched(model)
     shape = isinstance(x, tuple | list) and all(isinstance(n, int) or n is None for n in x)
     if shape and any(n is None or n < 1 for n in x):
-        raise InputError(f"a plan is for one shape, and its sizes are positive integers, the batch's too: got {tuple(x)}")
+        raise InputError(
+            f"a plan is for one shape, and its sizes are positive integers, the batch's too: got {tuple(x)}"
+        )
     given = KerasTensor(tuple(x), dtype=_input_dtype(model)) if shape else x
     with _LOCK:
         return make_rolled(_captured(model, given, training).graph, options, training).plan
@@ -341,7 +343,9 @@ def _check_arguments(model: Regional, args: Sequence[Any], kwargs: dict[str, Any
             f"and mask= by name; got {len(args)} positional arguments and {sorted(kwargs)}. Put several inputs into one list, "
             "as keras.Model([a, b], y) does"
         )
-    wrong = [x for x in tree.flatten([*args, kwargs.get("inputs", ())]) if not hasattr(x, "shape") or not hasattr(x, "dtype")]
+    wrong = [
+        x for x in tree.flatten([*args, kwargs.get("inputs", ())]) if not hasattr(x, "shape") or not hasattr(x, "dtype")
+    ]
     if wrong:
         raise InputError(
             f"{model.name} takes tensors or NumPy arrays, got {type(wrong[0]).__name__}: {str(wrong[0])[:40]!r}. Call "

@@ -120,20 +120,96 @@ def _tensors(x: Any) -> bool:
 
 
 BOOKKEEPING = frozenset(
-    """_allow_non_tensor_positional_args _auto_config _backward_hooks _backward_pre_hooks _buffers _build_shapes_dict _call_context_args _call_has_context_arg
-    _call_has_mask_arg _call_has_training_arg _call_signature _called _compile_config _compile_loss _compile_metrics
-    _compiled_trainable_state _compute_loss_has_training_arg _distribute_strategy _eval_epoch_iterator _forward_hooks_always_called _forward_hooks_with_kwargs
-    _forward_pre_hooks_with_kwargs _inbound_nodes
-    _initial_epoch _input_spec _inputs _inputs_struct _is_full_backward_hook _jax_state _jax_state_synced _jit_compile
-    _layers _load_state_dict_post_hooks _load_state_dict_pre_hooks _lock _loss_ids _loss_tracker _losses _losses_override
-    _metrics _nodes _nodes_by_depth _non_persistent_buffers_set _non_trainable_variables _operations_by_depth
-    _outbound_nodes _outputs _outputs_struct _parameters _parent_path _path _remat_mode _run_eagerly
-    _saved_model_arg_spec _saved_model_inputs_spec _seed_generators _self_name_based_restores
-    _self_saveable_object_factories _self_setattr_tracking _self_unconditional_checkpoint_dependencies
-    _self_unconditional_deferred_dependencies _self_unconditional_dependency_names _self_update_uid _state_dict_hooks
-    _state_dict_pre_hooks _torch_params _tracked _tracker _trainable_variables build built call_signature_parameters
-    compiled history loss name optimizer output_names predict_function quantize steps_per_execution stop_evaluating
-    stop_predicting stop_training test_function train_function training unrolled_steps_per_execution""".split()
+    [
+        "_allow_non_tensor_positional_args",
+        "_auto_config",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_buffers",
+        "_build_shapes_dict",
+        "_call_context_args",
+        "_call_has_context_arg",
+        "_call_has_mask_arg",
+        "_call_has_training_arg",
+        "_call_signature",
+        "_called",
+        "_compile_config",
+        "_compile_loss",
+        "_compile_metrics",
+        "_compiled_trainable_state",
+        "_compute_loss_has_training_arg",
+        "_distribute_strategy",
+        "_eval_epoch_iterator",
+        "_forward_hooks_always_called",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_inbound_nodes",
+        "_initial_epoch",
+        "_input_spec",
+        "_inputs",
+        "_inputs_struct",
+        "_is_full_backward_hook",
+        "_jax_state",
+        "_jax_state_synced",
+        "_jit_compile",
+        "_layers",
+        "_load_state_dict_post_hooks",
+        "_load_state_dict_pre_hooks",
+        "_lock",
+        "_loss_ids",
+        "_loss_tracker",
+        "_losses",
+        "_losses_override",
+        "_metrics",
+        "_nodes",
+        "_nodes_by_depth",
+        "_non_persistent_buffers_set",
+        "_non_trainable_variables",
+        "_operations_by_depth",
+        "_outbound_nodes",
+        "_outputs",
+        "_outputs_struct",
+        "_parameters",
+        "_parent_path",
+        "_path",
+        "_remat_mode",
+        "_run_eagerly",
+        "_saved_model_arg_spec",
+        "_saved_model_inputs_spec",
+        "_seed_generators",
+        "_self_name_based_restores",
+        "_self_saveable_object_factories",
+        "_self_setattr_tracking",
+        "_self_unconditional_checkpoint_dependencies",
+        "_self_unconditional_deferred_dependencies",
+        "_self_unconditional_dependency_names",
+        "_self_update_uid",
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_torch_params",
+        "_tracked",
+        "_tracker",
+        "_trainable_variables",
+        "build",
+        "built",
+        "call_signature_parameters",
+        "compiled",
+        "history",
+        "loss",
+        "name",
+        "optimizer",
+        "output_names",
+        "predict_function",
+        "quantize",
+        "steps_per_execution",
+        "stop_evaluating",
+        "stop_predicting",
+        "stop_training",
+        "test_function",
+        "train_function",
+        "training",
+        "unrolled_steps_per_execution",
+    ]
 )
 """Attributes in which Keras and the back end keep what no `call` reads, or what stands in other attributes as well."""
 

@@ -155,8 +155,8 @@ def trace(layer: Any, args: Any, kwargs: Any, training: Any, known: Container[in
     Raises Untraceable, or what the layer itself raises, where the trace would not be what the layer does.
     """
     updates: list[tuple[Any, Any]] = []
-    context = private.Context(training, _drawn, _draw_again)
-    drawn = _drawn()
+    context = private.Context(training, drawn_so_far, draw_again)
+    drawn = drawn_so_far()
     cast_scope = private.cast_to(layer.compute_dtype) if _mixed(layer) else contextlib.nullcontext()
     with _Scope(), private.calling(context), cast_scope:
         if private.converts_inputs(layer):
@@ -164,7 +164,7 @@ def trace(layer: Any, args: Any, kwargs: Any, training: Any, known: Container[in
         kwargs = with_training(layer, kwargs, training)
         result = _symbolic(layer, updates).call(*args, **kwargs)
     if not _as_drawn(drawn):
-        _draw_again(drawn)
+        draw_again(drawn)
         raise Untraceable("draws from a generator of Python's or NumPy's, which a graph would do once and for all")
     leaves = tree.flatten(result)
     for leaf in tree.flatten((args, kwargs)):
@@ -175,21 +175,25 @@ def trace(layer: Any, args: Any, kwargs: Any, training: Any, known: Container[in
             raise Untraceable("gives something that does not depend on its inputs")
     roots = [leaf for leaf in leaves if leaf is not None] + [value for _, value in updates]
     roots += [get_mask(leaf) for leaf in leaves if get_mask(leaf) is not None]
-    calls = [(n, private.mode_of(context, n) if isinstance(n.operation, keras.Layer) else None) for n in _recorded(known, roots)]
+    calls = [
+        (n, private.mode_of(context, n) if isinstance(n.operation, keras.Layer) else None)
+        for n in _recorded(known, roots)
+    ]
     return Traced(calls, result, updates)
 
 
-def _drawn() -> tuple[Any, Any]:
+def drawn_so_far() -> tuple[Any, Any]:
     """State of the generators that a `call` may draw from without Keras."""
     return random.getstate(), np.random.get_state()
 
 
 def _as_drawn(before: tuple[Any, Any]) -> bool:
-    now = _drawn()
+    now = drawn_so_far()
     return bool(now[0] == before[0] and all(np.array_equal(a, b) for a, b in zip(now[1], before[1], strict=True)))
 
 
-def _draw_again(before: tuple[Any, Any]) -> None:
+def draw_again(before: tuple[Any, Any]) -> None:
+    """Set the generators back."""
     random.setstate(before[0])
     np.random.set_state(before[1])
 
