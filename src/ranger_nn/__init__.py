@@ -11,6 +11,7 @@ from ranger_nn import errors
 from ranger_nn.errors import (
     BudgetError,
     CaptureError,
+    GradientError,
     InputError,
     LayerError,
     MissingExtraError,
@@ -38,6 +39,7 @@ __all__ = [
     "Blocks",
     "BudgetError",
     "CaptureError",
+    "GradientError",
     "GraphParts",
     "Grid",
     "InputError",

@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.parameter import is_lazy
 
+from ranger_nn.errors import InputError
 from ranger_nn.torch.twin import LARGEST, plain
 
 SMALL = 64
@@ -146,6 +148,11 @@ class Walk:
     def _state(self, t: Tensor | None) -> None:
         if t is None:
             self._values.append(None)
+        elif is_lazy(t):
+            raise InputError(
+                "a lazy module has parameters without a shape yet: call the untouched module once, with an input of the usual "
+                "shape, before the regional one."
+            )
         elif id(t) in self._registered:
             self._tensor(t)
             self.trained |= t.requires_grad
@@ -309,14 +316,19 @@ def token(x: Any) -> Any:
 
 def settings(device: torch.device) -> Any:
     """What a graph depends on in PyTorch itself, for this thread."""
-    autocast = torch.is_autocast_enabled(device.type)
     return (
         torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.get_autocast_dtype(device.type) if autocast else None,
+        autocast_dtype(device),
         torch.get_default_dtype(),
         torch.get_default_device(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.mkldnn.enabled,
         torch.backends.mha.get_fastpath_enabled(),
     )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on the device, None where it is off or unknown there."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)

@@ -25,7 +25,7 @@ from ranger_nn.planning.search import Options, Planned, make_plan
 from ranger_nn.torch.capture import Captured, capture
 from ranger_nn.torch.engine import TorchEngine
 from ranger_nn.torch.function import Run
-from ranger_nn.torch.identity import Identity, settings
+from ranger_nn.torch.identity import Identity, autocast_dtype, settings
 from ranger_nn.torch.inputs import check_call, check_gradient_hooks, check_model, leaf_key, stand_in
 from ranger_nn.torch.layout import in_strides
 from ranger_nn.torch.recent import Recent
@@ -224,8 +224,10 @@ class Regional(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the untouched module."""
-        if _exported(args):
+        if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):
             return self.module(*args, **kwargs)
+        if any(isinstance(x, Proxy) for x in args):  # torch.fx knows no module but those of the tree
+            return self.module.forward(*args, **kwargs)
         return _by_regions(self, args, kwargs)
 
     # ---- preparation --------------------------------------------------------------------------------------
@@ -253,8 +255,8 @@ class Regional(nn.Module):
         planned = make_plan(captured.graph, self._options, grad)
         engine = TorchEngine(planned.graph, device, captured.strides)
         backward = bind(planned.backward.instructions, engine) if planned.backward is not None else None
-        amp = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        ready = Ready(captured, planned, engine, bind(planned.forward.instructions, engine), backward, amp)
+        forward = bind(planned.forward.instructions, engine)
+        ready = Ready(captured, planned, engine, forward, backward, autocast_dtype(device))
         if self._verify:
             verify_small(self, leaves, spec, grad)
         return ready
@@ -324,10 +326,3 @@ def _by_regions(regional: Regional, args: tuple[Any, ...], kwargs: dict[str, Any
         outputs = dict(zip(graph.outputs, Run.apply(regional, ready, *tensors), strict=True))
     external = dict(zip(ready.captured.sources, tensors, strict=True))
     return ready.captured.rebuild([outputs[v] if v in outputs else external[v] for v in ready.captured.output_values])
-
-
-def _exported(args: tuple[Any, ...]) -> bool:
-    """True where the call is recorded for a file or another tool: operators of the untouched module, not of regions."""
-    if torch.compiler.is_exporting():
-        return True
-    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or any(isinstance(x, Proxy) for x in args))

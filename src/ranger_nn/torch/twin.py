@@ -13,7 +13,7 @@ import enum
 import functools
 import types
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,8 +187,7 @@ class Twin:
 
 def plain(x: Any) -> bool:
     """An object of a Python class that holds nothing but its `__dict__`, and that nothing happens to when it goes."""
-    cls: Hashable = type(x)
-    return _plain_class(cls) and isinstance(getattr(x, "__dict__", None), dict)
+    return _plain_class(cast("Hashable", type(x))) and isinstance(getattr(x, "__dict__", None), dict)
 
 
 @functools.lru_cache(maxsize=1024)  # more classes than a model has
