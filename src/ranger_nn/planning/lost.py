@@ -6,7 +6,7 @@ is not now, and depends on it, is lost. Enter at `lost`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ranger_nn.bounds.axes import Axis, find_axes
@@ -67,7 +67,7 @@ def _matched(shape: tuple[int, ...], out: tuple[int, ...]) -> tuple[Link | None,
     return tuple(row)
 
 
-def _after(graph: Graph, k: int) -> Collection[int]:
+def _after(graph: Graph, k: int) -> set[int]:
     """Nodes that depend on node k."""
     reached = set(graph.nodes[k].outputs)
     found = set()

@@ -108,7 +108,8 @@ def _pick(function: Callable[..., Any], n: int) -> Callable[..., Tensor]:
 
 def results_read(op: Operator) -> set[int]:
     """Which of several results somebody reads."""
-    return {int(user.args[1]) for user in op.node.users if user.target is operator.getitem and user.users}
+    picked = [user.args[1] for user in op.node.users if user.target is operator.getitem and user.users]
+    return {n for n in picked if isinstance(n, int)}
 
 
 def lower_reduction(op: Operator) -> Any:
@@ -220,7 +221,7 @@ def lower_index(op: Operator) -> Any:
     x, given = op.arg("self"), op.arguments["indices"]
     indices = [None if i is None else i.index for i in given]
     places = [d for d, v in enumerate(indices) if v is not None]
-    tensors = [indices[d] for d in places]
+    tensors: list[int] = [v for v in indices if v is not None]
     function, inputs = op.call()
     whole = any(op.lower.values[v].dtype in ("bool", "uint8") for v in tensors)
     if whole or not places or inputs != [x, *tensors] or _table(op, x):
