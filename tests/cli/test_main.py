@@ -145,11 +145,11 @@ def test_several_inputs_and_outputs(tmp_path, capsys):
     model = "tests.cli.models:TwoOutputs"
     assert call("run", model, SHAPE, SHAPE, "-o", tmp_path / "o.tif", "--json") == 0
     assert [os.path.basename(f) for f in json.loads(capsys.readouterr().out)["files"]] == [
-        "o-0.tif",
-        "o-1.tif",
+        "o-deep.tif",
+        "o-plain.tif",
     ]
-    assert read_image(tmp_path / "o-0.tif").shape == (5, 40, 56)
-    assert read_image(tmp_path / "o-1.tif").shape == (3, 40, 56)
+    assert read_image(tmp_path / "o-deep.tif").shape == (5, 40, 56)
+    assert read_image(tmp_path / "o-plain.tif").shape == (3, 40, 56)
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("float64", np.float64), ("bfloat16", np.float32)])

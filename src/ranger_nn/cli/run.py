@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
         commands,
         "run",
         "apply a model to an input and write its output",
-        "Several outputs are written to numbered files. The output appears whole or not at all. An input in a file "
+        "Several outputs are written to files with a number each, or a key of the dictionary. The output appears whole or not at all. An input in a file "
         "is read, and the output written, region by region; after a crash the same command goes on where it stopped.",
         run,
     )
