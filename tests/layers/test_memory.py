@@ -94,7 +94,11 @@ SAME: dict[str, Make] = {
     "norm": lambda: cnn(nn.BatchNorm2d(4), nn.ReLU()),
     "norm first": lambda: nn.Sequential(nn.BatchNorm2d(2), cnn()),
     "three norms": lambda: cnn(
-        nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.BatchNorm2d(4, affine=False)
+        nn.BatchNorm2d(4),
+        nn.GELU(),
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.BatchNorm2d(4, affine=False),
     ),
     "branches": lambda: cnn(Branches()),
     "without running statistics": lambda: cnn(nn.BatchNorm2d(4, track_running_stats=False)),
