@@ -209,6 +209,11 @@ class RegionalAggregator(nn.Module):
         if self.allowed is None:
             works = [_Cut(self, layout, g) for g in groups]
             return [Result(w.group.ids, w.run(cut(x, layout, w.group))) for w in works]
+        if torch.compiler.is_exporting():
+            raise PartitionError(
+                "memory= is a loop with a backward of its own, which no exported program holds: set layer.allowed = None "
+                "before the export, or make the layer without memory"
+            )
         return self._looped(x, layout)
 
     @torch.compiler.disable
