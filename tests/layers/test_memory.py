@@ -94,7 +94,11 @@ SAME: dict[str, Make] = {
     "norm": lambda: cnn(nn.BatchNorm2d(4), nn.ReLU()),
     "norm first": lambda: nn.Sequential(nn.BatchNorm2d(2), cnn()),
     "three norms": lambda: cnn(
-        nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.BatchNorm2d(4, affine=False)
+        nn.BatchNorm2d(4),
+        nn.GELU(),
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.BatchNorm2d(4, affine=False),
     ),
     "branches": lambda: cnn(Branches()),
     "without running statistics": lambda: cnn(nn.BatchNorm2d(4, track_running_stats=False)),
@@ -392,3 +396,16 @@ def test_the_input_is_not_written(two: None) -> None:
     before = x.clone()
     RegionalAggregator(TimeSlices(2), "sum", local=nn.ELU(inplace=True), memory="1MB")(x)
     assert torch.equal(x, before)
+
+
+def test_integers_are_averaged_as_fractions() -> None:
+    """Weights below one would all round to zero."""
+    x = torch.arange(12).reshape(1, 6, 2)
+    y = RegionalAggregator(TimeSlices(3), "weighted_mean")(x)
+    torch.testing.assert_close(y, x.double().reshape(1, 3, 2, 2).mean(1))
+
+
+def test_parts_of_an_exported_program() -> None:
+    layer = RegionalAggregator(TimeSlices(2), "sum", memory="1MB").eval()
+    with pytest.raises(PartitionError, match="allowed = None"):
+        torch.export.export(layer, (torch.randn(2, 6, 4),))

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ranger_nn.errors import PartitionError
+
 State = tuple[Any, ...]
 
 
@@ -69,6 +71,11 @@ class Extremum:
 
     sign: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse what would scale the result."""
+        if self.sign not in (1, -1):
+            raise PartitionError(f"the sign of an extremum is 1 (maximum) or -1 (minimum); got {self.sign!r}")
+
     def empty(self, xp: Any, like: Any) -> State:
         """Minus infinity, attained by nothing."""
         return xp.zeros_like(like) - float("inf"), xp.zeros_like(like)
@@ -95,6 +102,11 @@ class Moments:
     """Mean and variance (divided by n - correction)."""
 
     correction: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no correction."""
+        if not isinstance(self.correction, int | float) or not 0 <= self.correction < float("inf"):
+            raise PartitionError(f"the correction of moments is a number, 0 or more; got {self.correction!r}")
 
     def empty(self, xp: Any, like: Any) -> State:
         """Zero of both."""

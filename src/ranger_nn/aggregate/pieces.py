@@ -79,9 +79,20 @@ class Concat(_Pieces):
 
     axis: int = -1
 
+    def __post_init__(self) -> None:
+        """Refuse what is no axis."""
+        if isinstance(self.axis, bool) or not isinstance(self.axis, int):
+            raise PartitionError(f"the axis of concat is an integer, -1 for the features; got {self.axis!r}")
+
     def finish(self, xp: Any, state: Pieces) -> Any:
         """Concatenated in the order of the regions."""
-        return xp.concat(self.ordered(state), axis=self.axis)
+        pieces = self.ordered(state)
+        rank = len(pieces[0].shape)
+        if not -rank <= self.axis < rank:
+            raise PartitionError(
+                f"concat joins along axis {self.axis}; results of shape {tuple(pieces[0].shape)} have {rank}"
+            )
+        return xp.concat(pieces, axis=self.axis)
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,11 @@ class Call(_Pieces):
     """A callable that takes the list of the regions' results, in their order."""
 
     function: Callable[[list[Any]], Any]
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be called."""
+        if not callable(self.function):
+            raise PartitionError(f"Call takes a callable of the list of results; got {self.function!r}")
 
     def finish(self, state: Pieces) -> Any:
         """What the callable makes of them."""

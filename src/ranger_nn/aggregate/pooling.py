@@ -66,9 +66,16 @@ class WeightedMean:
                     f"got {self.weights!r}{nearest(self.weights, WEIGHTS)}"
                 )
             return
-        object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
-        if not all(w >= 0 for w in self.weights) or not any(w > 0 for w in self.weights):
-            raise PartitionError(f"weights of a weighted mean are at least 0, and not all 0; got {self.weights}")
+        try:
+            object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
+        except (TypeError, ValueError) as error:
+            raise PartitionError(
+                f"weights of a weighted mean are {', '.join(WEIGHTS)} or numbers; got {self.weights!r}"
+            ) from error
+        if not all(0 <= w < float("inf") for w in self.weights) or not any(w > 0 for w in self.weights):
+            raise PartitionError(
+                f"weights of a weighted mean are finite, at least 0, and not all 0; got {self.weights}"
+            )
 
     def empty(self, xp: Any, like: Any) -> State:
         """No weight."""
@@ -107,8 +114,8 @@ class Softmax:
         """Refuse a gate without a hidden width."""
         if self.gated and self.hidden is None:
             raise PartitionError("a gated softmax needs a hidden width; for example Softmax(hidden=128, gated=True)")
-        if self.hidden is not None and self.hidden < 1:
-            raise PartitionError(f"the hidden width of a softmax is at least 1; got {self.hidden}")
+        if self.hidden is not None and (not isinstance(self.hidden, int) or self.hidden < 1):
+            raise PartitionError(f"the hidden width of a softmax is an integer, at least 1; got {self.hidden!r}")
 
     def empty(self, xp: Any, like: Any) -> State:
         """No score."""

@@ -76,6 +76,12 @@ def positive(name: str, values: Sequence[int]) -> None:
             raise PartitionError(f"{name} must be positive integers; got {v!r} in {tuple(values)}; for example 2 or 4")
 
 
+def check_axes(axes: Sequence[int]) -> None:
+    """Refuse what is no axis, and an axis that is named twice."""
+    if any(isinstance(a, bool) or not isinstance(a, int) for a in axes) or len(set(axes)) < len(axes):
+        raise PartitionError(f"axes are different integers, such as (2, 3) or (-2, -1); got {tuple(axes)}")
+
+
 def widened(own: Interval, overlap: int, size: int) -> Interval:
     """What a region reads: its own elements and `overlap` more on either side, inside the axis."""
     return max(0, own[0] - overlap), min(size, own[1] + overlap)

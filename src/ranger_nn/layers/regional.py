@@ -75,6 +75,8 @@ class Layout:
                 f"{tuple(named)} to cut. Give axes=..., or another partition"
             )
         axes = tuple(a % len(shape) for a in named)
+        if len(set(axes)) < len(axes):
+            raise PartitionError(f"each axis is cut once; axes {named} of shape {tuple(shape)} name one of them twice")
         if 0 in axes:
             raise PartitionError(f"axis 0 of shape {tuple(shape)} is the batch and is not cut; got axes {axes}")
         sizes = [shape[a] for a in axes]

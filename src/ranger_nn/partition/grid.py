@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from ranger_nn.core.reach import Interval
-from ranger_nn.core.region import Region, by_length, even, positive, widened
+from ranger_nn.core.region import Region, by_length, check_axes, even, positive, widened
 from ranger_nn.errors import PartitionError
 from ranger_nn.names import nearest
 
@@ -60,7 +60,10 @@ class Grid:
             raise PartitionError(f"a Grid cuts one to three axes; got {len(given)} in {given}")
         if axes is not None and len(axes) != len(given):
             raise PartitionError(f"axes must name one axis for each of {given}; got {tuple(axes)}")
-        if isinstance(overlap, bool) or overlap < 0 or (isinstance(overlap, float) and overlap > 1):
+        if axes is not None:
+            check_axes(axes)
+        number = isinstance(overlap, int | float) and not isinstance(overlap, bool)
+        if not number or not overlap >= 0 or (isinstance(overlap, float) and overlap > 1):
             raise PartitionError(f"overlap is a number of elements, or a share from 0.0 to 1.0; got {overlap!r}")
         if window is not None and window not in WINDOWS:
             raise PartitionError(f"window must be None or one of {WINDOWS}; got {window!r}{nearest(window, WINDOWS)}")

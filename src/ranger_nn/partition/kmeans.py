@@ -41,6 +41,9 @@ class KMeans:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in (("clusters", self.clusters), ("capacity", self.capacity), ("seed", self.seed)):
+            if isinstance(value, bool) or not isinstance(value, int | None):
+                raise PartitionError(f"{name} of KMeans is an integer; got {value!r}")
         if self.clusters < 1:
             raise PartitionError(f"KMeans makes at least 1 region, not clusters={self.clusters}.")
         if self.capacity is not None and not (self.balanced and self.capacity > 0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ranger_nn.core.region import Region, by_length, even, positive, widened
+from ranger_nn.core.region import Region, by_length, check_axes, even, positive, widened
 from ranger_nn.errors import PartitionError
 
 
@@ -38,6 +38,8 @@ class TimeSlices:
         positive("number and length of TimeSlices", [v for v in (self.number, self.length) if v is not None])
         if isinstance(self.overlap, bool) or not isinstance(self.overlap, int) or self.overlap < 0:
             raise PartitionError(f"overlap of TimeSlices is a number of steps, 0 or more; got {self.overlap!r}")
+
+        check_axes([] if self.axis is None else [self.axis])
 
     @property
     def axes(self) -> tuple[int, ...]:

@@ -37,8 +37,7 @@ def looped(
     if layer.locals is not None:
         for i in ids:
             at_once(layer.allowed or 0, layer.locals[i], one, 1, place, layer.compute_dtype)
-        runs = [Recomputed(layer.locals[i])(lambda x, i=i: layer._run(x, [i], training=training), taken[k : k + 1]) for k, i in enumerate(ids)]
-        return ops.concatenate(runs, 0)
+        return ops.concatenate([_again(layer, taken[k : k + 1], [i], training) for k, i in enumerate(ids)], 0)
     network = layer.local if layer.stacked is None else layer.stacked.template.held
     k = at_once(layer.allowed or 0, network, one, len(ids), place, layer.compute_dtype)
     if masks is not None or (layer.stacked is None and has_state(layer.local)):
@@ -53,7 +52,11 @@ def looped(
 
     def local(*given: Any) -> Any:
         *own, part = given
-        return _stateless(layer, own, part, training) if layer.stacked is None else layer.stacked.apply(own, part, training)
+        return (
+            _stateless(layer, own, part, training)
+            if layer.stacked is None
+            else layer.stacked.apply(own, part, training)
+        )
 
     def body(before: Any, given: Any) -> Any:
         # weights go in as arguments: TensorFlow's recomputation does not see variables inside a loop.
@@ -67,12 +70,25 @@ def looped(
     return ops.reshape(y, (len(ids), -1, *y.shape[3:]))
 
 
+def _again(layer: RegionalAggregator, taken: Any, ids: list[int], training: bool) -> Any:
+    """A region through its own network of a list."""
+
+    def run(x: Any) -> Any:
+        return layer._run(x, ids, training=training)
+
+    return Recomputed(layer.locals[ids[0]])(run, taken)  # type: ignore[index]
+
+
 def _one_by_one(layer: RegionalAggregator, taken: Any, ids: list[int], k: int, masks: Any, training: bool) -> Any:
     """A network with state, k regions at a time: not in a loop of the back end, whose steps share what they read."""
-    run, found = Recomputed(layer.local, len(ids) // k), []
+    call, found = Recomputed(layer.local, len(ids) // k), []
     for j in range(0, len(ids), k):
         some = {} if masks is None else {"mask": ops.reshape(masks[j : j + k], (-1, masks.shape[-1]))}
-        found.append(run(lambda x, j=j, some=some: layer._run(x, ids[j : j + k], training=training, **some), taken[j : j + k]))
+
+        def run(x: Any, j: int = j, some: dict[str, Any] = some) -> Any:
+            return layer._run(x, ids[j : j + k], training=training, **some)
+
+        found.append(call(run, taken[j : j + k]))
     return ops.concatenate(found, 0)
 
 
@@ -81,7 +97,9 @@ def _stateless(layer: RegionalAggregator, weights: list[Any], stacked: Any, trai
     ids = list(range(stacked.shape[0]))
     if not weights or layer.local is None:
         return layer._run(stacked, ids, training=training)
-    return applied(layer.local, layer.local.trainable_variables, weights, lambda: layer._run(stacked, ids, training=training))[0]
+    return applied(
+        layer.local, layer.local.trainable_variables, weights, lambda: layer._run(stacked, ids, training=training)
+    )[0]
 
 
 def _weights_of(layer: Any) -> list[Any]:

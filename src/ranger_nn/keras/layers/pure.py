@@ -17,7 +17,9 @@ from ranger_nn.errors import PartitionError
 from ranger_nn.keras.private import layers_of, seeds_of
 
 
-def applied(layer: Any, variables: Sequence[Any], values: Sequence[Any], run: Callable[[], Any]) -> tuple[Any, list[Any]]:
+def applied(
+    layer: Any, variables: Sequence[Any], values: Sequence[Any], run: Callable[[], Any]
+) -> tuple[Any, list[Any]]:
     """What `run` gives where these variables of `layer` have these values, and for each its new value, or None.
 
     Raises:
@@ -77,7 +79,9 @@ class Recomputed:
         """
         changed = [self._variables[i] for i in moved if id(self._variables[i]) not in self._seeds]
         weights = [v for v in changed if v.trainable and keras.backend.backend() != "jax"]
-        if weights:  # on JAX its gradient is that of what was written; elsewhere that of the variable, which is no function
+        if (
+            weights
+        ):  # on JAX its gradient is that of what was written; elsewhere that of the variable, which is no function
             raise PartitionError(
                 f"memory= computes the local network again in backward, and it writes {weights[0].path}, a weight, while it "
                 "runs (as SpectralNormalization does): leave memory out"

@@ -62,8 +62,8 @@ class Stats:
         total = calls[0]
         for one in calls[1:]:
             a, b = (total.mean, total.squares), (one.mean, one.squares)
-            state = Moments().merge(xp, a, b, total.count, one.count)
-            total = Stats(*state, total.count + one.count, total.needs or one.needs)
+            mean, squares = Moments().merge(xp, a, b, total.count, one.count)
+            total = Stats(mean, squares, total.count + one.count, total.needs or one.needs)
         return total
 
     @property
@@ -136,7 +136,7 @@ def depth() -> int:
     return getattr(_loops, "depth", 0)
 
 
-class inside:
+class Inside:
     """Inside one loop more."""
 
     def __enter__(self) -> None:

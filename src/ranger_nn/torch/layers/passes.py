@@ -9,7 +9,7 @@ requires a gradient is found in the graph of each result: parameters, and tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ranger_nn.errors import PartitionError, VerificationError
-from ranger_nn.torch.layers.norms import Enough, Norms, Stats, Sums, inside, sums
+from ranger_nn.torch.layers.norms import Enough, Inside, Norms, Stats, Sums, sums
 from ranger_nn.torch.layers.state import Random, Snapshot, State, same
 
 WAY_OUT = "allow the memory that all regions take at once, or leave memory out"
@@ -85,14 +85,16 @@ class Passes:
     def remembered(self) -> int:
         """Bytes that works hold until backward, besides x and the state."""
         states = {id(s): s for d in self._done for r in d.randoms for s in r if isinstance(s, Tensor)}
-        return sum(t.nbytes for t in states.values()) + sum(p.nbytes for d in self._done for p in d.prints if p is not None)
+        return sum(t.nbytes for t in states.values()) + sum(
+            p.nbytes for d in self._done for p in d.prints if p is not None
+        )
 
     # ------------------------------------------------------------------------------------- forward
 
     def forward(self, works: Sequence[Work], split: bool) -> list[Tensor]:
         """Results; `split`: the works are one call without memory."""
         done = Done(works, split)
-        with inside():
+        with Inside():
             results = self._call(done) if split else [self._alone(done, work) for work in works]
         if self.grad:
             self._done.append(done)
@@ -122,9 +124,7 @@ class Passes:
             _, results = self._pass(done, before, last=calls)
         return results
 
-    def _pass(
-        self, done: Done, before: Snapshot, stop: bool = False, last: int = 0
-    ) -> tuple[int, list[Tensor]]:
+    def _pass(self, done: Done, before: Snapshot, stop: bool = False, last: int = 0) -> tuple[int, list[Tensor]]:
         """Each work once: norms that have no statistics yet take those of the work, and the first of them is noted.
 
         Args:
@@ -148,10 +148,8 @@ class Passes:
             else:
                 self.random.go(done.randoms[k])
             norms = Norms(done.stats, stop)
-            try:
+            with suppress(Enough):
                 results.append(self._noted(done, self._run(work, norms)))
-            except Enough:
-                pass
             met.add(len(done.stats) + 1 if norms.stopped else norms.calls)
             found += norms.found[:1]
             if not norms.calls or last:
@@ -214,7 +212,7 @@ class Passes:
         if not aside:
             return
         self.state.write(before)
-        with inside(), self.random.unmoved():
+        with Inside(), self.random.unmoved():
             work.run(torch.zeros_like(work.take(self.x.detach())))
         again = self.state.put_aside(before, self.state.read())
         for key, value in aside.items():
@@ -230,7 +228,7 @@ class Passes:
         """Gradients of the leaves; that of x is added to `whole`."""
         now, flags = self.state.read(), [t.requires_grad for t in self.leaves]
         totals: list[Tensor | None] = [None] * len(self.leaves)
-        with self.random.unmoved(), torch.enable_grad(), inside(), self._autocast(), _without_hooks(self.leaves):
+        with self.random.unmoved(), torch.enable_grad(), Inside(), self._autocast(), _without_hooks(self.leaves):
             try:
                 wrong = [w for done in self._done for w in self._pull(done, grads, whole, totals)]
             finally:
@@ -245,9 +243,7 @@ class Passes:
             )
         return totals
 
-    def _pull(
-        self, done: Done, grads: list[Tensor], whole: Tensor | None, totals: list[Tensor | None]
-    ) -> list[Tensor]:
+    def _pull(self, done: Done, grads: list[Tensor], whole: Tensor | None, totals: list[Tensor | None]) -> list[Tensor]:
         """One call. Returns for each work whether its result was another."""
         own = [grads.pop(0) for _ in done.works]
         known: dict[int, Sums] = {}

@@ -20,10 +20,11 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor, nn
 
+from ranger_nn.aggregate.monoid import Moments
 from ranger_nn.aggregate.names import aggregator as by_name
 from ranger_nn.aggregate.pieces import Call, Concat, Stitch
-from ranger_nn.aggregate.pooling import Softmax, WeightedMean
-from ranger_nn.errors import PartitionError
+from ranger_nn.aggregate.pooling import LogSumExp, Softmax, WeightedMean
+from ranger_nn.errors import InputError, PartitionError
 from ranger_nn.layers.regional import Group, Layout, Result, piecewise, reduce, without_absent
 from ranger_nn.partition.blocks import Blocks
 from ranger_nn.partition.grid import Grid
@@ -170,6 +171,11 @@ class RegionalAggregator(nn.Module):
             mask: with `KMeans`, (batch,) or (batch, N) bool: False for samples that are absent, which give zero or do
                 not count.
         """
+        if not isinstance(x, Tensor):
+            raise InputError(f"RegionalAggregator takes a torch.Tensor; got {type(x).__name__}. Use torch.as_tensor")
+        for name, given in (("present", present), ("mask", mask)):
+            if given is not None and given.dtype != torch.bool:
+                raise InputError(f"{name} is True for what is there: a bool tensor; got {given.dtype}. Use {name} > 0")
         if self.clusters is not None:
             return clustered(self, self.clusters, x, present, mask)
         if mask is not None:
@@ -183,6 +189,8 @@ class RegionalAggregator(nn.Module):
         over = self.aggregator
         if isinstance(over, Stitch | Concat | Call):
             return piecewise(xp, over, results, layout, present)
+        if isinstance(over, WeightedMean | Softmax | Moments | LogSumExp):
+            results = [Result(r.ids, _fractional(r.y)) for r in results]
         return reduce(xp, over, results, self._weights(without_absent(xp, results, present), layout), present)
 
     def _layout(self, x: Tensor) -> Layout:
@@ -201,6 +209,11 @@ class RegionalAggregator(nn.Module):
         if self.allowed is None:
             works = [_Cut(self, layout, g) for g in groups]
             return [Result(w.group.ids, w.run(cut(x, layout, w.group))) for w in works]
+        if torch.compiler.is_exporting():
+            raise PartitionError(
+                "memory= is a loop with a backward of its own, which no exported program holds: set layer.allowed = None "
+                "before the export, or make the layer without memory"
+            )
         return self._looped(x, layout)
 
     @torch.compiler.disable
@@ -231,7 +244,9 @@ class RegionalAggregator(nn.Module):
             each = [budget(w, x, modules, False) for w in works]
             kept = sum(b.kept for b in each)
             places = [f"part {i} of {self.partition}" for i in range(count)]
-            self._sizes[key] = [at_once(self.allowed or 0, b, lambda n: b, 1, kept, x, p) for b, p in zip(each, places)]
+            self._sizes[key] = [
+                at_once(self.allowed or 0, b, each.__getitem__, 1, kept, x, p) for b, p in zip(each, places)
+            ]
         return [Result([i], y) for i, y in enumerate(rematerialised([[w] for w in works], x, modules, False))]
 
     # --------------------------------------------------------------------------------- clusters
@@ -310,9 +325,7 @@ class RegionalAggregator(nn.Module):
         found = [budget(_Cut(self, layout, Group((r,))), x, modules, self._shared()) for r in each]
         return Budget(max(b.region for b in found), max(b.kept for b in found))
 
-    def _size(
-        self, x: Tensor, layout: Layout, group: Group, modules: list[nn.Module], one: Budget, kept: int
-    ) -> int:
+    def _size(self, x: Tensor, layout: Layout, group: Group, modules: list[nn.Module], one: Budget, kept: int) -> int:
         def several(count: int) -> Budget:
             return budget(_Cut(self, layout, Group(group.regions[:count])), x, modules, self._shared())
 
@@ -434,6 +447,11 @@ class _Score(nn.Module):
         if not hasattr(self, "query"):
             return hidden.squeeze(-1)
         return self.query(hidden if self.gate is None else hidden * self.gate(features)).squeeze(-1)
+
+
+def _fractional(y: Tensor) -> Tensor:
+    """Integers as numbers that weights do not round to zero."""
+    return y if y.is_floating_point() or y.is_complex() else y.to(torch.get_default_dtype())
 
 
 def _tensor(y: Any) -> Tensor:

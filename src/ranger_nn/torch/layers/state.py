@@ -94,8 +94,11 @@ class State:
                 with torch.no_grad():
                     buffer.copy_(numbers)
         for (i, name), parameter in before.parameters.items():
-            if not isinstance(self.modules[i], torch.jit.ScriptModule) and self.modules[i]._parameters.get(name) is not parameter:
-                self.modules[i]._parameters[name] = parameter  # type: ignore[assignment]
+            if (
+                not isinstance(self.modules[i], torch.jit.ScriptModule)
+                and self.modules[i]._parameters.get(name) is not parameter
+            ):
+                self.modules[i]._parameters[name] = parameter
         for module, attributes in zip(self.modules, before.attributes):
             for name in [n for n in module.__dict__ if n not in OWN and n not in attributes]:
                 del module.__dict__[name]
@@ -203,7 +206,7 @@ def modules_in(held: Any) -> list[nn.Module]:
 
 
 def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() or isinstance(t, nn.parameter.UninitializedTensorMixin) else t._version
+    return 0 if t.is_inference() or nn.parameter.is_lazy(t) else t._version
 
 
 def same(a: Any, b: Any) -> bool:
