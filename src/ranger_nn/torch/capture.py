@@ -11,6 +11,7 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -23,32 +24,12 @@ from ranger_nn.core.fuse import fuse
 from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, Node, Rule, Value
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
+from ranger_nn.torch.aliases import block_of, find_aliases, is_block, op_name, running, written
+from ranger_nn.torch.inplace import Writes, functional, lower_on_a_copy, refuse_mutation, same_result
 from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
 from ranger_nn.torch.layout import result_layout
 from ranger_nn.torch.recurrent_ops import whole_recurrences
 
-VIEWS = {
-    "slice",
-    "select",
-    "view",
-    "reshape",
-    "permute",
-    "transpose",
-    "squeeze",
-    "unsqueeze",
-    "expand",
-    "narrow",
-    "flatten",
-    "alias",
-    "detach",
-    "t",
-    "chunk",
-    "split",
-    "split_with_sizes",
-    "unbind",
-    "unflatten",
-    "movedim",
-}
 SAME = {"alias", "contiguous", "lift_fresh_copy", "lift_fresh", "detach_"}
 
 
@@ -78,7 +59,7 @@ class Lower:
         self.no_grad = 0
         self.where = ""
         self.names: dict[str, int] = {}
-        self.bases: dict[int, tuple[int, FxNode]] = {}
+        self.writes: Writes
 
     def value(self, name: str, like: Tensor, kind: str, differentiable: bool) -> int:
         """A new value shaped like `like`."""
@@ -229,15 +210,6 @@ class Ref:
     index: int
 
 
-def functional(target: Any) -> Any:
-    """The operator that gives the result of an in-place one, or the target itself."""
-    schema = target._schema
-    if not schema.is_mutable or not schema.name.endswith("_"):
-        return target
-    packet = getattr(torch.ops.aten, schema.name.split("::")[1][:-1], None)
-    return getattr(packet, target._overloadname, None) if packet is not None else None
-
-
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     """`torch.export`, with an error that names the line where it fails."""
     _refuse_cumulative(model)
@@ -310,24 +282,34 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
         program = export(model, args, kwargs)
     finally:
         torch.set_rng_state(rng)
-    lower = Lower(grad)
-    try:
-        return _lower_program(model, program, lower)
-    except AliasError:
-        program = program.run_decompositions({})
-        return _lower_program(model, program, Lower(grad))
-
-
-class AliasError(Exception):
-    """An in-place write through a view that the simple treatment does not cover."""
+    return _lower_program(model, program, Lower(grad))
 
 
 def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
-    signature = program.graph_signature
-    specs = {s.arg.name: s for s in signature.input_specs if hasattr(s.arg, "name")}
+    aliases = find_aliases(program.graph_module)
+    lower.writes = Writes(lower, aliases, type(model).__name__, partial(_lower_again, lower))
+    inputs = _lower_placeholders(model, program, lower)
+    _lower_nodes(model, program.graph, lower, program.graph_module)
+    leaves = _leaves(program, lower)
+    lower.writes.finish()
+    outputs = [leaf.index for leaf in leaves if isinstance(leaf, Ref)]
+    out_spec = program.call_spec.out_spec
+
+    def rebuild(tensors: list[Any]) -> Any:
+        found = iter(tensors)
+        return pytree.tree_unflatten([next(found) if isinstance(leaf, Ref) else leaf for leaf in leaves], out_spec)
+
+    nodes = lower.writes.live(lower.nodes, set(outputs))
+    for lowered in nodes:
+        lowered.kernel.given = any(v in outputs for v in lowered.outputs)
+    graph = Graph(type(model).__name__, tuple(lower.values), tuple(nodes), tuple(inputs), tuple(dict.fromkeys(outputs)))
+    return Captured(fuse(graph, Fused), lower.sources, rebuild, outputs)
+
+
+def _lower_placeholders(model: nn.Module, program: Any, lower: Lower) -> list[int]:
+    """Values for inputs, parameters, buffers and constants; those of the inputs."""
+    specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
     inputs: list[int] = []
-    user = [s.arg.name for s in signature.input_specs if s.kind.name == "USER_INPUT" and hasattr(s.arg, "name")]
-    mutated = set(signature.user_inputs_to_mutate.values())
     flat_index = 0
     for node in program.graph.nodes:
         if node.op != "placeholder":
@@ -342,56 +324,39 @@ def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
             else:
                 lower.env[node] = Static(like)
             flat_index += 1
-            if node.name in mutated:
-                _refuse_mutation(model, node.name)
-            continue
-        if not isinstance(like, Tensor):
-            lower.env[node] = Static(like)
-            continue
-        if kind in ("PARAMETER", "BUFFER") and (
-            kind == "PARAMETER" or spec.persistent is not False or _has(model, spec.target)
-        ):
-            source = ("state", spec.target)
+        elif isinstance(like, Tensor):
+            _lower_state(model, program, node, spec, lower)
         else:
-            source = ("constant", program.constants[spec.target])
-        trained = kind == "PARAMETER" and _requires_grad(model, spec.target)
-        lower.env[node] = lower.external(
-            node.name, like, PARAMETER if kind == "PARAMETER" else CONSTANT, source, trained
-        )
-    _lower_nodes(model, program.graph, lower, program.graph_module, set(user))
+            lower.env[node] = Static(like)
+        lower.writes.made(node)
+    return inputs
+
+
+def _lower_state(model: nn.Module, program: Any, node: FxNode, spec: Any, lower: Lower) -> None:
+    like, parameter = node.meta["val"], spec.kind.name == "PARAMETER"
+    if parameter or (spec.kind.name == "BUFFER" and (spec.persistent is not False or _has(model, spec.target))):
+        source: tuple[str, Any] = ("state", spec.target)
+        trained = _requires_grad(model, spec.target)
+    else:
+        source = ("constant", program.constants[spec.target])
+        trained = source[1].requires_grad
+    kind = PARAMETER if parameter else CONSTANT
+    lower.env[node] = lower.external(node.name, like, kind, source, trained)
+    lower.writes.hold(node)
+
+
+def _leaves(program: Any, lower: Lower) -> list[Any]:
+    """What forward gives, flat: `Ref`s to values, everything else as it is."""
     last = next(n for n in program.graph.nodes if n.op == "output")
     leaves: list[Any] = []
-    for spec, arg in zip(signature.output_specs, last.args[0], strict=True):
-        if spec.kind.name == "USER_OUTPUT":
-            known = lower.env.get(arg) if isinstance(arg, FxNode) else Static(arg)
-            leaves.append(known if isinstance(known, int) else getattr(known, "value", known))
-            if isinstance(known, int):
-                leaves[-1] = Ref(known)
-        elif spec.kind.name == "BUFFER_MUTATION" and isinstance(arg, FxNode):
-            raise CaptureError(
-                f"{type(model).__name__} writes into its buffer {spec.target!r} through a view: a region-wise program "
-                "cannot repeat that. Update the buffer outside of forward, or in place on the whole buffer."
-            )
-    outputs = [leaf.index for leaf in leaves if isinstance(leaf, Ref)]
-    out_spec = program.call_spec.out_spec
-
-    def rebuild(tensors: list[Any]) -> Any:
-        found = iter(tensors)
-        return pytree.tree_unflatten([next(found) if isinstance(leaf, Ref) else leaf for leaf in leaves], out_spec)
-
-    for lowered in lower.nodes:
-        lowered.kernel.given = any(v in outputs for v in lowered.outputs)
-    graph = Graph(
-        type(model).__name__, tuple(lower.values), tuple(lower.nodes), tuple(inputs), tuple(dict.fromkeys(outputs))
-    )
-    return Captured(fuse(graph, Fused), lower.sources, rebuild, outputs)
-
-
-def _refuse_mutation(model: nn.Module, name: str) -> None:
-    raise InputError(
-        f"{type(model).__name__} writes into its input {name!r} in place: regions read the input more than once, so it "
-        "must stay as it is. Clone it at the start of forward (x = x.clone()), or use the out-of-place operator."
-    )
+    for spec, arg in zip(program.graph_signature.output_specs, last.args[0], strict=True):
+        if spec.kind.name != "USER_OUTPUT":
+            continue
+        if isinstance(arg, FxNode):
+            lower.writes.refresh(arg)
+        known = lower.env.get(arg) if isinstance(arg, FxNode) else Static(arg)
+        leaves.append(Ref(known) if isinstance(known, int) else getattr(known, "value", known))
+    return leaves
 
 
 def _has(model: nn.Module, target: str) -> bool:
@@ -403,32 +368,26 @@ def _has(model: nn.Module, target: str) -> bool:
 
 
 def _requires_grad(model: nn.Module, target: str) -> bool:
+    owner, _, name = target.rpartition(".")
     try:
-        return model.get_parameter(target).requires_grad
+        return bool(getattr(model.get_submodule(owner), name).requires_grad)
     except AttributeError:
         return True
 
 
-def _lower_nodes(model: nn.Module, graph: Any, lower: Lower, owner: nn.Module, user: set[str]) -> None:
-    from ranger_nn.torch.lowering import lower_operator
-
+def _lower_nodes(model: nn.Module, graph: Any, lower: Lower, owner: nn.Module) -> None:
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         if node.op == "get_attr":
-            found: Any = owner
-            for part in str(node.target).split("."):
-                found = getattr(found, part)
-            if isinstance(found, Tensor):
-                lower.env[node] = lower.external(node.name, found, CONSTANT, ("constant", found), False)
-            else:
-                lower.env[node] = found
+            _lower_attribute(node, lower, owner)
             continue
+        for read in node.all_input_nodes:
+            lower.writes.refresh(read)
         stack = node.meta.get("nn_module_stack") or {}
         lower.where = next(reversed(stack.values()))[0] if stack else ""
-        name = str(node.target)
-        if "wrap_with_set_grad_enabled" in name or "wrap_with_autocast" in name:
-            _inline(model, node, lower, user)
+        if is_block(node):
+            _inline(model, node, lower, owner)
         elif node.target is operator.getitem:
             source = node.args[0]
             known = lower.tuples.get(source)
@@ -438,101 +397,76 @@ def _lower_nodes(model: nn.Module, graph: Any, lower: Lower, owner: nn.Module, u
         elif not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
             lower.env[node] = Static(node.meta.get("val"))
         else:
-            _lower_call(model, node, lower, lower_operator, user)
+            _lower_call(model, node, lower)
+        lower.writes.made(node)
 
 
-def _lower_call(model: nn.Module, node: FxNode, lower: Lower, lower_operator: Any, user: set[str]) -> None:
-    target: Any = node.target
-    mutable = hasattr(target, "_schema") and target._schema.is_mutable
-    base = node.args[0] if node.args else None
-    if mutable and isinstance(base, FxNode) and isinstance(lower.env.get(base), int):
-        kind = lower.values[lower.env[base]].kind
-        if kind == INPUT or _root(base).name in user:
-            _refuse_mutation(model, base.name)
-        if kind in (CONSTANT, PARAMETER):
-            if not _buffer_update(node, lower):
-                raise CaptureError(f"{type(model).__name__} writes in place into {base.name}: {node.format_node()}")
-            return
-    plain = functional(target) if mutable else target
-    if plain is None or (mutable and plain is target and "batch_norm" not in str(target)):
-        raise CaptureError(f"{type(model).__name__}: no functional form of in-place {target}")
-    result = lower_operator(lower, node, plain)
+def _lower_attribute(node: FxNode, lower: Lower, owner: nn.Module) -> None:
+    found: Any = owner
+    for part in str(node.target).split("."):
+        found = getattr(found, part)
+    lower.env[node] = found
+    if isinstance(found, Tensor):
+        lower.env[node] = lower.external(node.name, found, CONSTANT, ("constant", found), found.requires_grad)
+        lower.writes.hold(node)
+
+
+def _lower_call(model: nn.Module, node: FxNode, lower: Lower) -> None:
+    targets, moved = written(node), running(node)
+    if torch.Tag.inplace_view in getattr(node.target, "tags", ()):
+        _lower_inplace_view(model, node, lower, targets)
+        return
+    for target in (*targets, *moved):
+        lower.writes.check(node, target)
+    if not targets:
+        _lower_plain(lower, node, node.target)
+    elif lower.writes.keeps(node):
+        lower.env[node] = lower.env[targets[0]]
+    elif len(targets) > 1 or not isinstance(node.meta["val"], Tensor):
+        raise CaptureError(f"{type(model).__name__}: {node.target} writes into several tensors: {node.format_node()}")
+    elif lower.writes.in_place(targets[0]):
+        _buffer_update(node, lower)
+    else:
+        _lower_write(lower, node, targets[0])
+
+
+def _lower_plain(lower: Lower, node: FxNode, target: Any) -> Any:
+    from ranger_nn.torch.lowering import lower_operator
+
+    result = lower_operator(lower, node, target)
     if isinstance(result, list):
         lower.tuples[node] = result
     lower.env[node] = result
-    if mutable and isinstance(base, FxNode) and not isinstance(result, list):
-        _rebind(base, node, lower)
+    return result
 
 
-def _root(node: FxNode) -> FxNode:
-    while _op(node) in VIEWS | SAME and isinstance(node.args[0], FxNode):
-        node = node.args[0]
-    return node
+def _lower_write(lower: Lower, node: FxNode, target: FxNode) -> None:
+    plain = functional(node.target)
+    if plain is not None and same_result(plain, node):
+        value = _lower_plain(lower, node, plain)
+    else:
+        value = lower_on_a_copy(lower, node)
+    lower.writes.write(target, value)
+    lower.env[node] = lower.env[target]
 
 
-def _op(node: FxNode) -> str:
-    return node.target._schema.name.split("::")[1] if hasattr(node.target, "_schema") else ""
+def _lower_inplace_view(model: nn.Module, node: FxNode, lower: Lower, targets: list[FxNode]) -> None:
+    """`unsqueeze_`, `t_`, `detach_` ...: another view, no other numbers."""
+    plain = functional(node.target)
+    if plain is None:
+        raise CaptureError(f"{type(model).__name__}: no functional form of in-place {node.target}: {node.format_node()}")
+    if any(lower.writes.aliases.canonical(t).op == "placeholder" for t in targets) and op_name(node) != "detach_":
+        refuse_mutation(type(model).__name__, targets[0].name)
+    _lower_plain(lower, node, plain)
 
 
-def _rebind(base: FxNode, node: FxNode, lower: Lower) -> None:
-    """After an in-place write into `base`: every name of the same memory means the new value."""
-    from ranger_nn.torch.lowering import scatter
-
-    written = lower.env[node]
-    names = list(lower.env)
-    if _op(base) not in VIEWS | SAME or base.op == "placeholder":
-        old = lower.env[base]
-        for other in names:
-            if lower.env[other] == old and isinstance(old, int):
-                lower.env[other] = written
-        later = [n for n in _views_of(base) if any(u._sort_key > node._sort_key for u in n.users)]
-        if any(n._sort_key < node._sort_key for n in later):
-            raise AliasError
-        return
-    lower.env[base] = written
-    if not _read_later(base, node):
-        return
-    view = base
-    while _op(view) in VIEWS | SAME:
-        parent = view.args[0]
-        value = scatter(lower, lower.env[parent], lower.env[view], view) if _op(view) not in SAME else lower.env[view]
-        if value is None:
-            raise AliasError
-        old = lower.env[parent]
-        for other in names:
-            if isinstance(old, int) and lower.env[other] == old:
-                lower.env[other] = value
-        siblings = [
-            n
-            for n in parent.users
-            if n is not view
-            and n is not base
-            and _op(n) in VIEWS
-            and n._sort_key < node._sort_key
-            and any(u._sort_key > node._sort_key for u in n.users)
-        ]
-        if siblings:
-            raise AliasError
-        view = parent
+def _lower_again(lower: Lower, node: FxNode) -> None:
+    """A view of a value that has been written since."""
+    inplace = torch.Tag.inplace_view in getattr(node.target, "tags", ())
+    _lower_plain(lower, node, functional(node.target) if inplace else node.target)
 
 
-def _read_later(base: FxNode, node: FxNode) -> bool:
-    """True where memory that `node` writes is read afterwards through another name than `base`."""
-    names = [n for n in (_root(base), *_views_of(_root(base))) if n is not base]
-    return any(u._sort_key > node._sort_key for n in names for u in n.users if u is not node)
-
-
-def _views_of(node: FxNode) -> list[FxNode]:
-    found, todo = [], [node]
-    while todo:
-        for user in todo.pop().users:
-            if _op(user) in VIEWS:
-                found.append(user)
-                todo.append(user)
-    return found
-
-
-def _buffer_update(node: FxNode, lower: Lower) -> bool:
+def _buffer_update(node: FxNode, lower: Lower) -> None:
     """An in-place operator on a buffer: a step with a side effect, run once per forward."""
     call, inputs = closure(lower, node.target, node.args, node.kwargs)
 
@@ -543,29 +477,31 @@ def _buffer_update(node: FxNode, lower: Lower) -> bool:
 
     rule = opaque([lower.shape(i) for i in inputs], "updates a buffer")
     lower.emit("update_buffer", inputs, torch.zeros(1), rule, Opaque(run), random=True, differentiable=False)
-    lower.env[node] = lower.env[node.args[0]]
-    return True
+    lower.env[node] = lower.env[node.args[0]]  # type: ignore[index]
 
 
-def _inline(model: nn.Module, node: FxNode, lower: Lower, user: set[str]) -> None:
-    arguments = list(node.args)
-    position = next(i for i, a in enumerate(arguments) if isinstance(a, FxNode) and a.op == "get_attr")
-    body = lower.env[arguments[position]]
-    grad_off = "set_grad_enabled" in str(node.target) and arguments[0] is False
-    if "wrap_with_autocast" in str(node.target) and not _autocast_off(arguments[:position]):
+def _inline(model: nn.Module, node: FxNode, lower: Lower, owner: nn.Module) -> None:
+    body, given = block_of(node, owner)
+    settings = node.args[: len(node.args) - len(given) - 1]
+    grad_off = "set_grad_enabled" in str(node.target) and settings[0] is False
+    if "wrap_with_autocast" in str(node.target) and not _autocast_off(settings):
         raise CaptureError(
             f"{type(model).__name__} switches autocast on inside of forward: put the autocast block around the call"
         )
     places = [n for n in body.graph.nodes if n.op == "placeholder"]
-    for inner, outer in zip(places, arguments[position + 1 :], strict=True):
+    for inner, outer in zip(places, given, strict=True):
         lower.env[inner] = lower.env[outer] if isinstance(outer, FxNode) else Static(outer)
         if isinstance(outer, FxNode) and outer in lower.tuples:
             lower.tuples[inner] = lower.tuples[outer]
+        lower.writes.made(inner)
     lower.no_grad += grad_off
-    _lower_nodes(model, body.graph, lower, body, user)
+    _lower_nodes(model, body.graph, lower, body)
     lower.no_grad -= grad_off
     last = next(n for n in body.graph.nodes if n.op == "output")
     results = last.args[0] if isinstance(last.args[0], (list, tuple)) else [last.args[0]]
+    for r in results:
+        if isinstance(r, FxNode):
+            lower.writes.refresh(r)
     lower.tuples[node] = [lower.env[r] if isinstance(r, FxNode) else Static(r) for r in results]
     lower.env[node] = lower.tuples[node]
 
