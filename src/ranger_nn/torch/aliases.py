@@ -25,6 +25,12 @@ FRESH = {"lift_fresh_copy", "clone", "empty_like", "zeros_like"}
 DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 """They give their very input where nothing is dropped; the fake ones give a copy."""
 
+GIVES_ITSELF = {
+    *("to", "type_as", "contiguous", "lift_fresh", "flatten", "positive", "real", "conj", "resolve_conj", "resolve_neg"),
+    *("atleast_1d", "atleast_2d", "atleast_3d"),
+}
+"""They give their very argument, gradient and all, where there is nothing to do; other views are tensors of their own."""
+
 
 @dataclass(eq=False)
 class Memory:
@@ -211,12 +217,25 @@ def _view(found: Aliases, node: FxNode) -> None:
     if len({found.memory[a] for a in sources}) > 1:
         for a in sources:
             found.memory[a].unclear = True
-    if sources:
+    if sources and (op_name(node) in DROPOUTS or _itself(node, sources[0])):
+        _name(found, node, sources[0])
+    elif sources:
         found.memory[node], found.parent[node] = found.memory[sources[0]], sources[0]
         for t in tensors:
             found.by_storage[_storage(t)] = found.memory[sources[0]]
     elif isinstance(like, Tensor):
         _fresh(found, node)
+
+
+def _itself(node: FxNode, source: FxNode) -> bool:
+    """Not even a view: the operator gave its very argument."""
+    like, full = node.meta.get("val"), source.meta["val"]
+    return op_name(node) in GIVES_ITSELF and isinstance(like, Tensor) and geometry(like) == geometry(full)
+
+
+def geometry(like: Tensor) -> tuple[Any, ...]:
+    """Where in its storage a tensor lies, and how it is read."""
+    return tuple(like.shape), like.stride(), like.storage_offset(), like.dtype, like.is_conj(), like.is_neg()
 
 
 def _shares(found: Aliases, node: FxNode, source: FxNode, tensors: list[Tensor]) -> bool:

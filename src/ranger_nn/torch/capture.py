@@ -434,6 +434,8 @@ def _lower_plain(lower: Lower, node: FxNode, target: Any) -> Any:
     from ranger_nn.torch.lowering import lower_operator
 
     result = lower_operator(lower, node, target)
+    if lower.no_grad and isinstance(result, int) and node not in lower.writes.aliases.same:
+        result = lower.writes.without_gradient(result, node)  # what is no node of its own: a copy, a view of one shape
     if isinstance(result, list):
         lower.tuples[node] = result
     lower.env[node] = result
@@ -445,9 +447,8 @@ def _lower_write(lower: Lower, node: FxNode, target: FxNode) -> None:
     if plain is not None and same_result(plain, node):
         value = _lower_plain(lower, node, plain)
     else:
-        value = lower_on_a_copy(lower, node)
-    lower.writes.write(target, value)
-    lower.env[node] = lower.env[target]
+        value = lower_on_a_copy(lower, node, plain)
+    lower.env[node] = lower.writes.write(target, value, op_name(node) == "copy_")
 
 
 def _lower_inplace_view(model: nn.Module, node: FxNode, lower: Lower, targets: list[FxNode]) -> None:

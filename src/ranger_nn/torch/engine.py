@@ -70,7 +70,7 @@ class TorchEngine:
         absent = [
             (n, [hi - lo for lo, hi in r.box], getattr(torch, self.graph.values[inputs[n]].dtype))
             for n, r in enumerate(i.reads[: len(inputs)])
-            if not r.parts and r.box
+            if not r.parts
         ]
         if not absent:
             return function

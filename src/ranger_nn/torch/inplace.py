@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from ranger_nn.core.graph import CONSTANT, INPUT, Node
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque, pointwise
-from ranger_nn.torch.aliases import Aliases, Memory, keeps, op_name, written
+from ranger_nn.torch.aliases import Aliases, Memory, geometry, keeps, op_name, written
 from ranger_nn.torch.kernels import Call, Light, Opaque
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Writes:
         if torch._debug_has_internal_overlap(target.meta["val"]) == 1:  # 1: yes
             raise CaptureError(
                 f"{self.model}: {op_name(node)} writes into a tensor of which several elements are one place in memory "
-                f"(expand), as PyTorch refuses too: {node.format_node()}. Clone the tensor before."
+                f"(expand, unfold), so that the order of writes would matter: {node.format_node()}. Clone the tensor before."
             )
 
     def hold(self, root: FxNode) -> None:
@@ -141,19 +141,23 @@ class Writes:
         """A tensor copied onto itself."""
         return keeps(self.aliases, node)
 
-    def write(self, target: FxNode, value: int) -> None:
-        """`target` holds `value` from here on."""
+    def write(self, target: FxNode, value: int, whole: bool = False) -> int:
+        """`target` holds `value` from here on; the value with the gradient that it has. `whole`: of itself nothing."""
         lower, target = self.lower, self.aliases.canonical(target)
         memory = self.aliases.memory[target]
         if self.pending.get(memory, target) is not target:
             with _Spare(self):
                 self._flush(memory)
+        base = lower.env[target]
         if lower.no_grad:
-            value = self._overwrite(lower.env[target], value, target)
+            value = self._overwrite(base, value, target)
+        elif whole and target not in self.aliases.parent and lower.values[base].differentiable:
+            value = self._instead(base, value, target)
         self.version[memory] = self.version.get(memory, 0) + 1
         self._set(target, value)
         if target in self.aliases.parent:
             self.pending[memory] = target
+        return value
 
     def _set(self, node: FxNode, value: int) -> None:
         self.lower.env[node] = value
@@ -163,12 +167,27 @@ class Writes:
         """The numbers of `value` with the gradient of `base`."""
         lower = self.lower
         if not lower.values[base].differentiable:
-            return value
+            return self.without_gradient(value, node)
         shape = lower.shape(base)
+        rule = pointwise([shape, shape], shape)
         with _Grad(lower, True):
-            rule = pointwise([shape, shape], shape)
-            made = lower.emit("overwrite", [base, value], node.meta["val"], rule, Light(_Overwrite.apply))
-        return int(made)
+            return int(lower.emit("overwrite", [base, value], node.meta["val"], rule, Light(_Overwrite.apply)))
+
+    def _instead(self, base: int, value: int, node: FxNode) -> int:
+        """The value; what it was written over gets zeros for a gradient, as from autograd, not none."""
+        lower = self.lower
+        shape = lower.shape(base)
+        rule = pointwise([shape, shape], shape)
+        return int(lower.emit("overwrite", [value, base], node.meta["val"], rule, Light(lambda v, _: v.clone())))
+
+    def without_gradient(self, value: int, node: FxNode) -> int:
+        """The value detached, if it has a gradient."""
+        lower = self.lower
+        if not lower.values[value].differentiable:
+            return value
+        shape = lower.shape(value)
+        rule, kernel = pointwise([shape], shape), Call(torch.detach)
+        return int(lower.emit("detach", [value], node.meta["val"], rule, kernel, alias=0, differentiable=False))
 
     # ---- putting back -------------------------------------------------------------------------------------
 
@@ -203,13 +222,13 @@ class Writes:
     def _invertible(self, below: FxNode, above: FxNode) -> bool:
         from ranger_nn.torch.lowering_inplace import invertible
 
-        return _geometry(below) == _geometry(above) or invertible(self.lower, below, above)
+        return geometry(below.meta["val"]) == geometry(above.meta["val"]) or invertible(self.lower, below, above)
 
     def _inverse(self, below: FxNode, above: FxNode) -> int:
         from ranger_nn.torch.lowering_inplace import inverse
 
         env = self.lower.env
-        if _geometry(below) == _geometry(above):
+        if geometry(below.meta["val"]) == geometry(above.meta["val"]):
             return int(env[below])
         return inverse(self.lower, below, above, env[above], env[below])
 
@@ -310,11 +329,6 @@ def _plain(like: Tensor) -> tuple[Any, ...]:
     return like.dtype, like.is_conj(), like.is_neg()
 
 
-def _geometry(node: FxNode) -> tuple[Any, ...]:
-    like = node.meta["val"]
-    return tuple(like.shape), like.stride(), like.storage_offset(), *_plain(like)
-
-
 def _by_strides(like: Tensor, full: Tensor) -> Callable[[Tensor], Tensor]:
     size, stride, offset = like.shape, like.stride(), like.storage_offset() - full.storage_offset()
     return lambda out: out.as_strided(size, stride, offset)
@@ -382,13 +396,13 @@ def on_a_copy(lower: Lower, node: FxNode, target: FxNode) -> tuple[Callable[...,
     return local, [lower.env[leaves[k]] for k in slots]
 
 
-def lower_on_a_copy(lower: Lower, node: FxNode) -> int:
-    """An in-place operator that has no functional form that fits: by regions if it is pointwise, else whole."""
+def lower_on_a_copy(lower: Lower, node: FxNode, plain: Any) -> int:
+    """An in-place operator whose functional form, if any, does not fit: by regions if it is pointwise, else whole."""
     (target,) = written(node)
     function, inputs = on_a_copy(lower, node, target)
     shapes = [lower.shape(i) for i in inputs]
     like, name = node.meta["val"], op_name(node)
-    tags = node.target.tags  # type: ignore[union-attr]
+    tags = (plain or node.target).tags
     out = tuple(int(s) for s in like.shape)
     random = torch.Tag.nondeterministic_seeded in tags
     if torch.Tag.pointwise in tags and not random and all(len(s) <= len(out) for s in shapes):

@@ -771,10 +771,31 @@ def _pixel_unshuffle(op: Operator) -> Any:
 
 @rule("copy")
 def _copy(op: Operator) -> Any:
+    """What `x.copy_(source)` and `x[...] = source` leave: the source in the dtype and shape of `x`."""
     source, dtype = op.arg("src"), op.like.dtype
-    if not isinstance(source, int) or op.shape(source) != op.out:
+    if not isinstance(source, int):
         return None
-    return op.emit([source], pointwise([op.out], op.out), K.Call(lambda x: x.to(dtype)))
+    shape = op.shape(source)
+    like = torch.empty(shape, dtype=dtype, device="meta")
+    if len(shape) > len(op.out):  # leading ones
+        like = torch.empty(shape[len(shape) - len(op.out) :], dtype=dtype, device="meta")
+        region = movement.view(shape, tuple(like.shape))
+        kernel = M.View(shape, tuple(like.shape))
+        source, shape = op.lower.emit("view", [source], like, region, kernel, alias=0), tuple(like.shape)
+    made = op.lower.emit(op.name, [source], like, pointwise([shape], shape), K.Call(lambda x: x.to(dtype)))
+    if shape == op.out:
+        return made
+    return op.lower.emit("expand", [made], op.like, pointwise([shape], op.out), M.Expand(), alias=0)
+
+
+@rule("fill", "zero")
+def _fill(op: Operator) -> Any:
+    """Nothing of the tensor but its shape: its own zeros plus a number (whole where that is a tensor of the graph)."""
+    x, value = op.arg("self"), op.arg("value", 0)
+    if op.name == "fill" and any(isinstance(a, Ref) for k, a in op.arguments.items() if k == "value"):
+        region = pointwise([op.out, op.shape(value)], op.out)
+        return op.emit([x, value], region, K.Call(lambda t, v: torch.zeros_like(t) + v.to(t.dtype)))
+    return op.emit([x], pointwise([op.out], op.out), K.Call(lambda t: torch.full_like(t, value)))
 
 
 @rule("prelu")
