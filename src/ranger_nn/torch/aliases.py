@@ -56,6 +56,7 @@ class Aliases:
     parent: dict[FxNode, FxNode] = field(default_factory=dict)
     same: dict[FxNode, FxNode] = field(default_factory=dict)
     by_storage: dict[int, Memory] = field(default_factory=dict)
+    norms: list[list[Memory]] = field(default_factory=list)
 
     def canonical(self, node: FxNode) -> FxNode:
         """The first name of the very tensor."""
@@ -116,6 +117,11 @@ def find_aliases(module: nn.Module) -> Aliases:
     """The memory of all names of a traced module, blocks inside of it included."""
     found = Aliases()
     _walk(found, module)
+    for _ in found.norms:  # what one norm moves is moved in one way, whatever reads a part of it
+        for pair in found.norms:
+            if not all(m.in_place for m in pair):
+                for memory in pair:
+                    memory.read = True
     return found
 
 
@@ -176,9 +182,9 @@ def _call(found: Aliases, node: FxNode) -> None:
     for read in node.all_input_nodes:
         if read in found.memory and read not in norms and not _plain_update(found, node, read, targets):
             _read(found, read)
-    for buffer in norms:
-        if buffer in found.memory:
-            found.memory[buffer].norms += 1
+    found.norms.append([found.memory[n] for n in norms if n in found.memory])
+    for memory in found.norms[-1]:
+        memory.norms += 1
     if targets and torch.Tag.inplace_view not in node.target.tags:  # type: ignore[union-attr]
         for target in targets:
             if target in found.memory and not keeps(found, node):
@@ -236,6 +242,33 @@ def _itself(node: FxNode, source: FxNode) -> bool:
 def geometry(like: Tensor) -> tuple[Any, ...]:
     """Where in its storage a tensor lies, and how it is read."""
     return tuple(like.shape), like.stride(), like.storage_offset(), like.dtype, like.is_conj(), like.is_neg()
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common: sum(stride * step) = distance has a solution.
+
+    Strides are tried from the largest; what the smaller ones can still reach leaves one or two steps to try for each.
+    """
+    if 0 in (a.numel(), b.numel()) or a.dtype != b.dtype:
+        return 0 not in (a.numel(), b.numel())
+    spans: dict[int, tuple[int, int]] = {}
+    for n, s in zip(a.shape, a.stride(), strict=True):
+        low, high = spans.get(s, (0, 0))
+        spans[s] = low, high + int(n) - 1
+    for n, s in zip(b.shape, b.stride(), strict=True):
+        low, high = spans.get(s, (0, 0))
+        spans[s] = low - int(n) + 1, high
+    terms = [(s, *spans[s]) for s in sorted(spans, reverse=True) if s]
+    return _reaches(terms, b.storage_offset() - a.storage_offset())
+
+
+def _reaches(terms: list[tuple[int, int, int]], distance: int) -> bool:
+    if not terms:
+        return distance == 0
+    (stride, low, high), rest = terms[0], terms[1:]
+    least, most = (sum(s * t[k] for s, *t in rest) for k in (0, 1))
+    first, last = max(low, -((most - distance) // stride)), min(high, (distance - least) // stride)
+    return any(_reaches(rest, distance - stride * step) for step in range(first, last + 1))
 
 
 def _shares(found: Aliases, node: FxNode, source: FxNode, tensors: list[Tensor]) -> bool:

@@ -8,6 +8,7 @@ becomes an opaque node that reads whole inputs. Operators and their rules: `torc
 from __future__ import annotations
 
 import operator
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,8 @@ from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, No
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
 from ranger_nn.torch.aliases import block_of, find_aliases, is_block, op_name, running, written
-from ranger_nn.torch.inplace import Writes, functional, lower_on_a_copy, refuse_mutation, same_result
+from ranger_nn.torch.folding import Folding
+from ranger_nn.torch.inplace import Writes, functional, lower_many_on_copies, lower_on_a_copy, refuse_mutation, same_result
 from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
 from ranger_nn.torch.layout import result_layout
 from ranger_nn.torch.recurrent_ops import whole_recurrences
@@ -41,7 +43,26 @@ class Captured:
     sources: dict[int, tuple[str, Any]]
     rebuild: Callable[[list[Any]], Any]
     output_values: list[int | Any]
-    constants: list[Any] = field(default_factory=list)
+    folded: list[tuple[tuple[str, Any], Tensor]] = field(default_factory=list)
+    """Sources of constants of which numbers were taken, and the values that they had then."""
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the constants of which numbers were taken still have these values."""
+        return all(_equal(read_source(model, source), value) for source, value in self.folded)
+
+
+def read_source(model: nn.Module, source: tuple[str, Any]) -> Tensor:
+    """The tensor of a source that is no input."""
+    kind, where = source
+    if kind != "state":
+        return where
+    owner, _, name = where.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(owner), name)
+    return found
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach().to(b.device), b)
 
 
 class Lower:
@@ -210,11 +231,13 @@ class Ref:
     index: int
 
 
-def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+def export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], folding: Folding
+) -> torch.export.ExportedProgram:
     """`torch.export`, with an error that names the line where it fails."""
     _refuse_cumulative(model)
     try:
-        with warnings.catch_warnings(), whole_recurrences():
+        with warnings.catch_warnings(), whole_recurrences(), folding:
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
@@ -227,6 +250,11 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
                 f"{name} is an archive of torch.export for inputs of one size, and refuses {shapes}: {said}. Export it "
                 "again for any size, with torch.export.export(model, (x,), dynamic_shapes=({2: Dim.AUTO, 3: Dim.AUTO},)) "
                 "where Dim is torch.export.Dim."
+            ) from error
+        if "a leaf Variable that requires grad" in said:
+            raise InputError(
+                f"{name} writes in place into an input or a parameter{line}: regions read it more than once, so it must "
+                "stay as it is. Clone it first (x = x.clone()), or use the out-of-place operator."
             ) from error
         if _refuses_input(error):
             raise InputError(
@@ -279,16 +307,51 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     kwargs = kwargs or {}
     rng = torch.get_rng_state()
     try:
-        program = export(model, args, kwargs)
+        folding = Folding(model)
+        program = export(model, args, kwargs, folding)
     finally:
         torch.set_rng_state(rng)
-    return _lower_program(model, program, Lower(grad))
+    _refuse_data_dependent(model, program.graph_module)
+    captured = _lower_program(model, program, Lower(grad), folding)
+    captured.folded = list(folding.folded.values())
+    return captured
 
 
-def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
+def _refuse_data_dependent(model: nn.Module, owner: Any) -> None:
+    """Sizes, or numbers, that only a run can tell: a program decides all of them before it runs."""
+    for node in owner.graph.nodes:
+        if node.op == "get_attr" and hasattr(body := getattr(owner, str(node.target), None), "graph"):
+            _refuse_data_dependent(model, body)
+        likes = [t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
+        numbers = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), SYMBOLS)]
+        if any(isinstance(s, SYMBOLS) for t in likes for s in t.shape) or (likes and numbers):
+            asked = numbers[0] if numbers else node
+            raise CaptureError(
+                f"{type(model).__name__}{_traced_line(asked) or _traced_line(node)}: the result of "
+                f"{op_name(asked) or asked.target} depends on the data that it is given. A program of regions is made "
+                "before it sees data: use torch.where, a mask or a fixed number of elements (topk), or regionalize the "
+                "part of the network before it."
+            )
+
+
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _traced_line(node: FxNode) -> str:
+    """The last line of the user's code in a traced node's stack."""
+    lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    places = [k for k, line in enumerate(lines) if line.strip().startswith("File ") and "/torch/" not in line]
+    if not places:
+        return ""
+    said = lines[places[-1] + 1].strip() if places[-1] + 1 < len(lines) else ""
+    place = re.search(r'"(.*)", line (\d+)', lines[places[-1]])
+    return f" at {place[1]}:{place[2]} ({said})" if place else ""
+
+
+def _lower_program(model: nn.Module, program: Any, lower: Lower, folding: Folding) -> Captured:
     aliases = find_aliases(program.graph_module)
     lower.writes = Writes(lower, aliases, type(model).__name__, partial(_lower_again, lower))
-    inputs = _lower_placeholders(model, program, lower)
+    inputs = _lower_placeholders(model, program, lower, folding)
     _lower_nodes(model, program.graph, lower, program.graph_module)
     leaves = _leaves(program, lower)
     lower.writes.finish()
@@ -306,7 +369,7 @@ def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
     return Captured(fuse(graph, Fused), lower.sources, rebuild, outputs)
 
 
-def _lower_placeholders(model: nn.Module, program: Any, lower: Lower) -> list[int]:
+def _lower_placeholders(model: nn.Module, program: Any, lower: Lower, folding: Folding) -> list[int]:
     """Values for inputs, parameters, buffers and constants; those of the inputs."""
     specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
     inputs: list[int] = []
@@ -325,20 +388,22 @@ def _lower_placeholders(model: nn.Module, program: Any, lower: Lower) -> list[in
                 lower.env[node] = Static(like)
             flat_index += 1
         elif isinstance(like, Tensor):
-            _lower_state(model, program, node, spec, lower)
+            _lower_state(model, program, node, spec, lower, folding)
         else:
             lower.env[node] = Static(like)
         lower.writes.made(node)
     return inputs
 
 
-def _lower_state(model: nn.Module, program: Any, node: FxNode, spec: Any, lower: Lower) -> None:
+def _lower_state(
+    model: nn.Module, program: Any, node: FxNode, spec: Any, lower: Lower, folding: Folding
+) -> None:
     like, parameter = node.meta["val"], spec.kind.name == "PARAMETER"
     if parameter or (spec.kind.name == "BUFFER" and (spec.persistent is not False or _has(model, spec.target))):
         source: tuple[str, Any] = ("state", spec.target)
         trained = _requires_grad(model, spec.target)
     else:
-        source = ("constant", program.constants[spec.target])
+        source = ("constant", folding.very(program.constants[spec.target]))
         trained = source[1].requires_grad
     kind = PARAMETER if parameter else CONSTANT
     lower.env[node] = lower.external(node.name, like, kind, source, trained)
@@ -355,6 +420,8 @@ def _leaves(program: Any, lower: Lower) -> list[Any]:
         if isinstance(arg, FxNode):
             lower.writes.refresh(arg)
         known = lower.env.get(arg) if isinstance(arg, FxNode) else Static(arg)
+        if isinstance(arg, FxNode) and (buffer := lower.writes.buffer(arg)) is not None:
+            known = buffer  # forward gives the buffer itself
         leaves.append(Ref(known) if isinstance(known, int) else getattr(known, "value", known))
     return leaves
 
@@ -394,7 +461,7 @@ def _lower_nodes(model: nn.Module, graph: Any, lower: Lower, owner: nn.Module) -
             if known is None:
                 raise CaptureError(f"cannot follow {node.format_node()}")
             lower.env[node] = known[node.args[1]]
-        elif not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
+        elif not isinstance(node.meta.get("val"), (Tensor, list, tuple)) and not written(node):
             lower.env[node] = Static(node.meta.get("val"))
         else:
             _lower_call(model, node, lower)
@@ -422,8 +489,8 @@ def _lower_call(model: nn.Module, node: FxNode, lower: Lower) -> None:
         _lower_plain(lower, node, node.target)
     elif lower.writes.keeps(node):
         lower.env[node] = lower.env[targets[0]]
-    elif len(targets) > 1 or not isinstance(node.meta["val"], Tensor):
-        raise CaptureError(f"{type(model).__name__}: {node.target} writes into several tensors: {node.format_node()}")
+    elif len(targets) > 1 or not isinstance(node.meta.get("val"), Tensor):
+        lower_many_on_copies(lower, node, targets)
     elif lower.writes.in_place(targets[0]):
         _buffer_update(node, lower)
     else:

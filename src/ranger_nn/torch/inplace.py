@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from ranger_nn.core.graph import CONSTANT, INPUT, Node
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque, pointwise
-from ranger_nn.torch.aliases import Aliases, Memory, geometry, keeps, op_name, written
+from ranger_nn.torch.aliases import Aliases, Memory, geometry, keeps, op_name, overlap, written
 from ranger_nn.torch.kernels import Call, Light, Opaque
 
 if TYPE_CHECKING:
@@ -111,11 +111,23 @@ class Writes:
                 f"{self.model} writes in place into its parameter {memory.root.name}: {node.format_node()}. Regions read "
                 "it more than once, so it must stay as it is: write outside of forward, or into a copy (.clone())."
             )
+        for other in node.all_input_nodes:
+            if other is not target and self._crosses(other, target):
+                raise CaptureError(
+                    f"{self.model}: {op_name(node)} writes into a part of a tensor and reads another part that shares "
+                    f"elements with it: {node.format_node()}. What it gives depends on the order in which they are "
+                    "written. Clone what is read."
+                )
         if torch._debug_has_internal_overlap(target.meta["val"]) == 1:  # 1: yes
             raise CaptureError(
                 f"{self.model}: {op_name(node)} writes into a tensor of which several elements are one place in memory "
                 f"(expand, unfold), so that the order of writes would matter: {node.format_node()}. Clone the tensor before."
             )
+
+    def _crosses(self, other: FxNode, target: FxNode) -> bool:
+        like, full = other.meta.get("val"), target.meta["val"]
+        one = self.aliases.memory.get(other) is self.aliases.memory[target]
+        return one and isinstance(like, Tensor) and geometry(like) != geometry(full) and overlap(like, full)
 
     def hold(self, root: FxNode) -> None:
         """A buffer that is read and written: regions read a copy of what it held before forward."""
@@ -130,6 +142,12 @@ class Writes:
         self.lower.env[root] = self.lower.emit(
             "read_buffer", [value], like, rule, kernel, random=True, differentiable=False
         )
+
+    def buffer(self, node: FxNode) -> int | None:
+        """The buffer that `node` is a name of, if it is one that is read and written."""
+        first = self.aliases.canonical(node)
+        memory = self.aliases.memory.get(first)
+        return self.buffers.get(memory) if memory is not None and memory.root is first else None
 
     def in_place(self, target: FxNode) -> bool:
         """A write into a buffer that may happen where it is met."""
@@ -375,39 +393,46 @@ def same_result(plain: Any, node: FxNode) -> bool:
     return isinstance(result, Tensor) and result.dtype == like.dtype and result.shape == like.shape
 
 
-def on_a_copy(lower: Lower, node: FxNode, target: FxNode) -> tuple[Callable[..., Tensor], list[int]]:
-    """The in-place operator itself on a copy of what it writes into: a function of the tensors, and these."""
+def on_copies(
+    lower: Lower, node: FxNode, targets: list[FxNode]
+) -> tuple[Callable[..., list[Tensor]], list[int]]:
+    """The in-place operator itself on copies of what it writes into: a function of the tensors, and these."""
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs), is_leaf=lambda a: isinstance(a, FxNode))
     slots = [k for k, a in enumerate(leaves) if isinstance(a, FxNode) and isinstance(lower.env.get(a), int)]
     values = [getattr(lower.env.get(a), "value", None) if isinstance(a, FxNode) else a for a in leaves]
     call: Any = node.target
 
-    def local(*xs: Tensor) -> Tensor:
-        filled, out = list(values), None
+    def local(*xs: Tensor) -> list[Tensor]:
+        filled, outs = list(values), {}
         for k, x in zip(slots, xs, strict=True):
-            filled[k] = x
-            if leaves[k] is target:
-                out = filled[k] = x.clone() if out is None else out
+            filled[k] = outs.setdefault(leaves[k], x.clone()) if leaves[k] in targets else x
         args, kwargs = pytree.tree_unflatten(filled, spec)
         call(*args, **kwargs)
-        assert out is not None
-        return out
+        return [outs[t] for t in targets]
 
     return local, [lower.env[leaves[k]] for k in slots]
 
 
 def lower_on_a_copy(lower: Lower, node: FxNode, plain: Any) -> int:
     """An in-place operator whose functional form, if any, does not fit: by regions if it is pointwise, else whole."""
-    (target,) = written(node)
-    function, inputs = on_a_copy(lower, node, target)
+    function, inputs = on_copies(lower, node, written(node))
     shapes = [lower.shape(i) for i in inputs]
     like, name = node.meta["val"], op_name(node)
     tags = (plain or node.target).tags
     out = tuple(int(s) for s in like.shape)
     random = torch.Tag.nondeterministic_seeded in tags
     if torch.Tag.pointwise in tags and not random and all(len(s) <= len(out) for s in shapes):
-        return int(lower.emit(name, inputs, like, pointwise(shapes, out), Call(function)))
-    rule = opaque(shapes, f"{name} has no region rule")
-    return int(
-        lower.emit(name, inputs, like, rule, Opaque(function), random=random, differentiable=not random)
-    )
+        return int(lower.emit(name, inputs, like, pointwise(shapes, out), Call(lambda *xs: function(*xs)[0])))
+    rule, kernel = opaque(shapes, f"{name} has no region rule"), Opaque(lambda *xs: function(*xs)[0])
+    return int(lower.emit(name, inputs, like, rule, kernel, random=random, differentiable=not random))
+
+
+def lower_many_on_copies(lower: Lower, node: FxNode, targets: list[FxNode]) -> None:
+    """An operator that writes into several tensors at once (`_foreach_add_`), whole."""
+    function, inputs = on_copies(lower, node, targets)
+    rule = opaque([lower.shape(i) for i in inputs], f"{op_name(node)} has no region rule")
+    likes = [t.meta["val"] for t in targets]
+    found = lower.emit(op_name(node), inputs, likes, rule, Opaque(function))
+    for target, value in zip(targets, found, strict=True):
+        lower.writes.write(target, value)
+    lower.env[node] = lower.tuples[node] = found

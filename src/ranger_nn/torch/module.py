@@ -120,9 +120,8 @@ class _Run(torch.autograd.Function):
         ctx.kept = slots
         outputs = ready.captured.graph.outputs
         results = tuple(_plain(ready, v, slots[ready.planned.forward.results[v]]) for v in outputs)
-        for v in outputs:
-            if not ready.captured.graph.values[v].differentiable:
-                ctx.mark_non_differentiable(*[r for r in results if not r.is_floating_point()])
+        values = ready.captured.graph.values
+        ctx.mark_non_differentiable(*[r for v, r in zip(outputs, results, strict=True) if not values[v].differentiable])
         return results
 
     @staticmethod
@@ -205,7 +204,7 @@ class Regional(nn.Module):
             by_value = dict(zip(ready.captured.graph.outputs, outs, strict=True))
         external = dict(zip(ready.captured.sources, tensors, strict=True))
         return ready.captured.rebuild(
-            [by_value[v] if by_value.get(v) is not None else external[v] for v in ready.captured.output_values]
+            [external[v] if v in external else by_value[v] for v in ready.captured.output_values]
         )
 
     # ---- preparation --------------------------------------------------------------------------------------
@@ -232,10 +231,10 @@ class Regional(nn.Module):
             tuple((p.dtype, p.device) for p in self.parameters()),
         )
         ready = self._ready.get(key)
-        if ready is None:
+        if ready is None or not ready.captured.holds(self.module):
             with self._lock:
                 ready = self._ready.get(key)
-                if ready is None:
+                if ready is None or not ready.captured.holds(self.module):
                     ready = self._make(leaves, spec, grad, device, amp)
                     self._ready[key] = ready
         return ready, leaves
