@@ -215,7 +215,12 @@ def test_random_programs(data: st.DataObject, grad: bool, regions: tuple[int, in
         wanted = results(model, x, grad)
     except RuntimeError:  # autograd refuses it: a value that backward needs was written
         return
-    found = results(ranger_nn.regionalize(model, regions=regions), x, grad)
+    try:
+        found = results(ranger_nn.regionalize(model, regions=regions), x, grad)
+    except CaptureError as error:
+        if "order" not in str(error):  # of writes into memory that overlaps
+            raise
+        return
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:

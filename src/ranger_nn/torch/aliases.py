@@ -26,7 +26,18 @@ DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropou
 """They give their very input where nothing is dropped; the fake ones give a copy."""
 
 GIVES_ITSELF = {
-    *("to", "type_as", "contiguous", "lift_fresh", "flatten", "positive", "real", "conj", "resolve_conj", "resolve_neg"),
+    *(
+        "to",
+        "type_as",
+        "contiguous",
+        "lift_fresh",
+        "flatten",
+        "positive",
+        "real",
+        "conj",
+        "resolve_conj",
+        "resolve_neg",
+    ),
     *("atleast_1d", "atleast_2d", "atleast_3d"),
 }
 """They give their very argument, gradient and all, where there is nothing to do; other views are tensors of their own."""
@@ -105,7 +116,7 @@ def is_block(node: FxNode) -> bool:
 
 def block_of(node: FxNode, owner: nn.Module) -> tuple[Any, list[Any]]:
     """The body of a block and what is given to it."""
-    arguments = list(node.args)
+    arguments: list[Any] = list(node.args)
     position = next(i for i, a in enumerate(arguments) if isinstance(a, FxNode) and a.op == "get_attr")
     body: Any = owner
     for part in str(arguments[position].target).split("."):
@@ -149,11 +160,11 @@ def _walk_block(found: Aliases, node: FxNode, owner: Any) -> None:
             _name(found, inner, outer)
     _walk(found, body)
     last = next(n for n in body.graph.nodes if n.op == "output")
-    results = last.args[0] if isinstance(last.args[0], (list, tuple)) else [last.args[0]]
+    given_back: Any = last.args[0] if isinstance(last.args[0], (list, tuple)) else [last.args[0]]
     for user in node.users:
-        if user.target is operator.getitem and isinstance(inner := results[user.args[1]], FxNode):
-            if inner in found.memory:
-                _name(found, user, inner)
+        index: Any = user.args[1]
+        if user.target is operator.getitem and given_back[index] in found.memory:
+            _name(found, user, given_back[index])
 
 
 def _name(found: Aliases, node: FxNode, of: FxNode) -> None:
@@ -217,8 +228,7 @@ def _read(found: Aliases, node: FxNode) -> None:
 def _view(found: Aliases, node: FxNode) -> None:
     """The argument in whose memory the result lies, if any."""
     like = node.meta.get("val")
-    many = isinstance(like, (list, tuple))
-    tensors = [t for t in (like if many else [like]) if isinstance(t, Tensor)]
+    tensors = [t for t in pytree.tree_leaves(like) if isinstance(t, Tensor)]
     sources = [a for a in node.all_input_nodes if a in found.memory and _shares(found, node, a, tensors)]
     if len({found.memory[a] for a in sources}) > 1:
         for a in sources:
@@ -259,7 +269,7 @@ def overlap(a: Tensor, b: Tensor) -> bool:
         low, high = spans.get(s, (0, 0))
         spans[s] = low - int(n) + 1, high
     terms = [(s, *spans[s]) for s in sorted(spans, reverse=True) if s]
-    return _reaches(terms, b.storage_offset() - a.storage_offset())
+    return _reaches(terms, int(b.storage_offset()) - int(a.storage_offset()))
 
 
 def _reaches(terms: list[tuple[int, int, int]], distance: int) -> bool:

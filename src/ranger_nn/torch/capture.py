@@ -8,7 +8,9 @@ becomes an opaque node that reads whole inputs. Operators and their rules: `torc
 from __future__ import annotations
 
 import operator
+import os
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,18 +23,30 @@ from torch import Tensor, nn
 from torch.fx import Node as FxNode
 from torch.utils import _pytree as pytree
 
+import ranger_nn
 from ranger_nn.core.fuse import fuse
 from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, Node, Rule, Value
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
 from ranger_nn.torch.aliases import block_of, find_aliases, is_block, op_name, running, written
 from ranger_nn.torch.folding import Folding
-from ranger_nn.torch.inplace import Writes, functional, lower_many_on_copies, lower_on_a_copy, refuse_mutation, same_result
+from ranger_nn.torch.inplace import (
+    Writes,
+    functional,
+    lower_many_on_copies,
+    lower_on_a_copy,
+    refuse_mutation,
+    same_result,
+)
 from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
 from ranger_nn.torch.layout import result_layout
 from ranger_nn.torch.recurrent_ops import whole_recurrences
 
 SAME = {"alias", "contiguous", "lift_fresh_copy", "lift_fresh", "detach_"}
+
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+NOT_THE_USERS = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (torch, ranger_nn))
+"""Folders whose lines an error does not name."""
 
 
 @dataclass
@@ -289,13 +303,7 @@ def _refuses_input(error: BaseException) -> bool:
 
 
 def _user_line(error: BaseException) -> str:
-    import traceback
-
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in f.filename and "ranger_nn" not in f.filename
-    ]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(NOT_THE_USERS)]
     return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
 
 
@@ -334,13 +342,11 @@ def _refuse_data_dependent(model: nn.Module, owner: Any) -> None:
             )
 
 
-SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
-
-
 def _traced_line(node: FxNode) -> str:
     """The last line of the user's code in a traced node's stack."""
     lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
-    places = [k for k, line in enumerate(lines) if line.strip().startswith("File ") and "/torch/" not in line]
+    ours = tuple(f'File "{folder}' for folder in NOT_THE_USERS)
+    places = [k for k, x in enumerate(lines) if x.strip().startswith("File ") and not x.strip().startswith(ours)]
     if not places:
         return ""
     said = lines[places[-1] + 1].strip() if places[-1] + 1 < len(lines) else ""
@@ -395,9 +401,7 @@ def _lower_placeholders(model: nn.Module, program: Any, lower: Lower, folding: F
     return inputs
 
 
-def _lower_state(
-    model: nn.Module, program: Any, node: FxNode, spec: Any, lower: Lower, folding: Folding
-) -> None:
+def _lower_state(model: nn.Module, program: Any, node: FxNode, spec: Any, lower: Lower, folding: Folding) -> None:
     like, parameter = node.meta["val"], spec.kind.name == "PARAMETER"
     if parameter or (spec.kind.name == "BUFFER" and (spec.persistent is not False or _has(model, spec.target))):
         source: tuple[str, Any] = ("state", spec.target)
@@ -522,7 +526,9 @@ def _lower_inplace_view(model: nn.Module, node: FxNode, lower: Lower, targets: l
     """`unsqueeze_`, `t_`, `detach_` ...: another view, no other numbers."""
     plain = functional(node.target)
     if plain is None:
-        raise CaptureError(f"{type(model).__name__}: no functional form of in-place {node.target}: {node.format_node()}")
+        raise CaptureError(
+            f"{type(model).__name__}: no functional form of in-place {node.target}: {node.format_node()}"
+        )
     if any(lower.writes.aliases.canonical(t).op == "placeholder" for t in targets) and op_name(node) != "detach_":
         refuse_mutation(type(model).__name__, targets[0].name)
     _lower_plain(lower, node, plain)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ class Folding(TorchFunctionMode):
         """`model`: with its real tensors; while it is traced fake ones stand in their place."""
         super().__init__()
         self.model = model
-        self.state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+        self.state = dict(
+            [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        )
         self.known: dict[int, tuple[Any, Known]] = {}
         self.constants: dict[Any, Tensor] = {}
         self.folded: dict[Any, tuple[Source, Tensor]] = {}
@@ -65,7 +68,7 @@ class Folding(TorchFunctionMode):
             found = self._known(tensors[0])
             self.changed.update(_name(s) for s in (found.sources if found else ()))
         result = func(*args, **kwargs)
-        if tensors and isinstance(result, Tensor) and not _writes(func, kwargs):
+        if tensors and isinstance(result, (Tensor, list, tuple)) and not _writes(func, kwargs):
             self._follow(func, args, kwargs, tensors, result)
         return result
 
@@ -95,21 +98,31 @@ class Folding(TorchFunctionMode):
                 self.folded[_name(source)] = source, real.detach().clone()
             return func(found.compute())
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], result: Tensor) -> None:
-        if result.numel() > LARGEST or not (every := [self._known(t) for t in tensors]) or None in every:
+    def _follow(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], result: Any) -> None:
+        made = [result] if isinstance(result, Tensor) else list(result)
+        if not made or not all(_is_small(t) for t in made):
             return
-        computed = {id(t): k.compute for t, k in zip(tensors, every, strict=True) if k is not None}
-        sources = {_name(s): s for k in every if k is not None for s in k.sources}
+        every = [known for t in tensors if (known := self._known(t)) is not None]
+        if len(every) < len(tensors):
+            return
+        computed = {id(t): k.compute for t, k in zip(tensors, every, strict=True)}
+        sources = tuple({_name(s): s for k in every for s in k.sources}.values())
 
-        def compute() -> Any:
+        def compute(position: int) -> Any:
             real = pytree.tree_map(lambda a: computed[id(a)]() if id(a) in computed else a, (args, kwargs))
-            return func(*real[0], **real[1])
+            found = func(*real[0], **real[1])
+            return found if isinstance(result, Tensor) else found[position]
 
-        self.known[id(result)] = result, Known(compute, tuple(sources.values()))
+        for position, t in enumerate(made):
+            self.known[id(t)] = t, Known(partial(compute, position), sources)
 
     def very(self, constant: Tensor) -> Tensor:
         """The tensor of the model of which `torch.export` lists a detached copy in the same memory."""
         return self.constants.get(_place(constant), constant)
+
+
+def _is_small(t: Any) -> bool:
+    return isinstance(t, Tensor) and all(type(n) is int for n in t.shape) and t.numel() <= LARGEST
 
 
 def _is_real(t: Tensor) -> bool:

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,10 +41,12 @@ class _Overwrite(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, value: Tensor) -> Tensor:
+        """The numbers."""
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """The gradient."""
         return grad, None
 
 
@@ -217,9 +221,9 @@ class Writes:
         chain = [node]
         while (above := self._above(chain[-1])) is not None:
             chain.append(above)
-        if all(self._invertible(a, b) for a, b in zip(chain, chain[1:], strict=False)):
-            for below, above in zip(chain, chain[1:], strict=False):
-                self._put(below, above, lambda b=below, a=above: self._inverse(b, a))
+        if all(self._invertible(a, b) for a, b in pairwise(chain)):
+            for below, above in pairwise(chain):
+                self._put(below, above, partial(self._inverse, below, above))
         else:
             quiet = any(self._is_silent(n) for n in chain[:-1])
             self._put(node, chain[-1], lambda: self._through_strides(chain), quiet)
@@ -267,21 +271,17 @@ class Writes:
         return int(lower.emit("scatter", inputs, full, rule, Opaque(local)))
 
     def _by_views(self, chain: list[FxNode]) -> Callable[[Tensor], Tensor]:
-        steps = []
+        steps: list[tuple[Any, Any]] = []
         for node in reversed(chain[:-1]):
-            made = node.args[0] if node.target is operator.getitem else node
             item = node.args[1] if node.target is operator.getitem else None
-            if len(made.all_input_nodes) != 1:  # type: ignore[union-attr]
+            made: Any = node.args[0] if node.target is operator.getitem else node
+            if len(made.all_input_nodes) != 1:
                 raise CaptureError(f"{self.model}: cannot write through {node.format_node()}; write into a copy of it")
             steps.append((made, item))
 
         def view(out: Tensor) -> Tensor:
             for made, item in steps:
-                args, kwargs = pytree.tree_map(
-                    lambda a, out=out: out if isinstance(a, FxNode) else a,
-                    (made.args, made.kwargs),
-                    is_leaf=lambda a: isinstance(a, FxNode),
-                )
+                args, kwargs = _filled(made, out)
                 out = made.target(*args, **kwargs) if item is None else made.target(*args, **kwargs)[item]
             return out
 
@@ -347,6 +347,15 @@ def _plain(like: Tensor) -> tuple[Any, ...]:
     return like.dtype, like.is_conj(), like.is_neg()
 
 
+def _filled(node: FxNode, tensor: Tensor) -> Any:
+    """The arguments of a view, with `tensor` for what it is taken from."""
+    return pytree.tree_map(
+        lambda a: tensor if isinstance(a, FxNode) else a,
+        (node.args, node.kwargs),
+        is_leaf=lambda a: isinstance(a, FxNode),
+    )
+
+
 def _by_strides(like: Tensor, full: Tensor) -> Callable[[Tensor], Tensor]:
     size, stride, offset = like.shape, like.stride(), like.storage_offset() - full.storage_offset()
     return lambda out: out.as_strided(size, stride, offset)
@@ -393,9 +402,7 @@ def same_result(plain: Any, node: FxNode) -> bool:
     return isinstance(result, Tensor) and result.dtype == like.dtype and result.shape == like.shape
 
 
-def on_copies(
-    lower: Lower, node: FxNode, targets: list[FxNode]
-) -> tuple[Callable[..., list[Tensor]], list[int]]:
+def on_copies(lower: Lower, node: FxNode, targets: list[FxNode]) -> tuple[Callable[..., list[Tensor]], list[int]]:
     """The in-place operator itself on copies of what it writes into: a function of the tensors, and these."""
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs), is_leaf=lambda a: isinstance(a, FxNode))
     slots = [k for k, a in enumerate(leaves) if isinstance(a, FxNode) and isinstance(lower.env.get(a), int)]
@@ -403,7 +410,8 @@ def on_copies(
     call: Any = node.target
 
     def local(*xs: Tensor) -> list[Tensor]:
-        filled, outs = list(values), {}
+        filled = list(values)
+        outs: dict[Any, Tensor] = {}
         for k, x in zip(slots, xs, strict=True):
             filled[k] = outs.setdefault(leaves[k], x.clone()) if leaves[k] in targets else x
         args, kwargs = pytree.tree_unflatten(filled, spec)
@@ -418,7 +426,8 @@ def lower_on_a_copy(lower: Lower, node: FxNode, plain: Any) -> int:
     function, inputs = on_copies(lower, node, written(node))
     shapes = [lower.shape(i) for i in inputs]
     like, name = node.meta["val"], op_name(node)
-    tags = (plain or node.target).tags
+    operation: Any = plain or node.target
+    tags = operation.tags
     out = tuple(int(s) for s in like.shape)
     random = torch.Tag.nondeterministic_seeded in tags
     if torch.Tag.pointwise in tags and not random and all(len(s) <= len(out) for s in shapes):

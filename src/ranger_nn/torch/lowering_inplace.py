@@ -1,8 +1,8 @@
 """How a view is put back into what it was taken from, where that has a region rule. Enter at `inverse`.
 
-    slice, select, a piece of chunk, split or unbind      scatter: the parent with a part written over
-    permute, transpose                                    the inverse permutation
-    view, squeeze, unsqueeze, flatten                     a view of the parent's shape
+slice, select, a piece of chunk, split or unbind      scatter: the parent with a part written over
+permute, transpose                                    the inverse permutation
+view, squeeze, unsqueeze, flatten                     a view of the parent's shape
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _piece(lower: Lower, node: FxNode, shape: Any) -> Part | None:
     dim = _number(lower, source, "dim", 0) % len(shape)  # type: ignore[arg-type]
     if name == "unbind":
         return Part(dim, index, squeeze=True)  # type: ignore[arg-type]
-    before = source.meta["val"][:index]  # type: ignore[union-attr, misc]
+    before = source.meta["val"][:index]  # type: ignore[union-attr]
     return Part(dim, sum(int(t.shape[dim]) for t in before))
 
 
