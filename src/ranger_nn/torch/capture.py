@@ -8,9 +8,13 @@ becomes an opaque node that reads whole inputs. Operators and their rules: `torc
 from __future__ import annotations
 
 import operator
+import os
+import re
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from traceback import walk_tb
 from typing import Any
@@ -21,39 +25,32 @@ from torch.fx import Node as FxNode
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+import ranger_nn
 from ranger_nn.core.fuse import fuse
 from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, Node, Rule, Value
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
+from ranger_nn.torch.aliases import block_of, find_aliases, is_block, op_name, running, written
 from ranger_nn.torch.alone import alone
+from ranger_nn.torch.folding import Folding
 from ranger_nn.torch.frozen import exported
+from ranger_nn.torch.inplace import (
+    Writes,
+    functional,
+    lower_many_on_copies,
+    lower_on_a_copy,
+    refuse_mutation,
+    same_result,
+)
 from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
 from ranger_nn.torch.layout import result_layout
 from ranger_nn.torch.recurrent_ops import whole_recurrences
 
-VIEWS = {
-    "slice",
-    "select",
-    "view",
-    "reshape",
-    "permute",
-    "transpose",
-    "squeeze",
-    "unsqueeze",
-    "expand",
-    "narrow",
-    "flatten",
-    "alias",
-    "detach",
-    "t",
-    "chunk",
-    "split",
-    "split_with_sizes",
-    "unbind",
-    "unflatten",
-    "movedim",
-}
 SAME = {"alias", "contiguous", "lift_fresh_copy", "lift_fresh", "detach_"}
+
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+NOT_THE_USERS = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (torch, ranger_nn))
+"""Folders whose lines an error does not name."""
 
 
 @dataclass
@@ -64,11 +61,30 @@ class Captured:
     sources: dict[int, tuple[str, Any]]
     rebuild: Callable[[list[Any]], Any]
     output_values: list[int | Any]
-    constants: list[Any] = field(default_factory=list)
+    folded: list[tuple[tuple[str, Any], Tensor]] = field(default_factory=list)
+    """Sources of constants of which numbers were taken, and the values that they had then."""
     strides: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Of each output, as the untouched network gives it."""
     text: str = ""
     """The exported program as text: operators with all their arguments."""
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the constants of which numbers were taken still have these values."""
+        return all(_equal(read_source(model, source), value) for source, value in self.folded)
+
+
+def read_source(model: nn.Module, source: tuple[str, Any]) -> Tensor:
+    """The tensor of a source that is no input."""
+    kind, where = source
+    if kind != "state":
+        return where
+    owner, _, name = where.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(owner), name)
+    return found
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach().to(b.device), b)
 
 
 ORDERED = {"linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "layer_norm", "native_layer_norm"}
@@ -92,7 +108,7 @@ class Lower:
         self.names: dict[str, int] = {}
         self.orders: dict[int, bool] = {}
         """Values whose order in memory is known (it follows from that of what they are made of): whether it is usual."""
-        self.bases: dict[int, tuple[int, FxNode]] = {}
+        self.writes: Writes
 
     def value(self, name: str, like: Tensor, kind: str, differentiable: bool) -> int:
         """A new value shaped like `like`."""
@@ -248,22 +264,20 @@ class Ref:
     index: int
 
 
-def functional(target: Any) -> Any:
-    """The operator that gives the result of an in-place one, or the target itself."""
-    schema = target._schema
-    if not schema.is_mutable or not schema.name.endswith("_"):
-        return target
-    packet = getattr(torch.ops.aten, schema.name.split("::")[1][:-1], None)
-    return getattr(packet, target._overloadname, None) if packet is not None else None
-
-
-def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+def export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], folding: Folding
+) -> torch.export.ExportedProgram:
     """`torch.export`, with an error that names the line where it fails."""
     _refuse_cumulative(model)
+
+    def traced(twin: nn.Module) -> torch.export.ExportedProgram:
+        folding.model = twin
+        return torch.export.export(twin, args, kwargs, strict=False)
+
     try:
-        with warnings.catch_warnings(), whole_recurrences():
+        with warnings.catch_warnings(), whole_recurrences(), folding:
             warnings.simplefilter("ignore")
-            return exported(model, lambda twin: torch.export.export(twin, args, kwargs, strict=False))
+            return exported(model, traced, folding.very)
     except CaptureError:
         raise
     except Exception as error:
@@ -281,6 +295,11 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
             raise CaptureError(
                 f"torch.export cannot capture {name}{line}: it packs or unpacks a sequence, whose lengths are data. Run the "
                 "recurrence on the padded tensor and mask its result, or regionalize the modules before and after it."
+            ) from error
+        if "a leaf Variable that requires grad" in said:
+            raise InputError(
+                f"{name} writes in place into an input or a parameter{line}: regions read it more than once, so it must "
+                "stay as it is. Clone it first (x = x.clone()), or use the out-of-place operator."
             ) from error
         if _refuses_input(error):
             raise InputError(
@@ -320,13 +339,7 @@ def _packs(error: BaseException) -> bool:
 
 
 def _user_line(error: BaseException) -> str:
-    import traceback
-
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in f.filename and "ranger_nn" not in f.filename
-    ]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(NOT_THE_USERS)]
     return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
 
 
@@ -337,13 +350,11 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     """
     kwargs = kwargs or {}
     with alone():
-        program = export(model, args, kwargs)
-        try:
-            captured = _lower_program(model, program, Lower(grad))
-        except AliasError:
-            program = program.run_decompositions({})
-            captured = _lower_program(model, program, Lower(grad))
-    return replace(captured, strides=_output_strides(program, captured))
+        folding = Folding(model)
+        program = export(model, args, kwargs, folding)
+        _refuse_data_dependent(model, program.graph_module)
+        captured = _lower_program(model, program, Lower(grad), folding)
+    return replace(captured, strides=_output_strides(program, captured), folded=list(folding.folded.values()))
 
 
 def _output_strides(program: Any, captured: Captured) -> dict[int, tuple[int, ...]]:
@@ -358,16 +369,61 @@ def _output_strides(program: Any, captured: Captured) -> dict[int, tuple[int, ..
     return {v: tuple(map(int, t.stride())) for v, t in zip(captured.output_values, tensors, strict=True)}
 
 
-class AliasError(Exception):
-    """An in-place write through a view that the simple treatment does not cover."""
+def _refuse_data_dependent(model: nn.Module, owner: Any) -> None:
+    """Sizes, or numbers, that only a run can tell: a program decides all of them before it runs."""
+    for node in owner.graph.nodes:
+        if node.op == "get_attr" and hasattr(body := getattr(owner, str(node.target), None), "graph"):
+            _refuse_data_dependent(model, body)
+        likes = [t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
+        numbers = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), SYMBOLS)]
+        if any(isinstance(s, SYMBOLS) for t in likes for s in t.shape) or (likes and numbers):
+            asked = numbers[0] if numbers else node
+            raise CaptureError(
+                f"{type(model).__name__}{_traced_line(asked) or _traced_line(node)}: the result of "
+                f"{op_name(asked) or asked.target} depends on the data that it is given. A program of regions is made "
+                "before it sees data: use torch.where, a mask or a fixed number of elements (topk), or regionalize the "
+                "part of the network before it."
+            )
 
 
-def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
-    signature = program.graph_signature
-    specs = {s.arg.name: s for s in signature.input_specs if hasattr(s.arg, "name")}
+def _traced_line(node: FxNode) -> str:
+    """The last line of the user's code in a traced node's stack."""
+    lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    ours = tuple(f'File "{folder}' for folder in NOT_THE_USERS)
+    places = [k for k, x in enumerate(lines) if x.strip().startswith("File ") and not x.strip().startswith(ours)]
+    if not places:
+        return ""
+    said = lines[places[-1] + 1].strip() if places[-1] + 1 < len(lines) else ""
+    place = re.search(r'"(.*)", line (\d+)', lines[places[-1]])
+    return f" at {place[1]}:{place[2]} ({said})" if place else ""
+
+
+def _lower_program(model: nn.Module, program: Any, lower: Lower, folding: Folding) -> Captured:
+    aliases = find_aliases(program.graph_module)
+    lower.writes = Writes(lower, aliases, type(model).__name__, partial(_lower_again, lower))
+    inputs = _lower_placeholders(model, program, lower, folding)
+    lower_nodes(model, program.graph, lower, program.graph_module)
+    leaves = _leaves(program, lower)
+    lower.writes.finish()
+    outputs = [leaf.index for leaf in leaves if isinstance(leaf, Ref)]
+    out_spec = program.call_spec.out_spec
+
+    def rebuild(tensors: list[Any]) -> Any:
+        found = iter(tensors)
+        return pytree.tree_unflatten([next(found) if isinstance(leaf, Ref) else leaf for leaf in leaves], out_spec)
+
+    nodes = lower.writes.live(lower.nodes, set(outputs))
+    for lowered in nodes:
+        lowered.kernel.given = any(v in outputs for v in lowered.outputs)
+    graph = Graph(type(model).__name__, tuple(lower.values), tuple(nodes), tuple(inputs), tuple(dict.fromkeys(outputs)))
+    parts = [m.code for m in program.graph_module.modules() if hasattr(m, "code")]
+    return Captured(fuse(graph, Fused), lower.sources, rebuild, outputs, text="\n".join(map(str, parts)))
+
+
+def _lower_placeholders(model: nn.Module, program: Any, lower: Lower, folding: Folding) -> list[int]:
+    """Values for inputs, parameters, buffers and constants; those of the inputs."""
+    specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
     inputs: list[int] = []
-    user = [s.arg.name for s in signature.input_specs if s.kind.name == "USER_INPUT" and hasattr(s.arg, "name")]
-    mutated = set(signature.user_inputs_to_mutate.values())
     flat_index = 0
     for node in program.graph.nodes:
         if node.op != "placeholder":
@@ -382,57 +438,41 @@ def _lower_program(model: nn.Module, program: Any, lower: Lower) -> Captured:
             else:
                 lower.env[node] = Static(like)
             flat_index += 1
-            if node.name in mutated:
-                _refuse_mutation(model, node.name)
-            continue
-        if not isinstance(like, Tensor):
-            lower.env[node] = Static(like)
-            continue
-        if kind in ("PARAMETER", "BUFFER") and (
-            kind == "PARAMETER" or spec.persistent is not False or _has(model, spec.target)
-        ):
-            source = ("state", spec.target)
+        elif isinstance(like, Tensor):
+            _lower_state(model, program, node, spec, lower, folding)
         else:
-            source = ("constant", program.constants[spec.target])
-        trained = _requires_grad(model, spec.target) if source[0] == "state" else source[1].requires_grad
-        lower.env[node] = lower.external(
-            node.name, like, PARAMETER if kind == "PARAMETER" else CONSTANT, source, trained
-        )
-    lower_nodes(model, program.graph, lower, program.graph_module, set(user))
+            lower.env[node] = Static(like)
+        lower.writes.made(node)
+    return inputs
+
+
+def _lower_state(model: nn.Module, program: Any, node: FxNode, spec: Any, lower: Lower, folding: Folding) -> None:
+    like, parameter = node.meta["val"], spec.kind.name == "PARAMETER"
+    if parameter or (spec.kind.name == "BUFFER" and (spec.persistent is not False or _has(model, spec.target))):
+        source: tuple[str, Any] = ("state", spec.target)
+        trained = _requires_grad(model, spec.target)
+    else:
+        source = ("constant", program.constants[spec.target])
+        trained = source[1].requires_grad
+    kind = PARAMETER if parameter else CONSTANT
+    lower.env[node] = lower.external(node.name, like, kind, source, trained)
+    lower.writes.hold(node)
+
+
+def _leaves(program: Any, lower: Lower) -> list[Any]:
+    """What forward gives, flat: `Ref`s to values, everything else as it is."""
     last = next(n for n in program.graph.nodes if n.op == "output")
     leaves: list[Any] = []
-    for spec, arg in zip(signature.output_specs, last.args[0], strict=True):
-        if spec.kind.name == "USER_OUTPUT":
-            known = lower.env.get(arg) if isinstance(arg, FxNode) else Static(arg)
-            leaves.append(known if isinstance(known, int) else getattr(known, "value", known))
-            if isinstance(known, int):
-                leaves[-1] = Ref(known)
-        elif spec.kind.name == "BUFFER_MUTATION" and isinstance(arg, FxNode):
-            raise CaptureError(
-                f"{type(model).__name__} writes into its buffer {spec.target!r} through a view: a region-wise program "
-                "cannot repeat that. Update the buffer outside of forward, or in place on the whole buffer."
-            )
-    outputs = [leaf.index for leaf in leaves if isinstance(leaf, Ref)]
-    out_spec = program.call_spec.out_spec
-
-    def rebuild(tensors: list[Any]) -> Any:
-        found = iter(tensors)
-        return pytree.tree_unflatten([next(found) if isinstance(leaf, Ref) else leaf for leaf in leaves], out_spec)
-
-    for lowered in lower.nodes:
-        lowered.kernel.given = any(v in outputs for v in lowered.outputs)
-    graph = Graph(
-        type(model).__name__, tuple(lower.values), tuple(lower.nodes), tuple(inputs), tuple(dict.fromkeys(outputs))
-    )
-    parts = [m.code for m in program.graph_module.modules() if hasattr(m, "code")]
-    return Captured(fuse(graph, Fused), lower.sources, rebuild, outputs, text="\n".join(map(str, parts)))
-
-
-def _refuse_mutation(model: nn.Module, name: str) -> None:
-    raise InputError(
-        f"{type(model).__name__} writes into its input {name!r} in place: regions read the input more than once, so it "
-        "must stay as it is. Clone it at the start of forward (x = x.clone()), or use the out-of-place operator."
-    )
+    for spec, arg in zip(program.graph_signature.output_specs, last.args[0], strict=True):
+        if spec.kind.name != "USER_OUTPUT":
+            continue
+        if isinstance(arg, FxNode):
+            lower.writes.refresh(arg)
+        known = lower.env.get(arg) if isinstance(arg, FxNode) else Static(arg)
+        if isinstance(arg, FxNode) and (buffer := lower.writes.buffer(arg)) is not None:
+            known = buffer  # forward gives the buffer itself
+        leaves.append(Ref(known) if isinstance(known, int) else getattr(known, "value", known))
+    return leaves
 
 
 def _has(model: nn.Module, target: str) -> bool:
@@ -451,131 +491,102 @@ def _requires_grad(model: nn.Module, target: str) -> bool:
         return True
 
 
-def lower_nodes(model: nn.Module | None, graph: Any, lower: Lower, owner: nn.Module, user: set[str]) -> None:
+def lower_nodes(model: nn.Module | None, graph: Any, lower: Lower, owner: nn.Module) -> None:
     """Lower a graph whose placeholders are known."""
-    from ranger_nn.torch.lowering import lower_operator
-
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         if node.op == "get_attr":
-            found: Any = owner
-            for part in str(node.target).split("."):
-                found = getattr(found, part)
-            if isinstance(found, Tensor):
-                lower.env[node] = lower.external(node.name, found, CONSTANT, ("constant", found), found.requires_grad)
-            else:
-                lower.env[node] = found
+            _lower_attribute(node, lower, owner)
             continue
+        for read in node.all_input_nodes:
+            lower.writes.refresh(read)
         stack = node.meta.get("nn_module_stack") or {}
         lower.where = next(reversed(stack.values()))[0] if stack else ""
-        name = str(node.target)
-        if "wrap_with_set_grad_enabled" in name or "wrap_with_autocast" in name:
-            _inline(model, node, lower, user)
+        if is_block(node):
+            _inline(model, node, lower, owner)
         elif node.target is operator.getitem:
             source = node.args[0]
             known = lower.tuples.get(source)
             if known is None:
                 raise CaptureError(f"cannot follow {node.format_node()}")
             lower.env[node] = known[node.args[1]]
-        elif not isinstance(node.meta.get("val"), (Tensor, list, tuple)):
+        elif not isinstance(node.meta.get("val"), (Tensor, list, tuple)) and not written(node):
             lower.env[node] = Static(node.meta.get("val"))
         else:
-            _lower_call(model, node, lower, lower_operator, user)
+            _lower_call(model, node, lower)
+        lower.writes.made(node)
 
 
-def _lower_call(model: nn.Module, node: FxNode, lower: Lower, lower_operator: Any, user: set[str]) -> None:
-    target: Any = node.target
-    mutable = hasattr(target, "_schema") and target._schema.is_mutable
-    base = node.args[0] if node.args else None
-    if mutable and isinstance(base, FxNode) and isinstance(lower.env.get(base), int):
-        kind = lower.values[lower.env[base]].kind
-        if kind == INPUT or _root(base).name in user:
-            _refuse_mutation(model, base.name)
-        if kind in (CONSTANT, PARAMETER):
-            if not _buffer_update(node, lower):
-                raise CaptureError(f"{type(model).__name__} writes in place into {base.name}: {node.format_node()}")
-            return
-    plain = functional(target) if mutable else target
-    if plain is None or (mutable and plain is target and "batch_norm" not in str(target)):
-        raise CaptureError(f"{type(model).__name__}: no functional form of in-place {target}")
-    result = lower_operator(lower, node, plain)
+def _lower_attribute(node: FxNode, lower: Lower, owner: nn.Module) -> None:
+    found: Any = owner
+    for part in str(node.target).split("."):
+        found = getattr(found, part)
+    lower.env[node] = found
+    if isinstance(found, Tensor):
+        lower.env[node] = lower.external(node.name, found, CONSTANT, ("constant", found), found.requires_grad)
+        lower.writes.hold(node)
+
+
+def _lower_call(model: nn.Module | None, node: FxNode, lower: Lower) -> None:
+    targets, moved = written(node), running(node)
+    if torch.Tag.inplace_view in getattr(node.target, "tags", ()):
+        _lower_inplace_view(model, node, lower, targets)
+        return
+    for target in (*targets, *moved):
+        lower.writes.check(node, target)
+    if not targets:
+        _lower_plain(lower, node, node.target)
+    elif lower.writes.keeps(node):
+        lower.env[node] = lower.env[targets[0]]
+    elif len(targets) > 1 or not isinstance(node.meta.get("val"), Tensor):
+        lower_many_on_copies(lower, node, targets)
+    elif lower.writes.in_place(targets[0]):
+        _buffer_update(node, lower)
+    else:
+        _lower_write(lower, node, targets[0])
+
+
+def _lower_plain(lower: Lower, node: FxNode, target: Any) -> Any:
+    from ranger_nn.torch.lowering import lower_operator
+
+    result = lower_operator(lower, node, target)
+    if lower.no_grad and isinstance(result, int) and node not in lower.writes.aliases.same:
+        result = lower.writes.without_gradient(result, node)  # what is no node of its own: a copy, a view of one shape
     if isinstance(result, list):
         lower.tuples[node] = result
     lower.env[node] = result
-    if mutable and isinstance(base, FxNode) and not isinstance(result, list):
-        _rebind(base, node, lower)
+    return result
 
 
-def _root(node: FxNode) -> FxNode:
-    while _op(node) in VIEWS | SAME and isinstance(node.args[0], FxNode):
-        node = node.args[0]
-    return node
+def _lower_write(lower: Lower, node: FxNode, target: FxNode) -> None:
+    plain = functional(node.target)
+    if plain is not None and same_result(plain, node):
+        value = _lower_plain(lower, node, plain)
+    else:
+        value = lower_on_a_copy(lower, node, plain)
+    lower.env[node] = lower.writes.write(target, value, op_name(node) == "copy_")
 
 
-def _op(node: FxNode) -> str:
-    return node.target._schema.name.split("::")[1] if hasattr(node.target, "_schema") else ""
+def _lower_inplace_view(model: nn.Module | None, node: FxNode, lower: Lower, targets: list[FxNode]) -> None:
+    """`unsqueeze_`, `t_`, `detach_` ...: another view, no other numbers."""
+    plain = functional(node.target)
+    if plain is None:
+        raise CaptureError(
+            f"{type(model).__name__}: no functional form of in-place {node.target}: {node.format_node()}"
+        )
+    if any(lower.writes.aliases.canonical(t).op == "placeholder" for t in targets) and op_name(node) != "detach_":
+        refuse_mutation(type(model).__name__, targets[0].name)
+    _lower_plain(lower, node, plain)
 
 
-def _rebind(base: FxNode, node: FxNode, lower: Lower) -> None:
-    """After an in-place write into `base`: every name of the same memory means the new value."""
-    from ranger_nn.torch.lowering import scatter
-
-    written = lower.env[node]
-    names = list(lower.env)
-    if _op(base) not in VIEWS | SAME or base.op == "placeholder":
-        old = lower.env[base]
-        for other in names:
-            if lower.env[other] == old and isinstance(old, int):
-                lower.env[other] = written
-        later = [n for n in _views_of(base) if any(u._sort_key > node._sort_key for u in n.users)]
-        if any(n._sort_key < node._sort_key for n in later):
-            raise AliasError
-        return
-    lower.env[base] = written
-    if not _read_later(base, node):
-        return
-    view = base
-    while _op(view) in VIEWS | SAME:
-        parent = view.args[0]
-        value = scatter(lower, lower.env[parent], lower.env[view], view) if _op(view) not in SAME else lower.env[view]
-        if value is None:
-            raise AliasError
-        old = lower.env[parent]
-        for other in names:
-            if isinstance(old, int) and lower.env[other] == old:
-                lower.env[other] = value
-        siblings = [
-            n
-            for n in parent.users
-            if n is not view
-            and n is not base
-            and _op(n) in VIEWS
-            and n._sort_key < node._sort_key
-            and any(u._sort_key > node._sort_key for u in n.users)
-        ]
-        if siblings:
-            raise AliasError
-        view = parent
+def _lower_again(lower: Lower, node: FxNode) -> None:
+    """A view of a value that has been written since."""
+    inplace = torch.Tag.inplace_view in getattr(node.target, "tags", ())
+    _lower_plain(lower, node, functional(node.target) if inplace else node.target)
 
 
-def _read_later(base: FxNode, node: FxNode) -> bool:
-    """True where memory that `node` writes is read afterwards through another name than `base`."""
-    names = [n for n in (_root(base), *_views_of(_root(base))) if n is not base]
-    return any(u._sort_key > node._sort_key for n in names for u in n.users if u is not node)
-
-
-def _views_of(node: FxNode) -> list[FxNode]:
-    found, todo = [], [node]
-    while todo:
-        for user in todo.pop().users:
-            if _op(user) in VIEWS:
-                found.append(user)
-                todo.append(user)
-    return found
-
-
-def _buffer_update(node: FxNode, lower: Lower) -> bool:
+def _buffer_update(node: FxNode, lower: Lower) -> None:
     """An in-place operator on a buffer: a step with a side effect, run once per forward."""
     call, inputs = closure(lower, node.target, node.args, node.kwargs)
 
@@ -586,29 +597,31 @@ def _buffer_update(node: FxNode, lower: Lower) -> bool:
 
     rule = opaque([lower.shape(i) for i in inputs], "updates a buffer")
     lower.emit("update_buffer", inputs, torch.zeros(1), rule, Opaque(run), random=True, differentiable=False)
-    lower.env[node] = lower.env[node.args[0]]
-    return True
+    lower.env[node] = lower.env[node.args[0]]  # type: ignore[index]
 
 
-def _inline(model: nn.Module, node: FxNode, lower: Lower, user: set[str]) -> None:
-    arguments = list(node.args)
-    position = next(i for i, a in enumerate(arguments) if isinstance(a, FxNode) and a.op == "get_attr")
-    body = lower.env[arguments[position]]
-    grad_off = "set_grad_enabled" in str(node.target) and arguments[0] is False
-    if "wrap_with_autocast" in str(node.target) and not _autocast_off(arguments[:position]):
+def _inline(model: nn.Module | None, node: FxNode, lower: Lower, owner: nn.Module) -> None:
+    body, given = block_of(node, owner)
+    settings = node.args[: len(node.args) - len(given) - 1]
+    grad_off = "set_grad_enabled" in str(node.target) and settings[0] is False
+    if "wrap_with_autocast" in str(node.target) and not _autocast_off(settings):
         raise CaptureError(
             f"{type(model).__name__} switches autocast on inside of forward: put the autocast block around the call"
         )
     places = [n for n in body.graph.nodes if n.op == "placeholder"]
-    for inner, outer in zip(places, arguments[position + 1 :], strict=True):
+    for inner, outer in zip(places, given, strict=True):
         lower.env[inner] = lower.env[outer] if isinstance(outer, FxNode) else Static(outer)
         if isinstance(outer, FxNode) and outer in lower.tuples:
             lower.tuples[inner] = lower.tuples[outer]
+        lower.writes.made(inner)
     lower.no_grad += grad_off
-    lower_nodes(model, body.graph, lower, body, user)
+    lower_nodes(model, body.graph, lower, body)
     lower.no_grad -= grad_off
     last = next(n for n in body.graph.nodes if n.op == "output")
     results = last.args[0] if isinstance(last.args[0], (list, tuple)) else [last.args[0]]
+    for r in results:
+        if isinstance(r, FxNode):
+            lower.writes.refresh(r)
     lower.tuples[node] = [lower.env[r] if isinstance(r, FxNode) else Static(r) for r in results]
     lower.env[node] = lower.tuples[node]
 

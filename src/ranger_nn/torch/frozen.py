@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 
@@ -28,8 +28,11 @@ _DICE = (random._inst, np.random.mtrand._rand)
 Fields = dict[tuple[str, str], Any]
 
 
-def exported(model: nn.Module, export: Callable[[nn.Module], ExportedProgram]) -> ExportedProgram:
-    """`export` of a twin of `model`, with the caller's own tensors as constants.
+def exported(
+    model: nn.Module, export: Callable[[nn.Module], ExportedProgram], very: Callable[[Tensor], Tensor]
+) -> ExportedProgram:
+    """`export` of a twin of `model`, with the caller's own tensors as constants; `very` tells of a constant which tensor of
+    the twin it is.
 
     Raises:
         CaptureError: the program of the next call would be another one.
@@ -43,7 +46,7 @@ def exported(model: nn.Module, export: Callable[[nn.Module], ExportedProgram]) -
     written = [key for key in after if after[key] != before.get(key)]
     if written:
         _refuse_memory(twin.module, written, program, export)
-    return twin.restored(program)
+    return twin.restored(program, very)
 
 
 def _fields(model: nn.Module) -> Fields:

@@ -307,31 +307,31 @@ class PixelShuffle(Movement):
 
 
 class Scatter(Movement):
-    """The first input with the second written over [start, start + length) of `dim` (step 1)."""
+    """The first input with the second written over the indices start, start + step, ... of `dim`."""
 
-    def __init__(self, dim: int, start: int, squeeze: bool) -> None:
+    def __init__(self, dim: int, start: int, squeeze: bool, step: int = 1) -> None:
         """`squeeze`: the second input lacks `dim` (select_scatter)."""
         super().__init__()
-        self.dim, self.start, self.squeeze = dim, start, squeeze
+        self.dim, self.start, self.squeeze, self.step = dim, start, squeeze, step
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Copy, then overwrite the part that falls into the region."""
-        dim, squeeze = self.dim, self.squeeze
-        if squeeze:
-            lo, hi = self.start, self.start + 1
-        else:
-            lo, hi = in_boxes[1][dim][0] + self.start, in_boxes[1][dim][1] + self.start
+        dim, step, squeeze = self.dim, self.step, self.squeeze
+        low, high = (0, 1) if squeeze else in_boxes[1][dim]
         start, stop = out_box[dim]
-        a, b = max(lo, start), min(hi, stop)
+        a, b = max(low, -((self.start - start) // step)), min(high, (stop - 1 - self.start) // step + 1)
+        first, last = self.start + a * step - start, self.start + (b - 1) * step - start
 
         def local(base: Tensor, source: Tensor) -> Tensor:
             if b <= a:
                 return base
-            source = source.unsqueeze(dim) if squeeze else source
-            pieces = [base.narrow(dim, 0, a - start)] if a > start else []
-            pieces.append(source.narrow(dim, a - lo, b - a).to(base.dtype))
-            if stop > b:
-                pieces.append(base.narrow(dim, b - start, stop - b))
+            source = (source.unsqueeze(dim) if squeeze else source).narrow(dim, a - low, b - a).to(base.dtype)
+            if step > 1:
+                return torch.slice_scatter(base, source, dim, first, last + 1, step)
+            pieces = [base.narrow(dim, 0, first)] if first > 0 else []
+            pieces.append(source)
+            if stop - start > last + 1:
+                pieces.append(base.narrow(dim, last + 1, stop - start - last - 1))
             return torch.cat(pieces, dim)
 
         return local

@@ -271,7 +271,7 @@ class NormApply(Kernel):
 
 
 class RunningStatistics(Kernel):
-    """Batch normalisation's side effect, once per forward: inputs stats, running mean, running variance."""
+    """Normalisation's side effect, once per forward: inputs stats, running mean, running variance."""
 
     def __init__(self, momentum: float, n: int) -> None:
         """`n`: elements behind one channel (running variance is the unbiased one)."""
@@ -282,9 +282,19 @@ class RunningStatistics(Kernel):
 
         def local(stats: Tensor, mean: Tensor, var: Tensor) -> Tensor:
             with torch.no_grad():
-                unbiased = stats[1, 0] * (self.n / (self.n - 1) if self.n > 1 else 1.0)
-                mean.mul_(1 - self.momentum).add_(stats[0, 0].to(mean.dtype), alpha=self.momentum)
-                var.mul_(1 - self.momentum).add_(unbiased.to(var.dtype), alpha=self.momentum)
+                self._move(stats, mean, var)
             return torch.zeros(1)
 
         return local
+
+    def moved(self, stats: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """The statistics after this forward, as new tensors."""
+        mean, var = mean.clone(), var.clone()
+        self._move(stats, mean, var)
+        return mean, var
+
+    def _move(self, stats: Tensor, mean: Tensor, var: Tensor) -> None:
+        """`stats` has a row for each sample whose moments stand alone (instance norm): their mean counts."""
+        unbiased = stats[1].mean(0) * (self.n / (self.n - 1) if self.n > 1 else 1.0)
+        mean.mul_(1 - self.momentum).add_(stats[0].mean(0).to(mean.dtype), alpha=self.momentum)
+        var.mul_(1 - self.momentum).add_(unbiased.to(var.dtype), alpha=self.momentum)

@@ -18,7 +18,7 @@ from torch.fx import Node as FxNode
 
 from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import Rule
-from ranger_nn.core.reach import Border, Link, Reach
+from ranger_nn.core.reach import Border, Link
 from ranger_nn.ops import contraction, movement, reduction, resample, window
 from ranger_nn.ops.pointwise import opaque, pointwise
 from ranger_nn.torch import kernels as K
@@ -27,6 +27,7 @@ from ranger_nn.torch import kernels_movement as M
 from ranger_nn.torch import kernels_reduce as R
 from ranger_nn.torch import kernels_resample as S
 from ranger_nn.torch import kernels_window as W
+from ranger_nn.torch.aliases import NORMS, running
 from ranger_nn.torch.capture import SAME, Lower, Ref, Static, closure, resolve
 from ranger_nn.torch.lowering_contraction import depends_on_input, lower_bilinear, lower_einsum, lower_product
 from ranger_nn.torch.lowering_dims import (
@@ -148,6 +149,8 @@ def lower_operator(lower: Lower, node: FxNode, target: Any) -> Any:
         if a.name not in arguments and a.has_default_value():
             arguments[a.name] = a.default_value
     op = Operator(lower, node, target, name, like, arguments)
+    if _empty(op):
+        return _whole(op, "a tensor without elements")
     if name in RULES:
         result = RULES[name](op)
         if result is not None:
@@ -157,6 +160,13 @@ def lower_operator(lower: Lower, node: FxNode, target: Any) -> Any:
     elif (result := taken_apart(op)) is not None:
         return result
     return _whole(op, f"{name} has no region rule" if name not in RULES else f"this form of {name} has no region rule")
+
+
+def _empty(op: Operator) -> bool:
+    """Regions of nothing: an operator that reads or makes an empty tensor is one call, and costs none."""
+    likes = op.like if isinstance(op.like, (list, tuple)) else [op.like]
+    shapes = [tuple(t.shape) for t in likes if isinstance(t, Tensor)] + [op.shape(i) for i in op.tensors()]
+    return op.name not in NORMS and any(0 in shape for shape in shapes)
 
 
 def _whole(op: Operator, reason: str) -> Any:
@@ -495,36 +505,34 @@ def _batch_norm(op: Operator) -> Any:
     x = op.arg("input")
     shape = op.shape(x)
     batch = op.name == "batch_norm"
-    training = bool(op.arg("training" if batch else "use_input_stats"))
-    if not training:
+    if not bool(op.arg("training" if batch else "use_input_stats")):
         return _channel_norm(op, x)
-    if len(shape) < 3:
-        return None if not batch else _whole_batch_norm(op)
     weight, bias = op.arg("weight"), op.arg("bias")
     axis = (0, *range(2, len(shape) + 1)) if batch else tuple(range(2, len(shape) + 1))
     stats = _stats(op, x, shape[1], axis)
-    if batch and op.arg("running_mean") is not None:
-        n = prod(shape) // shape[1]
-        running = [stats, op.arg("running_mean"), op.arg("running_var")]
-        op.lower.emit(
-            "running_statistics",
-            running,
-            torch.empty(1),
-            opaque([op.shape(r) for r in running], "side effect"),
-            R.RunningStatistics(float(op.arg("momentum")), n),
-            random=True,
-            differentiable=False,
-        )
-    elif op.arg("running_mean") is not None:
-        return None
+    if running(op.node):
+        _running_statistics(op, stats, prod(shape) // (shape[1] if batch else prod(shape[:2])))
     return _apply(op, x, stats, shape[1], float(op.arg("eps")), weight, bias)
 
 
-def _whole_batch_norm(op: Operator) -> Any:
-    function, inputs = op.call()
-    return op.emit(
-        inputs, opaque([op.shape(i) for i in inputs], "batch statistics of a vector"), K.Opaque(function), random=True
+def _running_statistics(op: Operator, stats: int, n: int) -> None:
+    """Moved where they stand; as values if anything else reads them, or moves them too."""
+    lower, momentum = op.lower, float(op.arg("momentum"))
+    mean, var = op.arg("running_mean"), op.arg("running_var")
+    inputs, nodes = [stats, mean, var], running(op.node)
+    shapes = [op.shape(i) for i in inputs]
+    kernel = R.RunningStatistics(momentum, n)
+    if all(lower.writes.in_place(node) for node in nodes):
+        like, region = torch.empty(1), opaque(shapes, "side effect")
+        lower.emit("running_statistics", inputs, like, region, kernel, random=True, differentiable=False)
+        return
+    likes = [node.meta["val"] for node in nodes]
+    region = opaque(shapes, "statistics that forward reads")
+    moved = lower.emit(
+        "running_statistics", inputs, likes, region, K.Opaque(kernel.moved), random=True, differentiable=False
     )
+    for node, value in zip(nodes, moved, strict=True):
+        lower.writes.write(node, value)
 
 
 def _stats(op: Operator, x: int, groups: int, axis: tuple[int, ...]) -> int:
@@ -839,10 +847,31 @@ def _pixel_unshuffle(op: Operator) -> Any:
 
 @rule("copy")
 def _copy(op: Operator) -> Any:
+    """What `x.copy_(source)` and `x[...] = source` leave: the source in the dtype and shape of `x`."""
     source, dtype = op.arg("src"), op.like.dtype
-    if not isinstance(source, int) or op.shape(source) != op.out:
+    if not isinstance(source, int):
         return None
-    return op.emit([source], pointwise([op.out], op.out), K.Call(lambda x: x.to(dtype)))
+    shape = op.shape(source)
+    like = torch.empty(shape, dtype=dtype, device="meta")
+    if len(shape) > len(op.out):  # leading ones
+        like = torch.empty(shape[len(shape) - len(op.out) :], dtype=dtype, device="meta")
+        region = movement.view(shape, tuple(like.shape))
+        kernel = M.View(shape, tuple(like.shape))
+        source, shape = op.lower.emit("view", [source], like, region, kernel, alias=0), tuple(like.shape)
+    made = op.lower.emit(op.name, [source], like, pointwise([shape], shape), K.Call(lambda x: x.to(dtype)))
+    if shape == op.out:
+        return made
+    return op.lower.emit("expand", [made], op.like, pointwise([shape], op.out), M.Expand(), alias=0)
+
+
+@rule("fill", "zero")
+def _fill(op: Operator) -> Any:
+    """Nothing of the tensor but its shape: its own zeros plus a number (whole where that is a tensor of the graph)."""
+    x, value = op.arg("self"), op.arg("value", 0)
+    if op.name == "fill" and any(isinstance(a, Ref) for k, a in op.arguments.items() if k == "value"):
+        region = pointwise([op.out, op.shape(value)], op.out)
+        return op.emit([x, value], region, K.Call(lambda t, v: torch.zeros_like(t) + v.to(t.dtype)))
+    return op.emit([x], pointwise([op.out], op.out), K.Call(lambda t: torch.full_like(t, value)))
 
 
 @rule("prelu")
@@ -863,36 +892,4 @@ def _filled(op: Operator) -> Any:
     return op.emit([source], Rule(((),)), M.Expand(), alias=0) if op.out else source
 
 
-def scatter(lower: Lower, base: int, written: int, view: FxNode) -> int | None:
-    """`base` with `written` put back where the view `view` of it stood, or None where that has no rule."""
-    name = view.target._schema.name.split("::")[1]  # type: ignore[union-attr]
-    shape = lower.shape(base)
-    arguments = resolve(lower, view.args)
-    if name in {"slice", "select"}:
-        dim = arguments[1] if len(arguments) > 1 else 0
-        dim = dim + len(shape) if dim < 0 else dim
-        start = (arguments[2] if len(arguments) > 2 else 0) or 0
-        start = start + shape[dim] if start < 0 else start
-        if name == "slice" and len(arguments) > 4 and arguments[4] != 1:
-            return None
-        row_base = tuple(Link(d) for d in range(len(shape)))
-        if name == "select":
-            row = tuple(Link(d + (d >= dim)) for d in range(len(shape) - 1))
-        else:
-            row = tuple(Link(d, Reach(1, -start, -start)) if d == dim else Link(d) for d in range(len(shape)))
-        like = view.args[0].meta["val"]  # type: ignore[union-attr]
-        return lower.emit(
-            "scatter", [base, written], like, Rule((row_base, row)), M.Scatter(dim, start, name == "select")
-        )
-    if name in {"view", "reshape", "squeeze", "unsqueeze", "permute", "transpose"}:
-        like = view.args[0].meta["val"]  # type: ignore[union-attr]
-        if name in {"permute", "transpose"}:
-            return None
-        out = lower.shape(written)
-        if movement.view_groups(out, shape) is None:
-            return None
-        return lower.emit("view", [written], like, movement.view(out, shape), M.View(out, shape), alias=0)
-    return None
-
-
-__all__ = ["Operator", "Static", "aten", "lower_operator", "rule", "scatter"]
+__all__ = ["Operator", "Static", "aten", "lower_operator", "rule"]

@@ -14,6 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ranger_nn.errors import CaptureError
+from ranger_nn.torch.aliases import find_aliases
+from ranger_nn.torch.inplace import Writes
 
 if TYPE_CHECKING:
     from ranger_nn.torch.lowering import Operator
@@ -43,7 +45,7 @@ def _composite(target: Any) -> bool:
 def _lowered(op: Operator, traced: torch.fx.GraphModule, inputs: list[int]) -> Any:
     from ranger_nn.torch.capture import lower_nodes
 
-    lower = op.lower
+    lower, writes = op.lower, op.lower.writes
     before = len(lower.values), len(lower.nodes), dict(lower.names), dict(lower.sources)
     found = iter(inputs)
     for node in traced.graph.nodes:
@@ -51,13 +53,16 @@ def _lowered(op: Operator, traced: torch.fx.GraphModule, inputs: list[int]) -> A
             lower.env[node] = next(found)
         if "nn_module_stack" in op.node.meta:
             node.meta["nn_module_stack"] = op.node.meta["nn_module_stack"]
+    lower.writes = Writes(lower, find_aliases(traced), op.name, lambda node: None)  # names of these parts alone
     try:
-        lower_nodes(None, traced.graph, lower, traced, set())
+        lower_nodes(None, traced.graph, lower, traced)
     except CaptureError:  # a write in place that has no other form
         parts = None
     else:
         (result,) = next(n for n in traced.graph.nodes if n.op == "output").args
         parts = pytree.tree_map(lambda n: lower.env.get(n), result)
+    finally:
+        lower.writes = writes
     ruled = not any(node.rule.reason for node in lower.nodes[before[1] :])
     if ruled and all(isinstance(p, int) for p in pytree.tree_leaves(parts, is_leaf=lambda p: p is None)):
         return list(parts) if isinstance(parts, tuple) else parts

@@ -245,7 +245,9 @@ class Regional(nn.Module):
     def _planned(self, leaves: list[Any], spec: Any, grad: bool, state: int) -> Ready:
         device = next(x.device for x in leaves if isinstance(x, Tensor))
         key = (spec, tuple(leaf_key(x, grad) for x in leaves), grad, settings(device), state)
-        return self._ready.get_or_make(key, lambda: self._make(leaves, spec, grad, device), lambda r: r.current)
+        return self._ready.get_or_make(
+            key, lambda: self._make(leaves, spec, grad, device), lambda r: r.current and r.captured.holds(self.module)
+        )
 
     def _make(self, leaves: list[Any], spec: Any, grad: bool, device: torch.device) -> Ready:
         if grad:
@@ -325,4 +327,4 @@ def _by_regions(regional: Regional, args: tuple[Any, ...], kwargs: dict[str, Any
     else:
         outputs = dict(zip(graph.outputs, Run.apply(regional, ready, *tensors), strict=True))
     external = dict(zip(ready.captured.sources, tensors, strict=True))
-    return ready.captured.rebuild([outputs[v] if v in outputs else external[v] for v in ready.captured.output_values])
+    return ready.captured.rebuild([external[v] if v in external else outputs[v] for v in ready.captured.output_values])

@@ -59,9 +59,14 @@ class Twin:
         self._registered = {id(p) for p in model.parameters()}
         self.module: nn.Module = self._of(model)
 
-    def restored(self, program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-        """The twin's program with the caller's own tensors as its constants."""
-        program.constants.update({n: self._true.get(id(c), c) for n, c in program.constants.items()})
+    def restored(
+        self, program: torch.export.ExportedProgram, very: Callable[[Tensor], Tensor]
+    ) -> torch.export.ExportedProgram:
+        """The twin's program with the caller's own tensors as its constants; `very` tells which of the twin's one is."""
+        for name, constant in list(program.constants.items()):
+            if isinstance(constant, Tensor):
+                own = very(constant)
+                program.constants[name] = self._true.get(id(own), own)
         for module in program.graph_module.modules():
             for fields in (module.__dict__, module._buffers):
                 fields.update({n: self._true[id(x)] for n, x in fields.items() if id(x) in self._true})

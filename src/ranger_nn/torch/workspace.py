@@ -207,7 +207,9 @@ class Convolved:
         low, deep = self.dtype != torch.float32, not self.depthwise
         total = (0 if self.plain and not self._nhwc() else self.weights) + w + self._small(3)
         if wanted[1]:
-            total += (torch.get_num_threads() + (0 if self.plain and not (low or self._nhwc()) else 1)) * w * (2 if low else 1) + (x + y if low and deep else 0)
+            total += (torch.get_num_threads() + (0 if self.plain and not (low or self._nhwc()) else 1)) * w * (
+                2 if low else 1
+            ) + (x + y if low and deep else 0)
         if set(self.stride) != {1}:
             total += (x if wanted[0] else min(x, SMALL)) // self.batch
             total += (w if self.groups > 1 else 0) + (0 if self._nhwc() else y)
