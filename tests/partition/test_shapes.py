@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranger_nn import Blocks, Grid, PartitionError, TimeSlices
+from ranger_nn import Blocks, Grid, KMeans, PartitionError, TimeSlices
+from ranger_nn.aggregate import Call, Concat, Extremum, Moments, Softmax, WeightedMean
 from ranger_nn.core.region import AxisPartition
 
 sizes = st.lists(st.integers(1, 17), min_size=1, max_size=3)
@@ -98,7 +99,19 @@ def test_coordinates_do_not_depend_on_resolution() -> None:
         (lambda: TimeSlices(3, length=4), "number=3 and length=4"),
         (lambda: TimeSlices(9).regions((4,)), "9 regions"),
         (lambda: TimeSlices(2, overlap=-1), "-1"),
+        (lambda: Grid(2, 2, axes=(2, 2)), "different integers"),
+        (lambda: Grid(2, axes=(1.5,)), "different integers"),  # type: ignore[arg-type]
+        (lambda: Grid(2, overlap=float("nan")), "nan"),
+        (lambda: TimeSlices(2, axis="x"), "different integers"),  # type: ignore[arg-type]
         (lambda: Blocks(0), "positive"),
+        (lambda: KMeans(2.5), "clusters of KMeans is an integer"),  # type: ignore[arg-type]
+        (lambda: Extremum(3), "1 .maximum. or -1"),
+        (lambda: Moments(correction=-1.0), "0 or more"),
+        (lambda: WeightedMean((1.0, float("inf"))), "finite"),
+        (lambda: WeightedMean(("a", "b")), "or numbers"),  # type: ignore[arg-type]
+        (lambda: Softmax(hidden=2.5), "is an integer"),  # type: ignore[arg-type]
+        (lambda: Concat("x"), "is an integer"),  # type: ignore[arg-type]
+        (lambda: Call(3), "takes a callable"),  # type: ignore[arg-type]
         (lambda: Blocks(3).regions((2,)), "3 regions"),
     ],
 )
