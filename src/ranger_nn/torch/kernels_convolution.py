@@ -251,6 +251,21 @@ def pull_directly(called: Convolved) -> Local:
     return pull
 
 
+CHUNK = 1024
+"""Rows of a thin product summed at a time: with a single channel the library's running sum loses two digits."""
+
+
+def _product(rows: Tensor, columns: Tensor, out: Tensor) -> None:
+    """rows.T @ columns, in chunks where one of them is thin."""
+    count = len(rows) // CHUNK if min(out.shape) < 8 else 0
+    if not count:
+        torch.mm(rows.t(), columns, out=out)
+        return
+    head = count * CHUNK
+    torch.sum(rows[:head].view(count, CHUNK, -1).mT @ columns[:head].view(count, CHUNK, -1), 0, out=out)
+    out.addmm_(rows[head:].t(), columns[head:])
+
+
 def weight_gradient(
     x: Tensor, grad: Tensor, kernel: Ints, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
@@ -266,7 +281,7 @@ def weight_gradient(
             at = at.narrow(2 + i, start, max(0, min((hi - lo - 1) * s + 1, x.shape[2 + i] - start)))
             at = at[(slice(None),) * (2 + i) + (slice(None, None, s),)]
         rows, columns = (t.movedim(1, -1).reshape(-1, t.shape[1]) for t in (by, at))
-        torch.mm(rows.t(), columns, out=out)
+        _product(rows, columns, out)
         del rows, columns, at, by  # or the next place's would be made beside them
     return found.view(*kernel, grad.shape[1], x.shape[1]).movedim((-2, -1), (0, 1)).contiguous()
 

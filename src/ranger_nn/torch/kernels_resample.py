@@ -131,13 +131,22 @@ class Resample(Kernel):
 
     def scratch(self, at: Extent) -> int:
         """The result before it is cropped, or one tap of a gather."""
-        return self._uncropped(at) if self.native else 2 * at.out_bytes + at.in_bytes[0]
+        return self._uncropped(at) if self.native else self._gathered(at)
+
+    @property
+    def _wide(self) -> int:
+        """Times the bytes of an element that a gather works in: 16 bits are weighted in 32."""
+        return 2 if self.itemsize == 2 and not self.mode.startswith("nearest") else 1
+
+    def _gathered(self, at: Extent) -> int:
+        """A tap, its product and the sum so far, beside what the dimension before gave."""
+        return (3 * at.out_bytes + at.in_bytes[0]) * self._wide
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again and the gradient before the crop."""
         if self.native:
             return at.out_bytes + self._uncropped(at)
-        return 8 * at.out_bytes + 2 * at.in_bytes[0]
+        return (8 * at.out_bytes + 2 * at.in_bytes[0]) * self._wide + at.out_bytes + self._gathered(at) // 4
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Native on a crop, or a gather along each cut dimension after the native call on the others."""

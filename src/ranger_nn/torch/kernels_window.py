@@ -95,8 +95,12 @@ class Pooling(Kernel):
         self.count_pad, self.divisor, self.sizes, self.reaches = count_pad, divisor, sizes, reaches
 
     def scratch(self, at: Extent) -> int:
-        """Indices (64-bit) of a maximum, a padded copy of the input where its border is filled on the spot."""
-        return self._indices(at) + self._padded(at)
+        """Indices (64-bit) of a maximum, copies of the input where its border is filled or it is not in order."""
+        return self._indices(at) + self._padded(at) + self._copied(at)
+
+    def _copied(self, at: Extent) -> int:
+        parts = at.reads[0].parts
+        return at.in_bytes[0] if len(parts) == 1 and parts[0][1] and not self.channels_last else 0
 
     def _indices(self, at: Extent) -> int:
         return at.out_bytes if self.average else at.out_bytes * 8 // self.itemsize
@@ -122,7 +126,7 @@ class Pooling(Kernel):
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again: output, indices, padded input and its gradient."""
-        return at.out_bytes + self._indices(at) + self._padded(at)
+        return at.out_bytes + self._indices(at) + self._padded(at) + self._copied(at)
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """The untouched call, or one on a region with its border filled."""
@@ -250,7 +254,7 @@ class AdaptivePooling(Kernel):
         """Forward again, and gradients of the slices."""
         if self._is_whole(at.out_box):
             return at.out_bytes + self._indices(at)
-        return 4 * at.out_bytes + 4 * at.in_bytes[0]
+        return 4 * at.out_bytes + (4 if self.itemsize > 2 else 6) * at.in_bytes[0]
 
     def _is_whole(self, out_box: Box) -> bool:
         lead = len(out_box) - len(self.sizes[0])

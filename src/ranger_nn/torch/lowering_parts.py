@@ -47,13 +47,14 @@ def _lowered(op: Operator, traced: torch.fx.GraphModule, inputs: list[int]) -> A
 
     lower, writes = op.lower, op.lower.writes
     before = len(lower.values), len(lower.nodes), dict(lower.names), dict(lower.sources)
+    lower.writes = Writes(lower, find_aliases(traced), op.name, lambda node: None)  # names of these parts alone
     found = iter(inputs)
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             lower.env[node] = next(found)
+            lower.writes.made(node)
         if "nn_module_stack" in op.node.meta:
             node.meta["nn_module_stack"] = op.node.meta["nn_module_stack"]
-    lower.writes = Writes(lower, find_aliases(traced), op.name, lambda node: None)  # names of these parts alone
     try:
         lower_nodes(None, traced.graph, lower, traced)
     except CaptureError:  # a write in place that has no other form

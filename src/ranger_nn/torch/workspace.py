@@ -125,6 +125,8 @@ class Convolved:
         window = max(self.kernel) <= (VOLUME if volume else WINDOW) and not (dilated and (strided or volume))
         window = window or (self.kernel == self.stride and not dilated and not self.transposed)  # patches
         step = max(self.stride) <= 2 or self.kernel == self.stride
+        if self.dtype != torch.float32 and min(self.channels) < 3:
+            return False
         if self.groups == 1:
             return window and step and not (self.transposed and dilated)
         if self.depthwise:
@@ -151,7 +153,7 @@ class Convolved:
     def _small(self, matrices: int) -> int:
         winograd = set(self.kernel) == {3} and set(self.stride) == set(self.dilation) == {1} and self.groups == 1
         one = matrices * WINOGRAD if winograd else SMALL * torch.get_num_threads()
-        return min(6 * (self.x + self.y) + FEWEST, one + 2 * FEWEST)
+        return min(6 * (self.x + self.y) + FEWEST, one)
 
     @property
     def rest(self) -> Ints:
@@ -171,7 +173,8 @@ class Convolved:
         if self.onednn or self.direct:
             return self._forward()
         split = self.y + self.x // self.groups if self.groups > 1 else 0
-        return self._unfolded + split + (self.x + self.weights if self.channels_last else 0)
+        again = 2 * self.x if self.transposed and len(self.kernel) == 3 else 0  # put in order twice
+        return self._unfolded + split + again + (self.x + self.y + self.weights if self.channels_last else 0)
 
     def backward(self, wanted: Sequence[bool]) -> int:
         """Bytes of workspace of a backward call: `wanted` gradients of input and weights."""
@@ -216,7 +219,7 @@ class Convolved:
         total += self._odd(1)
         odd = wanted[0] and deep and not self.transposed and self.channels[0] % 8 and self.channels[1] % 8 == 0
         if not self._nhwc():
-            return total + (2 if low else 1) * (x + y)
+            return total + (2 if low else 1) * (x + y) + (x if wanted[0] else 0)
         return total + (x + y if odd else 0)  # there may be no plain gradient for these
 
     def _odd(self, gradients: int) -> int:
