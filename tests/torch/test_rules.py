@@ -163,3 +163,52 @@ def test_pools_larger_than_their_map_are_projected_by_what_they_take() -> None:
     """No border of the kernel's size is filled."""
     model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.AvgPool2d(513, 1, 256), nn.Conv2d(64, 4, 1))
     assert ranger_nn.plan(model, (1, 3, 16, 16), regions=(4,)).projected < 40 * 64 * 16 * 16 * 4
+
+
+class Noisy(nn.Module):
+    """Attention with dropout, and a random slope: both draw numbers, and pass a gradient on."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        t = x.flatten(2).mT
+        return F.scaled_dot_product_attention(t, t, t, dropout_p=0.5), F.rrelu(x - 1, 0.1, 0.9, training=True)
+
+
+def test_backward_meets_the_random_numbers_of_forward() -> None:
+    """The gradient is that of the very numbers which forward drew: a difference quotient with the same seed tells."""
+    x, step = random_inputs((SHAPE,))[0], 1e-6 * random_inputs((SHAPE,), seed=3)[0]
+    small = ranger_nn.regionalize(Noisy(), regions=(3,), schedule="slide")
+
+    def value(x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        first, second = small(x)
+        return (first**2).sum() + (second**2).sum()
+
+    given = x.clone().requires_grad_()
+    value(given).backward()
+    assert given.grad is not None
+    moved = (value((x + step).requires_grad_()) - value((x - step).requires_grad_())).item() / 2
+    assert moved == pytest.approx((given.grad * step).sum().item(), rel=1e-5)
+
+
+def test_a_chain_keeps_the_channels_of_its_members_whole() -> None:
+    """Of a matrix the channels are the last dimension: a per-channel slope in a fused chain must not see a part of them."""
+    model = nn.Sequential(nn.Tanh(), nn.PReLU(5), nn.Tanh())
+    for schedule in ("slide", "tile"):
+        compare(
+            model.double(),
+            lambda m, s=schedule: ranger_nn.regionalize(m, regions=(2,), schedule=s),
+            random_inputs(((7, 5),)),
+        )
+
+
+def test_causal_attention_has_its_gradient() -> None:
+    """An operator that could draw random numbers, and draws none here, passes the gradient on."""
+
+    class Causal(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            t = x.flatten(2).mT
+            return F.scaled_dot_product_attention(t, t.sin(), t, is_causal=True).mT.view_as(x)
+
+    model = between(Causal())
+    model(torch.randn(SHAPE))
+    compare(model.double(), lambda m: ranger_nn.regionalize(m, regions=(3,), schedule="slide"), random_inputs((SHAPE,)))

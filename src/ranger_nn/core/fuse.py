@@ -64,10 +64,23 @@ def _merge(graph: Graph, chain: list[Node], make: MakeFused) -> Node:
         for v, row in zip(node.inputs, node.rule.links, strict=True):
             if v in whole:
                 whole[v] |= {d for d, link in enumerate(row) if link is None}
+    within = {  # a dimension that a member reads whole of what another member makes
+        d
+        for node in chain
+        for v, row in zip(node.inputs, node.rule.links, strict=True)
+        if v in inside
+        for d, link in enumerate(row)
+        if link is None
+    }
     links = []
     for v in externals:
         shift = rank - len(graph.values[v].shape)
-        links.append(tuple(None if d in whole[v] else Link(d + shift) for d in range(len(graph.values[v].shape))))
+        links.append(
+            tuple(
+                None if d in whole[v] or d + shift in within else Link(d + shift)
+                for d in range(len(graph.values[v].shape))
+            )
+        )
     registers = {v: i for i, v in enumerate(externals)}
     steps = []
     for node in chain:

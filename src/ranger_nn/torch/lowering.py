@@ -155,7 +155,7 @@ def lower_operator(lower: Lower, node: FxNode, target: Any) -> Any:
         result = RULES[name](op)
         if result is not None:
             return result
-    elif (torch.Tag.pointwise in target.tags or name in POINTWISE) and isinstance(like, Tensor):
+    elif (torch.Tag.pointwise in target.tags or name in POINTWISE) and isinstance(like, Tensor) and not _draws(op):
         return _pointwise(op)
     elif (result := taken_apart(op)) is not None:
         return result
@@ -171,7 +171,9 @@ def _empty(op: Operator) -> bool:
 
 def _whole(op: Operator, reason: str) -> Any:
     function, inputs = op.call()
-    random = torch.Tag.nondeterministic_seeded in getattr(op.target, "tags", ()) and op.name not in RECURRENT
+    random = _draws(op) and op.name not in RECURRENT
+    if random and any(op.lower.values[i].differentiable for i in inputs):
+        function, inputs, random = _seeded(op, function, inputs)
     shapes = [op.shape(i) for i in inputs]
     like = op.like
     if isinstance(like, (list, tuple)):
@@ -186,6 +188,33 @@ def _whole(op: Operator, reason: str) -> Any:
         differentiable=not random,
         macs=_guess_macs(op, shapes),
     )
+
+
+def _draws(op: Operator) -> bool:
+    """True where the operator draws random numbers."""
+    tagged = torch.Tag.nondeterministic_seeded in getattr(op.target, "tags", ())
+    return tagged and op.arg("training", True) is not False and op.arg("dropout_p", 1.0) != 0.0
+
+
+def _seeded(
+    op: Operator, function: Callable[..., Any], inputs: list[int]
+) -> tuple[Callable[..., Any], list[int], bool]:
+    """The operator drawing from a seed of this forward, so that backward, which runs it again, meets the same numbers."""
+
+    def call(*args: Any) -> Any:
+        *xs, seed = args
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(seed))
+            return function(*xs)
+
+    return call, [*inputs, _emit_seed(op.lower)], False
+
+
+def _emit_seed(lower: Lower) -> int:
+    like = torch.empty((), dtype=torch.int64, device="meta")
+    draw = K.Opaque(lambda: torch.randint(2**40, ()))
+    seed: int = lower.emit("seed", [], like, Rule(()), draw, random=True, differentiable=False)
+    return seed
 
 
 def _guess_macs(op: Operator, shapes: list[tuple[int, ...]]) -> int:
@@ -256,10 +285,7 @@ def _dropout(op: Operator, source: int) -> Any:
 
 def emit_dropout(lower: Lower, source: int, p: float, like: Tensor, along: int, block: int = 1) -> int:
     """Dropout whose mask is drawn along dimension `along`, `block` indices at a time, from one seed per forward."""
-    seed_like = torch.empty((), dtype=torch.int64, device="meta")
-    seed = lower.emit(
-        "seed", [], seed_like, Rule(()), K.Opaque(lambda: torch.randint(2**40, ())), random=True, differentiable=False
-    )
+    seed = _emit_seed(lower)
     shape = lower.shape(source)
     region = Rule(pointwise([shape, ()], shape).links)
     return lower.emit("dropout", [source, seed], like, region, K.Dropout(p, shape, along, block))
