@@ -241,7 +241,7 @@ class Convolved:
 def available(dtype: torch.dtype) -> bool:
     """Whether oneDNN convolves this type here."""
     mkldnn = torch.backends.mkldnn
-    if not (mkldnn.is_available() and mkldnn.enabled):  # type: ignore[attr-defined]
+    if not (mkldnn.is_available() and mkldnn.enabled):
         return False
     return dtype == torch.float32 or SUPPORTED.get(dtype, False)
 
