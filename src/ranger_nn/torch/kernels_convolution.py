@@ -370,7 +370,7 @@ class TransposedConvolution(Convolving):
         """The transposed convolution of the region, cropped."""
         padding, extra, fills, crops = self._geometry(out_box, in_boxes[0])
         stride, dilation, groups = list(self.stride), list(self.dilation), self.groups
-        conv = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[len(stride) - 1]
+        conv: Local = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[len(stride) - 1]
         rank = len(out_box)
         called = self._called(out_box, in_boxes[0])
         order, back = self._orders(called)
