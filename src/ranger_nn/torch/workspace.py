@@ -117,27 +117,27 @@ class Convolved:
         """Whether each channel is convolved by itself."""
         return 1 < self.groups == self.channels[0] == self.channels[1]
 
-    @property
-    def usual(self) -> bool:
-        """Whether oneDNN has a kernel of its own for this form on every machine; else it may unfold, too."""
-        strided, dilated = max(self.stride) > 1, max(self.dilation) > 1
-        volume = len(self.kernel) == 3
-        window = max(self.kernel) <= (VOLUME if volume else WINDOW) and not (dilated and (strided or volume))
-        window = window or (self.kernel == self.stride and not dilated and not self.transposed)  # patches
-        step = max(self.stride) <= 2 or self.kernel == self.stride
+    def usual(self, what: str) -> bool:
+        """Whether oneDNN has a kernel of its own for this form on every machine; else it may unfold, too.
+
+        `what`: "down" (a convolution, or the gradient of a transposed one's input), "up" (the other way), "weights".
+        """
+        strided, dilated, volume = max(self.stride) > 1, max(self.dilation) > 1, len(self.kernel) == 3
         if self.dtype != torch.float32 and min(self.channels) < 3:
             return False
+        patches = self.kernel == self.stride and not dilated and (not self.transposed or what == "down")
+        window = patches or max(self.kernel) <= (VOLUME if volume and what == "weights" else WINDOW)
+        if not window or (strided and dilated):
+            return False
+        if what != "down" and not (max(self.stride) <= 2 or self.kernel == self.stride):
+            return False
+        if what != "down" and dilated and (self.transposed or (volume and what == "weights")):
+            return False
         if self.groups == 1:
-            return window and step and not (self.transposed and dilated)
+            return True
         if self.depthwise:
-            return window and step and not dilated and len(self.kernel) == 2 and not self.transposed
-        return (
-            window
-            and step
-            and not dilated
-            and not self.transposed
-            and not any(c // self.groups % 8 for c in self.channels)
-        )
+            return not dilated and len(self.kernel) == 2 and not self.transposed
+        return not dilated and not self.transposed and not any(c // self.groups % 8 for c in self.channels)
 
     @property
     def blocked(self) -> tuple[int, int, int]:
@@ -195,7 +195,9 @@ class Convolved:
     def _forward(self) -> int:
         x, y, w = self.blocked
         again = x + (self.y if self.kernel != self.stride else 0) if self.transposed else 0
-        again += self._odd(0) + (0 if self._nhwc() or not self.transposed or set(self.stride) == {1} else y)
+        again += self._odd("up" if self.transposed else "down") + (
+            0 if self._nhwc() or not self.transposed or set(self.stride) == {1} else y
+        )
         if self.channels[0] <= 4 and not self.transposed:  # padded to four, not to a block
             w = w * 4 // BLOCK
         if self._nhwc():
@@ -216,21 +218,24 @@ class Convolved:
         if set(self.stride) != {1}:
             total += (x if wanted[0] else min(x, SMALL)) // self.batch
             total += (w if self.groups > 1 else 0) + (0 if self._nhwc() else y)
-        total += self._odd(1)
+        total += max(
+            self._odd("down" if self.transposed else "up") if wanted[0] else 0, self._odd("weights") if wanted[1] else 0
+        )
         odd = wanted[0] and deep and not self.transposed and self.channels[0] % 8 and self.channels[1] % 8 == 0
         if not self._nhwc():
             return total + (2 if low else 1) * (x + y) + (x if wanted[0] else 0)
         return total + (x + y if odd else 0)  # there may be no plain gradient for these
 
-    def _odd(self, gradients: int) -> int:
+    def _odd(self, what: str) -> int:
         """Bytes where oneDNN may have no kernel for a form: it unfolds a sample at a time, each thread for itself."""
-        if self.usual:
+        if self.usual(what):
             return 0
         x, y, w = self.blocked
         wide = 2 if self.dtype != torch.float32 else 1  # sums in 32 bits
         threads = min(torch.get_num_threads(), self.batch * self.groups)
         columns = max(self.columns, self.back.columns) // self.batch * threads
         w = self.weights * BLOCK * BLOCK if self.depthwise else w  # each channel as a block of its own
+        gradients = what != ("up" if self.transposed else "down")
         weights = w * (1 + gradients * (1 + torch.get_num_threads()))
         return wide * (columns + (1 + gradients) * (x + y) + weights) + self._small(3)
 
