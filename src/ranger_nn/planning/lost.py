@@ -42,11 +42,13 @@ def _same(graph: Graph, a: Axis, b: Axis) -> bool:
 
 
 def _local(graph: Graph, node: Node) -> Node:
-    """The node as if each dimension of its first result followed from one of its inputs'."""
+    """The node as if each dimension of its result followed from one of its inputs'; one of several results stays as it is."""
     values = graph.values
+    if len(node.outputs) != 1:
+        return node
     out = values[node.outputs[0]].shape
     rows = tuple(_matched(values[v].shape, out) for v in node.inputs)
-    return replace(node, outputs=node.outputs[:1], rule=Rule(rows), random=False)
+    return replace(node, rule=Rule(rows), random=False)
 
 
 def _keeps_shape(graph: Graph, node: Node) -> bool:

@@ -48,7 +48,7 @@ def fresh(grads: Sequence[Tensor | None], given: Sequence[Tensor], likes: Sequen
         if like is None:
             result.append(None)
             continue
-        if g is None:
+        if g is None or g._is_zerotensor():  # a zero without storage, as of a sign
             result.append(torch.zeros_like(like))
             continue
         storage = g.untyped_storage().data_ptr()

@@ -851,7 +851,7 @@ def _repeat(op: Operator) -> Any:
 @rule("roll")
 def _roll(op: Operator) -> Any:
     x, shifts, dims = op.arg("self"), op.arg("shifts"), op.arg("dims")
-    if not dims:
+    if not dims or 0 in op.out:
         return None
     shape = op.shape(x)
     each = {d % len(shape): s % shape[d] for d, s in zip(dims, shifts, strict=True)}
