@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ranger_nn.core.graph import CONSTANT
 from ranger_nn.errors import GradientError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Run(torch.autograd.Function):
         """The outputs."""
         graph, device = ready.captured.graph, ready.engine.device
         ctx.rng = _random_state(device) if any(n.random for n in graph.nodes) else None
+        ctx.before = {k: tensors[k].clone() for k in _external(ready, {"read_buffer"})}
         slots = regional._execute(ready, tensors)
         ctx.regional, ctx.ready = regional, ready
         ctx.save_for_backward(*tensors)
@@ -47,9 +49,24 @@ class Run(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         if kept is None:
             with _replayed(ctx.rng, ready.engine.device):  # a second time: the same random numbers again
-                kept = ctx.regional._execute(ready, tensors)
+                kept = ctx.regional._execute(ready, _aside(ready, tensors, ctx.before))
         found = ctx.regional._pull_back(ready, tensors, kept, grads)
         return (None, None, *found)
+
+
+def _external(ready: Ready, operators: Collection[str]) -> list[int]:
+    """Places, among the tensors of a call, of the buffers that these operators take."""
+    read = {v for node in ready.planned.graph.nodes if node.op in operators for v in node.inputs}
+    values = ready.planned.graph.values
+    return [k for k, v in enumerate(ready.captured.sources) if v in read and values[v].kind == CONSTANT]
+
+
+def _aside(ready: Ready, tensors: Sequence[Tensor], before: Mapping[int, Tensor]) -> list[Tensor]:
+    """The tensors with copies of the buffers that forward updates, as they were: a call updates them once."""
+    found = list(tensors)
+    for k in _external(ready, {"update_buffer", "running_statistics"}):
+        found[k] = before.get(k, tensors[k]).clone()
+    return found
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
