@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ranger_nn.bounds.circle import periods
 from ranger_nn.core.graph import COMPUTED, INPUT, NHWC, PARAMETER, Graph, Value
 
 SPATIAL = {1: ("time",), 2: ("rows", "columns"), 3: ("depth", "rows", "columns")}
@@ -18,13 +19,14 @@ SPATIAL = {1: ("time",), 2: ("rows", "columns"), 3: ("depth", "rows", "columns")
 @dataclass(frozen=True)
 class Axis:
     """One partitionable axis: `dims` maps a value to its dimension on it; `name` is for people; along an `ordered` one an
-    operator's steps follow one another.
+    operator's steps follow one another; `periods`, of one that goes round, see `bounds/circle.py`.
     """
 
     name: str
     dims: dict[int, int]
     size: int
     ordered: bool = False
+    periods: dict[int, int] | None = None
 
 
 def _find(parent: dict[tuple[int, int], tuple[int, int]], key: tuple[int, int]) -> tuple[int, int]:
@@ -90,7 +92,7 @@ def find_axes(graph: Graph) -> list[Axis]:
     kept = sorted(((free, first, -w, dims) for w, first, free, dims in found if w * 4 >= heaviest), key=lambda f: f[:3])
     spatial = [k for k in kept if not k[0] or k[1][0] != _channel(values[k[1][1]])] or kept
     return [
-        Axis(name, dims, max(values[v].shape[d] for v, d in dims.items()), not free)
+        Axis(name, dims, max(values[v].shape[d] for v, d in dims.items()), not free, periods(graph, dims))
         for name, (free, _, _, dims) in zip(_names(graph, spatial[:3]), spatial[:3], strict=True)
     ]
 

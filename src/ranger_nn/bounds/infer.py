@@ -11,10 +11,22 @@ from ranger_nn.core.reach import Box, Interval
 
 @dataclass(frozen=True)
 class Bounds:
-    """Sizes and needs along the axes that a sweep cuts."""
+    """Sizes and needs along the axes that a sweep cuts; along axis `circle`, if any, regions lie across the seam."""
 
     graph: Graph
     axes: tuple[Axis, ...]
+    circle: int | None = None
+
+    def across(self, value: int, box: Box) -> tuple[int, int] | None:
+        """Dimension and period of a value, of which `box` lies across the seam of the axis that goes round."""
+        if self.circle is None:
+            return None
+        axis = self.axes[self.circle]
+        if value not in axis.dims or axis.periods is None:
+            return None
+        dim = axis.dims[value]
+        inside = box[dim][0] >= 0 and box[dim][1] <= self.graph.values[value].shape[dim]
+        return None if inside else (dim, axis.periods[value])
 
     def dim(self, value: int, axis: int) -> int | None:
         """Dimension of `value` on `axis`, None where it has none."""
@@ -38,7 +50,7 @@ class Bounds:
         out = self.dim(node.outputs[0], axis)
         if link is None or link.out_dim != out:
             return 0, size
-        return link.needs(start, stop, size)
+        return link.reach.needs(start, stop) if axis == self.circle else link.needs(start, stop, size)
 
     def box(self, node: Node, position: int, out: Box) -> Box:
         """Region of input `position` that the region `out` of the node's output needs.

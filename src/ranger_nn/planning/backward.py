@@ -16,9 +16,10 @@ from __future__ import annotations
 from itertools import product
 from math import prod
 
+from ranger_nn.bounds.circle import pieces
 from ranger_nn.bounds.infer import share
 from ranger_nn.core.graph import COMPUTED, INPUT, Node
-from ranger_nn.core.program import ADD, REDUCE_VJP, TRIM, VJP, ZEROS, Extent, Program, Read
+from ranger_nn.core.program import ADD, REDUCE_VJP, TRIM, VJP, ZEROS, Cut, Extent, Program, Read
 from ranger_nn.core.reach import Box
 from ranger_nn.planning.builder import Builder, Located, Page, box_bytes
 from ranger_nn.planning.forward import (
@@ -167,9 +168,22 @@ class BackwardLowering:
             self.grads[v] = Located(slot)
             return
         place = self.whole_grad(v)
-        target = self.builder.read(place, box, value.itemsize, value.shape)
-        self.builder.emit(ADD, -1, [target, Read(((slot, ()),), 0, target.nbytes)], value=v)
+        for part, cuts in self._pieces(v, box):
+            target = self.builder.read(place, part, value.itemsize, value.shape)
+            self.builder.emit(ADD, -1, [target, Read(((slot, cuts),), 0, target.nbytes)], value=v)
         self.builder.drop(slot)
+
+    def _pieces(self, v: int, box: Box) -> list[tuple[Box, tuple[Cut, ...]]]:
+        """Regions of v to which `box` belongs, and where in it: several across the seam of an axis that goes round."""
+        seam = self.bounds.across(v, box)
+        if seam is None:
+            return [(box, ())]
+        dim, period = seam
+        found = []
+        for at, start, length in pieces(box[dim], period):
+            part = tuple((start, start + length) if d == dim else b for d, b in enumerate(box))
+            found.append((part, ((dim, at - box[dim][0], length),)))
+        return found
 
     # ---- prologue -----------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 
+from ranger_nn.bounds.circle import read_round
 from ranger_nn.bounds.infer import Bounds, share
 from ranger_nn.core.graph import COMPUTED, Graph, Node
 from ranger_nn.core.program import ALLOC, FINISH, LIFT, MERGE, RUN, TRIM, WRITE, Extent, Program, Read
@@ -195,7 +196,11 @@ class ForwardLowering:
         if any(hi <= lo for lo, hi in box) and (place is None or 0 not in value.shape):
             return Read((), 0, 0, box)
         assert place is not None, f"value {v} is read before it is made"
-        return self.builder.read(place, box, value.itemsize, value.shape)
+        seam = self.bounds.across(v, box) if place.pages is None else None
+        if seam is None:
+            return self.builder.read(place, box, value.itemsize, value.shape)
+        rows = tuple((0, n) if d == seam[0] else b for d, (n, b) in enumerate(zip(value.shape, box, strict=True)))
+        return read_round(self.builder.read(place, rows, value.itemsize, value.shape), box, *seam)
 
     def _prologue(self, at: int, k: int) -> None:
         node = self.graph.nodes[k]

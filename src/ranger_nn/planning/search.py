@@ -44,6 +44,8 @@ COARSE_SLACK = 1.5
 """Times the budget that a candidate on few steps may need to be tried on more."""
 COARSE_STEPS = 16
 """Steps on which structural moves are compared: what is held weighs the same on few steps as on many."""
+MOST_TILES = 32
+"""Along one axis: more of them compute more than half of a usual network twice."""
 SCHEDULES = ("tile", "slide")
 
 
@@ -139,7 +141,10 @@ def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool
     cut = [a for i, a in enumerate(axes) if (i == 0 and schedule.slides) or schedule.tiles[i] > 1]
     tiles = tuple(schedule.tiles[i] for i, a in enumerate(axes) if a in cut)
     slim = replace(schedule, tiles=tiles, steps=schedule.steps if cut and schedule.slides else 0)
-    bounds = Bounds(halved(graph, schedule.halvings), tuple(cut))
+    circle = next((i for i, a in enumerate(cut) if a.periods is not None), None)
+    if schedule.slides or schedule.disk:
+        circle = None  # a slide begins somewhere, and rows of a file are read once
+    bounds = Bounds(halved(graph, schedule.halvings), tuple(cut), circle)
     stages = stage(bounds, schedule.cuts, schedule.slides)
     sink(bounds.graph, stages)
     if not training:
@@ -200,13 +205,16 @@ def _starting(graph: Graph, axes: Sequence[Axis], options: Options) -> list[Sche
     steps = min(base_steps(graph, axes[0]), options.most_steps)
     limit = max(1, input_size(graph, axes[0]) // 2)
     if options.schedule == "tile":
-        found = []
-        count = 1
-        while count <= min(32, limit):
-            found.append(Schedule(0, tuple([count] * min(2, len(axes)) + [1] * max(0, len(axes) - 2))))
-            count *= 2
-        return found
-    return [Schedule(min(steps, limit), tuple(ones))]
+        return [Schedule(0, (*[n] * min(2, len(axes)), *ones[2:])) for n in _counts(limit)]
+    slide = Schedule(min(steps, limit), tuple(ones))
+    if options.schedule is None and not options.disk and axes[0].periods is not None:
+        return [slide, *(Schedule(0, (n, *ones[1:])) for n in _counts(limit)[1:])]  # a circle is cut in tiles
+    return [slide]
+
+
+def _counts(limit: int) -> list[int]:
+    """Tiles along an axis: ever more of them, up to MOST_TILES."""
+    return [1 << k for k in range(MOST_TILES.bit_length()) if 1 << k <= min(MOST_TILES, limit)]
 
 
 def _structural(graph: Graph, best: Candidate, training: bool) -> Iterator[Schedule]:

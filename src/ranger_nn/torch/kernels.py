@@ -99,11 +99,19 @@ class Kernel:
     given = False
     """Set where the output's gradient comes from the caller, in whatever layout that has."""
 
+    shifts = False
+    """A region that lies elsewhere, beyond the ends too, gives the same: nothing follows from the place (`bounds/circle.py`)."""
+
     members = 1
     """Operators inside: what backward saves is about this many outputs."""
 
     chunk = 0
     """Steps that one call works on at a time, where it works in chunks."""
+
+    @property
+    def anywhere(self) -> bool:
+        """True where the kernel `shifts`, as all pointwise ones do."""
+        return self.shifts or self.pointwise
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """The function from local inputs to the local output."""
@@ -177,6 +185,8 @@ def _products(kernel: Kernel, arguments: int) -> int:
 class ChannelNorm(Call):
     """Normalisation over channels, which come last."""
 
+    shifts = True
+
     def scratch(self, at: Extent) -> int:
         """Mean and deviation of each place."""
         return at.out_bytes // 4
@@ -184,6 +194,8 @@ class ChannelNorm(Call):
 
 class Light(Call):
     """A call whose backward needs no more than the results (sums, concatenations, views)."""
+
+    shifts = True
 
     def vjp_scratch(self, at: Extent) -> int:
         """The local forward that autograd differentiates."""
@@ -204,6 +216,8 @@ class Copying(Call):
 
 class Linear(Kernel):
     """x @ W.T + b; backward without running forward again."""
+
+    shifts = True
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """`torch.nn.functional.linear`."""
@@ -241,6 +255,8 @@ class Linear(Kernel):
 
 class Fused(Kernel):
     """A chain of pointwise operators, run member by member; what is no longer read is dropped at once."""
+
+    shifts = True
 
     def __init__(self, steps: Sequence[tuple[Kernel, tuple[int, ...], int]], inputs: int, result: int) -> None:
         """`steps`: (kernel, argument registers, result register); registers below `inputs` are the inputs."""

@@ -104,6 +104,8 @@ class Expand(Movement):
 class Repeat(Movement):
     """Tile along the dimensions that are read whole."""
 
+    shifts = False
+
     def __init__(self, repeats: Sequence[int]) -> None:
         """`repeats` as in `Tensor.repeat`."""
         super().__init__()
@@ -200,8 +202,9 @@ class Pad(Movement):
             return (lambda x: F.pad(x, pads, value=value)) if any(pads) else (lambda x: x)
         gathers = []
         for d, interval in enumerate(out_box):
-            index = self._index(d, interval, box[d][0])
-            if index != list(range(box[d][1] - box[d][0])):
+            shifted = (interval[0] - self.before[d], interval[1] - self.before[d])
+            if box[d] != shifted:
+                index = self._index(d, interval, box[d][0])
                 gathers.append((d, table(index, np.int64)))
 
         def local(x: Tensor) -> Tensor:
@@ -270,6 +273,8 @@ class Roll(Movement):
         todo = []
         for d, shift in self.shifts.items():
             (a, b), (lo, hi) = out_box[d], in_boxes[0][d]
+            if (lo, hi) == (a - shift, b - shift):  # the rows as they are numbered, perhaps beyond the ends
+                continue
             if (hi - lo) != (b - a) or (hi - lo == self.shape[d] and shift % self.shape[d]):
                 todo.append((d, shift, a, b - a))
 
@@ -308,6 +313,8 @@ class PixelShuffle(Movement):
 
 class Scatter(Movement):
     """The first input with the second written over the indices start, start + step, ... of `dim`."""
+
+    shifts = False
 
     def __init__(self, dim: int, start: int, squeeze: bool, step: int = 1) -> None:
         """`squeeze`: the second input lacks `dim` (select_scatter)."""

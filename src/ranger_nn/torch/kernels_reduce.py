@@ -254,6 +254,7 @@ class NormApply(Kernel):
     """x * scale + shift, one of each for a channel: inputs x and what `NormScale` gives."""
 
     sums = True
+    shifts = True
     layout = "keeps"
 
     def scratch(self, at: Extent) -> int:
