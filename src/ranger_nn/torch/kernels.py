@@ -297,8 +297,8 @@ class Opaque(Kernel):
         return self.function
 
     def scratch(self, at: Extent) -> int:
-        """As much again as it reads."""
-        return sum(at.in_bytes)
+        """As much again as it reads; transforms work on complex copies of it, too."""
+        return sum(at.in_bytes) + (2 * at.out_bytes if "fft" in self.op else 0)
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward's result and as much as it reads."""
