@@ -23,6 +23,7 @@ Local = Callable[..., Any]
 SAVES_RESULT = {"relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "reciprocal", "softmax"}
 SAVES_NOTHING = {"add", "sub", "rsub", "neg", "to", "clone", "dropout"}
 PRODUCTS = {"matmul", "bmm", "mm", "addmm", "baddbmm", "einsum"}
+MAGNITUDES = {"abs", "angle"}
 BLOCKS = 1 << 20
 """Scores of attention that one call holds at a time."""
 
@@ -155,8 +156,8 @@ class Call(Kernel):
         return self.function
 
     def scratch(self, at: Extent) -> int:
-        """Matrix products copy what is not in order, and what they stretch."""
-        return sum(at.in_bytes) if self.op in PRODUCTS else 0
+        """Matrix products copy what is not in order, and what they stretch; magnitudes of complex numbers are complex first."""
+        return sum(at.in_bytes) if self.op in PRODUCTS or (self.op in MAGNITUDES and self.itemsize > 4) else 0
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again; pointwise, that is the result, and the product of which a scale's gradient is the sum."""
@@ -298,7 +299,7 @@ class Opaque(Kernel):
 
     def scratch(self, at: Extent) -> int:
         """As much again as it reads; transforms work on complex copies of it, too."""
-        return sum(at.in_bytes) + (2 * at.out_bytes if "fft" in self.op else 0)
+        return sum(at.in_bytes) + (at.out_bytes if "fft" in self.op else 0)
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward's result and as much as it reads."""
