@@ -19,6 +19,7 @@ from tests.zoo import ZOO
 
 CLOSE = 1.15
 WORKSPACE = 2 << 20  # what oneDNN may take for one small call, or not: it does not say beforehand
+SMALL_CALL = 64 << 10  # the same of a call on a few places
 NAMES = (
     "basicunet",
     "basicunet_batch",
@@ -107,3 +108,49 @@ def test_a_wide_image_is_slid_along_its_columns(training: bool) -> None:
     small = ranger_nn.regionalize(model, allowed)
     measured = peak(work_of(small, x, training))
     assert measured <= ranger_nn.plan(model, x, allowed, training=training).projected <= allowed
+
+
+class Windowed(nn.Module):
+    """Attention in windows of 64 places with a bias: views, products and pointwise operators, all of it whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.bias = nn.Linear(32, 96), nn.Parameter(torch.randn(4, 64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.read(x).view(-1, 64, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        scores = torch.softmax(q @ k.transpose(-1, -2) + self.bias, -1)
+        return (scores @ v).transpose(1, 2).reshape(x.shape)
+
+
+class Spectrum(nn.Module):
+    """Every output depends on every input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft2(torch.fft.fft2(x).abs().mean(1)).abs()
+
+
+WHOLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "large weights on a small map": (
+        lambda: nn.Sequential(nn.Conv2d(64, 256, 3, 2, 1), nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
+        (1, 64, 8, 8),
+    ),
+    "windowed attention": (Windowed, (16, 64, 32)),
+    "nothing to cut": (Spectrum, (1, 4, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_the_least_is_no_more_than_the_untouched_network(case: str) -> None:
+    """Where no plan saves the one region is the plan, and the error says so."""
+    build, shape = WHOLE[case]
+    model, x = build().eval(), torch.randn(shape)
+    with torch.no_grad():
+        untouched = peak(work_of(model, x, False))
+        with pytest.raises(errors.BudgetError) as error:
+            ranger_nn.plan(model, x, memory=1)
+        least = error.value.least or 0
+        assert least <= 1.05 * untouched + SMALL_CALL
+        measured = peak(work_of(ranger_nn.regionalize(model, memory=least), x, False))
+    assert measured <= least
+    assert ("gains nothing" in str(error.value)) == (case == "nothing to cut")

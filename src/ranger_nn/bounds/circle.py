@@ -58,7 +58,8 @@ def _linked(graph: Graph, node: Node, dims: Mapping[int, int]) -> list[tuple[int
             if dims.get(v) != d or not _same_anywhere(link, values[v].shape[d], values[out].shape[place]):
                 return None
             found.append((v, link))
-    if place is not None and found and not (len(node.outputs) == 1 and getattr(node.kernel, "anywhere", False)):
+    invariant = node.rule.pointwise or getattr(node.kernel, "shift_invariant", False)
+    if place is not None and found and not (len(node.outputs) == 1 and invariant):
         return None
     return found
 

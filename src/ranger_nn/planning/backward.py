@@ -179,7 +179,7 @@ class BackwardLowering:
         if seam is None:
             return [(box, ())]
         dim, period = seam
-        found = []
+        found: list[tuple[Box, tuple[Cut, ...]]] = []
         for at, start, length in pieces(box[dim], period):
             part = tuple((start, start + length) if d == dim else b for d, b in enumerate(box))
             found.append((part, ((dim, at - box[dim][0], length),)))

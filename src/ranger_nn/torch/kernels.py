@@ -23,6 +23,7 @@ Local = Callable[..., Any]
 SAVES_RESULT = {"relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "reciprocal", "softmax"}
 SAVES_NOTHING = {"add", "sub", "rsub", "neg", "to", "clone", "dropout"}
 PRODUCTS = {"matmul", "bmm", "mm", "addmm", "baddbmm", "einsum"}
+MAGNITUDES = {"abs", "angle"}
 BLOCKS = 1 << 20
 """Scores of attention that one call holds at a time."""
 
@@ -99,7 +100,7 @@ class Kernel:
     given = False
     """Set where the output's gradient comes from the caller, in whatever layout that has."""
 
-    shifts = False
+    shift_invariant = False
     """A region that lies elsewhere, beyond the ends too, gives the same: nothing follows from the place (`bounds/circle.py`)."""
 
     members = 1
@@ -107,11 +108,6 @@ class Kernel:
 
     chunk = 0
     """Steps that one call works on at a time, where it works in chunks."""
-
-    @property
-    def anywhere(self) -> bool:
-        """True where the kernel `shifts`, as all pointwise ones do."""
-        return self.shifts or self.pointwise
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """The function from local inputs to the local output."""
@@ -163,8 +159,8 @@ class Call(Kernel):
         return self.function
 
     def scratch(self, at: Extent) -> int:
-        """Matrix products copy what is not in order, and what they stretch."""
-        return sum(at.in_bytes) if self.op in PRODUCTS else 0
+        """Matrix products copy what is not in order, and what they stretch; magnitudes of complex numbers are complex first."""
+        return sum(at.in_bytes) if self.op in PRODUCTS or (self.op in MAGNITUDES and self.itemsize > 4) else 0
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again; pointwise, that is the result, and the product of which a scale's gradient is the sum."""
@@ -185,7 +181,7 @@ def _products(kernel: Kernel, arguments: int) -> int:
 class ChannelNorm(Call):
     """Normalisation over channels, which come last."""
 
-    shifts = True
+    shift_invariant = True
 
     def scratch(self, at: Extent) -> int:
         """Mean and deviation of each place."""
@@ -195,7 +191,7 @@ class ChannelNorm(Call):
 class Light(Call):
     """A call whose backward needs no more than the results (sums, concatenations, views)."""
 
-    shifts = True
+    shift_invariant = True
 
     def vjp_scratch(self, at: Extent) -> int:
         """The local forward that autograd differentiates."""
@@ -217,7 +213,7 @@ class Copying(Call):
 class Linear(Kernel):
     """x @ W.T + b; backward without running forward again."""
 
-    shifts = True
+    shift_invariant = True
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """`torch.nn.functional.linear`."""
@@ -256,7 +252,7 @@ class Linear(Kernel):
 class Fused(Kernel):
     """A chain of pointwise operators, run member by member; what is no longer read is dropped at once."""
 
-    shifts = True
+    shift_invariant = True
 
     def __init__(self, steps: Sequence[tuple[Kernel, tuple[int, ...], int]], inputs: int, result: int) -> None:
         """`steps`: (kernel, argument registers, result register); registers below `inputs` are the inputs."""
@@ -325,8 +321,8 @@ class Opaque(Kernel):
         return self.function
 
     def scratch(self, at: Extent) -> int:
-        """As much again as it reads."""
-        return sum(at.in_bytes)
+        """As much again as it reads; transforms work on complex copies of it, too."""
+        return sum(at.in_bytes) + (at.out_bytes if "fft" in self.op else 0)
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward's result and as much as it reads."""

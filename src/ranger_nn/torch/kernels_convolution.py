@@ -109,7 +109,7 @@ class Convolving(Kernel):
 class Convolution(Convolving):
     """Convolution in 1, 2 or 3 dimensions; backward by `convolution_backward`, without running forward again."""
 
-    shifts = True
+    shift_invariant = True
 
     def __init__(
         self, stride: Ints, padding: Ints, dilation: Ints, groups: int, reaches: Sequence[Reach], bias: bool

@@ -104,7 +104,7 @@ class Expand(Movement):
 class Repeat(Movement):
     """Tile along the dimensions that are read whole."""
 
-    shifts = False
+    shift_invariant = False
 
     def __init__(self, repeats: Sequence[int]) -> None:
         """`repeats` as in `Tensor.repeat`."""
@@ -314,7 +314,7 @@ class PixelShuffle(Movement):
 class Scatter(Movement):
     """The first input with the second written over the indices start, start + step, ... of `dim`."""
 
-    shifts = False
+    shift_invariant = False
 
     def __init__(self, dim: int, start: int, squeeze: bool, step: int = 1) -> None:
         """`squeeze`: the second input lacks `dim` (select_scatter)."""

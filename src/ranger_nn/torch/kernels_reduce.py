@@ -254,7 +254,7 @@ class NormApply(Kernel):
     """x * scale + shift, one of each for a channel: inputs x and what `NormScale` gives."""
 
     sums = True
-    shifts = True
+    shift_invariant = True
     layout = "keeps"
 
     def scratch(self, at: Extent) -> int:

@@ -93,7 +93,7 @@ class Pooling(Kernel):
         self.whole, self.average, self.kernel, self.stride = whole, average, kernel, stride
         self.padding, self.dilation, self.ceil_mode = padding, dilation, ceil_mode
         self.count_pad, self.divisor, self.sizes, self.reaches = count_pad, divisor, sizes, reaches
-        self.shifts = not ceil_mode and not any(padding)
+        self.shift_invariant = not ceil_mode and not any(padding)
 
     def scratch(self, at: Extent) -> int:
         """Indices (64-bit) of a maximum, copies of the input where its border is filled or it is not in order."""

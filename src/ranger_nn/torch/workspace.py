@@ -131,7 +131,8 @@ class Convolved:
             return False
         if what != "down" and not (max(self.stride) <= 2 or self.kernel == self.stride):
             return False
-        if what != "down" and dilated and (self.transposed or (volume and what == "weights")):
+        heavy = volume or self.dtype != torch.float32
+        if what != "down" and dilated and (self.transposed or (heavy and what == "weights")):
             return False
         if self.groups == 1:
             return True
@@ -172,6 +173,8 @@ class Convolved:
         """Bytes of workspace of a forward call."""
         if self.onednn or self.direct:
             return self._forward()
+        if not self.columns and self.groups == 1 and len(self.kernel) < 3:
+            return 0
         split = self.y + self.x // self.groups if self.groups > 1 else 0
         again = 2 * self.x if self.transposed and len(self.kernel) == 3 else 0  # put in order twice
         return self._unfolded + split + again + (self.x + self.y + self.weights if self.channels_last else 0)
@@ -183,6 +186,8 @@ class Convolved:
         if self.direct:
             copies = self.x + self.y + 2 * self.weights  # of one place of the window at a time, and the result twice
             return max(self.back._forward() + self.weights if wanted[0] else 0, copies if wanted[1] else 0)
+        if not self.columns and self.groups == 1 and len(self.kernel) < 3:
+            return 0
         split = self.x + self.x // self.groups + 2 * (self.y + self.weights) if self.groups > 1 else 0
         return self._unfolded + split + (self.x + self.y + self.weights if self.channels_last else 0)
 
@@ -212,12 +217,11 @@ class Convolved:
         low, deep = self.dtype != torch.float32, not self.depthwise
         total = (0 if self.plain and not self._nhwc() else self.weights) + w + self._small(3)
         if wanted[1]:
-            total += (torch.get_num_threads() + (0 if self.plain and not (low or self._nhwc()) else 1)) * w * (
-                2 if low else 1
-            ) + (x + y if low and deep else 0)
+            total += torch.get_num_threads() * w * (2 if low else 1) + (x + y if low and deep else 0)
         if set(self.stride) != {1}:
             total += (x if wanted[0] else min(x, SMALL)) // self.batch
-            total += (w if self.groups > 1 else 0) + (0 if self._nhwc() else y)
+            total += 0 if self._nhwc() else y + 2 * x
+        total += w if self.groups > 1 else 0
         total += max(
             self._odd("down" if self.transposed else "up") if wanted[0] else 0, self._odd("weights") if wanted[1] else 0
         )
