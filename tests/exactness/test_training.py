@@ -266,3 +266,87 @@ def test_checkpoint_inside_a_model_is_kept() -> None:
         compare(model, regional, random_inputs(IMAGE))
     except errors.CaptureError:
         pytest.skip("torch.export cannot capture checkpoint here, and the error says so")
+
+
+class Twice(nn.Module):
+    """One batch norm, used twice in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x).relu() + self.norm(x * 2).tanh()
+
+
+MOVING = {
+    "batch": lambda: nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3)),
+    "instance": lambda: nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.InstanceNorm2d(4, track_running_stats=True)),
+    "spectral": lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Tanh()),
+    "twice": Twice,
+}
+
+
+@pytest.mark.parametrize("calls", ["two before one backward", "one and four backwards"])
+@pytest.mark.parametrize("kind", MOVING)
+def test_buffers_move_once_for_each_forward(kind: str, calls: str) -> None:
+    """Whatever is done backward: gradients and buffers of the untouched network."""
+
+    def work(run: nn.Module, owner: nn.Module) -> list[Tensor]:
+        x = torch.randn(2, 3, 11, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        if calls.startswith("two"):
+            (run(x).square().mean() - run(2 * x).abs().mean()).backward()
+        else:
+            loss = run(x).square().mean()
+            for _ in range(4):
+                loss.backward(retain_graph=True)
+        return [*(p.grad for p in owner.parameters() if p.grad is not None), *(b.double() for b in owner.buffers())]
+
+    torch.manual_seed(0)
+    model = MOVING[kind]().double()
+    other = copy.deepcopy(model)
+    small = ranger_nn.regionalize(other, regions=(4, 4))
+    for ours, theirs in zip(work(small, other), work(model, model), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["clone", "copy"])
+def test_a_clone_of_the_input_may_be_written_into(kind: str) -> None:
+    """As the refusal of a write into the input itself advises."""
+
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.clone() if kind != "copy" else x.to(x.dtype, copy=True)
+            y[:, :, 0] = 0
+            return y * x
+
+    compare(Writes(), lambda m: ranger_nn.regionalize(m, regions=(4, 4)), random_inputs(((1, 3, 9, 9),)))
+
+
+class Asks(nn.Module):
+    """What it computes depends on the order of its input in memory: by asking, and by a view that may be a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1
+        y.reshape(x.shape[0], -1).add_(1)
+        return self.conv(y) * (3 if x.is_contiguous() else 1)
+
+
+@pytest.mark.parametrize("order", ["plain", "last", "gaps", "expanded", "turned"])
+def test_the_order_of_an_input_in_memory(order: str) -> None:
+    """Gaps and expanded dimensions too."""
+    x = torch.randn(2, 4, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = {
+        "plain": x,
+        "last": x.contiguous(memory_format=torch.channels_last),
+        "gaps": x.contiguous(memory_format=torch.channels_last)[..., ::2],
+        "expanded": x[:, :, :1].expand(2, 4, 8, 16),
+        "turned": x.transpose(2, 3)[:, :, ::2],
+    }[order]
+    model = Asks().double()
+    small = ranger_nn.regionalize(model, regions=(3, 3))
+    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)

@@ -15,6 +15,9 @@ from ranger_nn.errors import GradientError
 if TYPE_CHECKING:
     from ranger_nn.torch.module import Ready, Regional
 
+MOVES = {"update_buffer", "running_statistics"}
+"""Operators that move buffers, once for each forward."""
+
 
 class Run(torch.autograd.Function):
     """A call that can be differentiated once."""
@@ -25,9 +28,11 @@ class Run(torch.autograd.Function):
         graph, device = ready.captured.graph, ready.engine.device
         ctx.rng = _random_state(device) if any(n.random for n in graph.nodes) else None
         ctx.before = {k: tensors[k].clone() for k in _external(ready, {"read_buffer"})}
+        ctx.moved = {k: tensors[k] for k in _external(ready, MOVES)}
         slots = regional._execute(ready, tensors)
         ctx.regional, ctx.ready = regional, ready
-        ctx.save_for_backward(*tensors)
+        # Buffers that forward moves are not among them: backward reads none, and the next call moves them again.
+        ctx.save_for_backward(*(t for k, t in enumerate(tensors) if k not in ctx.moved))
         ctx.kept = slots
         results = tuple(ready.output(v, slots) for v in graph.outputs)
         fixed = [r for v, r in zip(graph.outputs, results, strict=True) if not graph.values[v].differentiable]
@@ -38,7 +43,8 @@ class Run(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """The gradients of all tensors."""
         ready: Ready = ctx.ready
-        tensors = ctx.saved_tensors
+        saved = iter(ctx.saved_tensors)
+        tensors = [ctx.moved[k] if k in ctx.moved else next(saved) for k in range(len(ctx.needs_input_grad) - 2)]
         # Autograd computes with gradients on exactly where create_graph=True asks for a gradient of the gradient.
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *grads)):
             raise GradientError(
@@ -64,7 +70,7 @@ def _external(ready: Ready, operators: Collection[str]) -> list[int]:
 def _aside(ready: Ready, tensors: Sequence[Tensor], before: Mapping[int, Tensor]) -> list[Tensor]:
     """The tensors with copies of the buffers that forward updates, as they were: a call updates them once."""
     found = list(tensors)
-    for k in _external(ready, {"update_buffer", "running_statistics"}):
+    for k in _external(ready, MOVES):
         found[k] = before.get(k, tensors[k]).clone()
     return found
 

@@ -108,7 +108,7 @@ class Writes:
             raise CaptureError(f"{self.model}: cannot say what {op_name(node)} writes into: {node.format_node()}")
         value = self.lower.env.get(memory.root)
         kind = self.lower.values[value].kind if isinstance(value, int) else ""
-        if kind == INPUT:
+        if kind == INPUT and memory.root.op == "placeholder":  # a clone of it is memory of its own
             refuse_mutation(self.model, memory.root.name)
         if memory.root.op in ("placeholder", "get_attr") and kind not in (CONSTANT, "computed"):
             raise CaptureError(

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.torch.identity import token
-from ranger_nn.torch.layout import gapless
 
 _WRAPPERS = {
     "DistributedDataParallel": "wrap the regional module: DistributedDataParallel(regionalize(model.module))",
@@ -89,20 +88,15 @@ def check_gradient_hooks(model: nn.Module) -> None:
 
 
 def leaf_key(x: Any, grad: bool) -> Any:
-    """What a plan depends on of one input."""
+    """What a plan depends on of one input; of its order in memory too, which decides what is a view and what a copy."""
     if not isinstance(x, Tensor):
         return token(x)
-    return tuple(x.shape), x.dtype, x.device, grad and x.requires_grad, _strides(x)
+    return tuple(x.shape), x.dtype, x.device, grad and x.requires_grad, x.stride()
 
 
 def stand_in(x: Any, grad: bool) -> Any:
     """A tensor like `x` for capture, with nothing in it."""
     if not isinstance(x, Tensor):
         return x
-    like = torch.empty_strided(x.shape, _strides(x), dtype=x.dtype, device=x.device)
+    like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     return like.requires_grad_(grad and x.requires_grad)
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Those of a dense tensor, whatever their order; others are read as they come and stand for plain ones."""
-    return x.stride() if gapless(x.shape, x.stride()) else torch.empty(x.shape, device="meta").stride()
