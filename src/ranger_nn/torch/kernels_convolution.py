@@ -146,7 +146,9 @@ class Convolution(Convolving):
     def vjp_scratch(self, at: Extent) -> int:
         """Copies of the input and of the output's gradient where they are not in order, and what backward takes."""
         called = self._called(at.out_box, at.reads[0].box)
-        copied = self._copied(at) if at.reads[0].parts else 0
+        if not at.wanted[1]:  # the input is not read: PyTorch copies what stands in for it, and takes its order
+            called = replace(called, channels_last=False)
+        copied = self._copied(at) if at.reads[0].parts else called.x
         border = 2 * self._padded(at) + copied + self._copied_gradient(at) + 2 * self._turned(called)
         if sum(self._cast(at)):
             border += self._generic(at, called)

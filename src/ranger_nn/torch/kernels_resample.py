@@ -130,8 +130,10 @@ class Resample(Kernel):
         return size if cropped else 0
 
     def scratch(self, at: Extent) -> int:
-        """The result before it is cropped, or one tap of a gather."""
-        return self._uncropped(at) if self.native else self._gathered(at)
+        """The result before it is cropped, or taps of a gather; a copy of what is not in order."""
+        parts = at.reads[0].parts
+        copied = at.in_bytes[0] if len(parts) == 1 and parts[0][1] and not self.channels_last else 0
+        return (self._uncropped(at) if self.native else self._gathered(at)) + copied
 
     @property
     def _wide(self) -> int:

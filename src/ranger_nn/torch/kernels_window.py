@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box, Reach
-from ranger_nn.torch.kernels import Kernel, Local, table
+from ranger_nn.torch.kernels import SMALL_TENSORS, Kernel, Local, table
 
 Ints = tuple[int, ...]
 
@@ -127,7 +127,7 @@ class Pooling(Kernel):
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again: output, indices, padded input and its gradient."""
-        return at.out_bytes + self._indices(at) + self._padded(at) + self._copied(at)
+        return 2 * at.out_bytes + self._indices(at) + self._padded(at) + self._copied(at) + SMALL_TENSORS
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """The untouched call, or one on a region with its border filled."""
@@ -249,7 +249,7 @@ class AdaptivePooling(Kernel):
         """The result after the first dimension; nothing where the operator runs whole."""
         if self._is_whole(at.out_box):
             return self._indices(at)
-        return 3 * at.out_bytes + 2 * at.in_bytes[0]
+        return 3 * at.out_bytes + (2 if self.itemsize > 2 else 3) * at.in_bytes[0]
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again, and gradients of the slices."""

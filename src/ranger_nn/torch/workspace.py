@@ -36,8 +36,8 @@ FEWEST = 64 << 10
 WINDOW = 7
 """The longest window that oneDNN has kernels for in every form."""
 
-VOLUME = 4
-"""The same of volumes."""
+VOLUME = 5
+"""The same of volumes; for the gradient of weights one less."""
 
 UNFOLDED = 256 << 10
 """Bytes of columns from which on oneDNN is called in place of unfolding: below, unfolding is as fast and small."""
@@ -106,7 +106,7 @@ class Convolved:
     @property
     def columns(self) -> int:
         """Bytes of the input (transposed: of the output) unfolded."""
-        if not self.transposed and set(self.kernel) == set(self.stride) == {1} and not any(self.padding):
+        if not (self.transposed or any(self.padding)) and {*self.kernel, *self.stride, *self.dilation} == {1}:
             return 0
         places = prod(self.inner) if self.transposed else prod(self.outer)
         channels = self.channels[1] if self.transposed else self.channels[0]
@@ -126,7 +126,8 @@ class Convolved:
         if self.dtype != torch.float32 and min(self.channels) < 3:
             return False
         patches = self.kernel == self.stride and not dilated and (not self.transposed or what == "down")
-        window = patches or max(self.kernel) <= (VOLUME if volume and what == "weights" else WINDOW)
+        longest = WINDOW if not volume else VOLUME - 1 if what == "weights" else VOLUME
+        window = patches or max(self.kernel) <= longest
         if not window or (strided and dilated):
             return False
         if what != "down" and not (max(self.stride) <= 2 or self.kernel == self.stride):
@@ -176,7 +177,7 @@ class Convolved:
         if not self.columns and self.groups == 1 and len(self.kernel) < 3:
             return 0
         split = self.y + self.x // self.groups if self.groups > 1 else 0
-        again = 2 * self.x if self.transposed and len(self.kernel) == 3 else 0  # put in order twice
+        again = (2 if self.transposed else 1) * self.x if len(self.kernel) == 3 else 0  # put in order again
         return self._unfolded + split + again + (self.x + self.y + self.weights if self.channels_last else 0)
 
     def backward(self, wanted: Sequence[bool]) -> int:
@@ -188,7 +189,7 @@ class Convolved:
             return max(self.back._forward() + self.weights if wanted[0] else 0, copies if wanted[1] else 0)
         if not self.columns and self.groups == 1 and len(self.kernel) < 3:
             return 0
-        split = self.x + self.x // self.groups + 2 * (self.y + self.weights) if self.groups > 1 else 0
+        split = self.x + self.x // self.groups + 2 * (self.y + self.weights) if self.groups > 1 else self.y
         return self._unfolded + split + (self.x + self.y + self.weights if self.channels_last else 0)
 
     @property
@@ -241,7 +242,7 @@ class Convolved:
         w = self.weights * BLOCK * BLOCK if self.depthwise else w  # each channel as a block of its own
         gradients = what != ("up" if self.transposed else "down")
         weights = w * (1 + gradients * (1 + torch.get_num_threads()))
-        return wide * (columns + (1 + gradients) * (x + y) + weights) + self._small(3)
+        return wide * (columns + (1 + gradients) * (x + y) + weights) + self._small(3) + FEWEST
 
     def _nhwc(self) -> bool:
         return self.channels_last and prod(self.inner) > 1 and prod(self.outer) > 1
