@@ -6,6 +6,7 @@ import copy
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -289,3 +290,64 @@ def test_outputs_that_are_no_tensors() -> None:
     assert {k: given[k] for k in ("none", "size", "text")} == {"none": None, "size": 41, "text": "fine"}
     assert difference(given["y"], wanted["y"]) <= 1e-11
     assert torch.equal(given["again"], given["y"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (np.zeros((1, 3, 8, 8), np.float32), "NumPy ndarray"),
+        ("a", "got str 'a'"),
+        (None, "got NoneType"),
+        ({"x": 1}, "got dict"),
+        ((1, 3, 5.5, 8), "5.5"),
+        ((1, 3, -5, 8), "sizes are 0 or more"),
+        (nn.utils.rnn.pack_sequence([torch.zeros(4, 3)]), "PackedSequence"),
+        (torch.nested.nested_tensor([torch.zeros(3, 8)]), "nested"),
+        (torch.zeros(1, 3, 8, 8).to_sparse(), "layout"),
+        ((torch.zeros(1, 3, 8, 8),) * 2, r"SmallUNet was called with 2 inputs: too many .* forward\(x"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_plan_of_what_is_no_input(given: Any, said: str) -> None:
+    """One line that says what a plan is made for."""
+    with pytest.raises(InputError, match=said) as caught:
+        ranger_nn.plan(unet(torch.float32), given)
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_that_forward_does_not_have() -> None:
+    """The error names the model and its signature."""
+    small, x = ranger_nn.regionalize(nn.Bilinear(3, 3, 2)), torch.zeros(5, 3)
+    for call in (lambda: small(x), lambda: small(x, x, x), lambda: small(x, x, mask=x)):
+        with pytest.raises(InputError, match=r"Bilinear was called with .*forward\(input1") as caught:
+            call()
+        assert "inspect.py" not in str(caught.value)
+
+
+class Cuts(nn.Module):
+    """A size that depends on the data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[: int(x.max().item())]
+
+
+@pytest.mark.parametrize("model", [Branching(), Cuts()], ids=["branch", "size"])
+def test_nothing_is_printed_beside_the_error(model: nn.Module, capfd: Any, caplog: Any) -> None:
+    """No half-traced graph, no hints of `torch.export`."""
+    with pytest.raises(CaptureError):
+        ranger_nn.plan(model, (1, 3, 8, 8))
+    assert "".join(capfd.readouterr()) == ""
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+
+
+def test_compilers_that_read_source() -> None:
+    """TorchScript and torch.fx are told to take the untouched module; the caller's model stays as it is."""
+    small = ranger_nn.regionalize(nn.Sequential(nn.Conv2d(3, 3, 3)).eval())
+    outer = nn.Sequential(small, nn.ReLU())
+    for compiled in (torch.jit.script, torch.fx.symbolic_trace):
+        with pytest.raises(InputError, match=r"regional\.module"):
+            compiled(small)
+    with pytest.raises(InputError, match=r"TorchScript|untouched module"):
+        torch.jit.script(outer)
+    assert outer[0] is small
+    torch.jit.trace(outer, torch.zeros(1, 3, 8, 8))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -37,11 +38,31 @@ def alone() -> Iterator[None]:
         stack.enter_context(_replaced("_ignore_backend_decomps", nullcontext))
         original = getattr(_TRACE, "_override_builtin_ops", nullcontext)
         stack.enter_context(_replaced("_override_builtin_ops", _builtins(original)))
+        stack.enter_context(_quiet())
         # It puts back what forward writes into attributes: a twin's are its own (`torch/frozen.py` looks at them).
         stack.enter_context(_replaced("_detect_attribute_assignment", lambda model: nullcontext()))
         # What the tracing saves for a backward that never comes is not for the caller's hooks (checkpoint, offloading).
         stack.enter_context(saved_tensors_hooks(lambda x: x, lambda x: x))
         yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Half-traced graphs and hints for users of `torch.export` are not printed: the error that is raised says it all."""
+    here = _Here()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return not here or record.levelno < logging.WARNING  # what TORCH_LOGS asks for is below
+
+    loggers = [logging.getLogger(f"torch.{name}") for name in ("fx.experimental.symbolic_shapes", "export._trace")]
+    for logger in loggers:
+        logger.addFilter(passes)
+    try:
+        with patch.object(_TRACE, "print", lambda *a, **k: None if here else print(*a, **k), create=True):
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(passes)
 
 
 def _replaced(name: str, function: Callable[..., Any]) -> Any:

@@ -42,6 +42,7 @@ from ranger_nn.torch.inplace import (
     refuse_mutation,
     same_result,
 )
+from ranger_nn.torch.inputs import misfit
 from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
 from ranger_nn.torch.layout import result_layout
 from ranger_nn.torch.recurrent_ops import whole_recurrences
@@ -285,6 +286,8 @@ def export(
         name = getattr(model, "name_in_errors", type(model).__name__)
         tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         shapes = ", ".join(f"{tuple(a.shape)} {a.dtype}" for a in tensors)
+        if isinstance(error, TypeError) and (wrong := misfit(model, args, kwargs)):
+            raise InputError(f"{name} was {wrong}.") from error
         if isinstance(error, AssertionError) and said.startswith("Guard failed"):
             raise InputError(
                 f"{name} is an archive of torch.export for inputs of one size, and refuses {shapes}: {said}. Export it "
@@ -339,7 +342,7 @@ def _packs(error: BaseException) -> bool:
 
 
 def _user_line(error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(NOT_THE_USERS)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*NOT_THE_USERS, "<"))]
     return f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
 
 

@@ -5,6 +5,7 @@ Enter at `check_model`, `check_call` and `check_gradient_hooks`.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -46,17 +47,7 @@ def check_call(model: nn.Module, args: Any, kwargs: Any) -> None:
     name = type(model).__name__
     leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence))
     for leaf in leaves:
-        if isinstance(leaf, PackedSequence):
-            raise InputError(
-                f"{name} was called with a PackedSequence, whose lengths are data: a plan is made for shapes. Give the padded "
-                "tensor (torch.nn.utils.rnn.pad_packed_sequence), or call the untouched module."
-            )
-        if isinstance(leaf, (np.ndarray, np.generic)):
-            raise InputError(
-                f"{name} was called with a NumPy {type(leaf).__name__} of {leaf.dtype}: give a tensor, torch.from_numpy(x)."
-            )
-        if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
-            raise InputError(f"inputs must be dense (strided) tensors, got layout {leaf.layout}")
+        _check_leaf(name, leaf)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     if not tensors:
         raise InputError(f"{name} was called without a tensor: regions are cut from input tensors")
@@ -73,6 +64,61 @@ def check_call(model: nn.Module, args: Any, kwargs: Any) -> None:
             f"{name} was called with dual tensors: a program of regions has no forward-mode derivative. Call the untouched "
             "module there (.module), or use reverse mode."
         )
+
+
+def _check_leaf(name: str, leaf: Any) -> None:
+    if isinstance(leaf, PackedSequence):
+        raise InputError(
+            f"{name} was called with a PackedSequence, whose lengths are data: a plan is made for shapes. Give the padded "
+            "tensor (torch.nn.utils.rnn.pad_packed_sequence), or call the untouched module."
+        )
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        raise InputError(
+            f"{name} was called with a NumPy {type(leaf).__name__} of {leaf.dtype}: give a tensor, torch.from_numpy(x)."
+        )
+    if isinstance(leaf, Tensor) and leaf.is_nested:
+        raise InputError(
+            f"{name} was called with a nested tensor, whose lengths are data: a plan is made for shapes. Give the padded "
+            "tensor (x.to_padded_tensor(0.0)), or call the untouched module."
+        )
+    if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+        raise InputError(f"inputs must be dense (strided) tensors, got layout {leaf.layout}")
+
+
+def example_leaves(model: nn.Module, x: Any) -> tuple[Any, ...]:
+    """Tensors and shapes of a tensor, a shape, or a tuple of them; raises InputError for all else."""
+    name = type(model).__name__
+    many = isinstance(x, tuple) and not isinstance(x, PackedSequence) and not _is_shape(x)
+    leaves: tuple[Any, ...] = x if many else (x,)
+    for leaf in leaves:
+        _check_leaf(name, leaf)
+        if not isinstance(leaf, Tensor) and not _is_shape(leaf):
+            leaf = x if isinstance(leaf, (int, float)) else leaf  # one size of a shape
+            raise InputError(
+                f"a plan for {name} is made for a tensor, a shape such as (1, 3, 512, 512), or a tuple of them; got "
+                f"{type(leaf).__name__} {str(leaf)[:40]!r}"
+            )
+        if not isinstance(leaf, Tensor) and min(leaf, default=0) < 0:
+            raise InputError(f"a plan for {name} was asked for the shape {tuple(leaf)}: sizes are 0 or more")
+    return leaves
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, (tuple, list)) and all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in x)
+
+
+def misfit(model: nn.Module, args: Any, kwargs: Any) -> str:
+    """Why the model's forward cannot be called with so many or such arguments, or nothing."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # one written in C has none
+        return ""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = [*(["1 input"] if len(args) == 1 else [f"{len(args)} inputs"]), *(f"{k}=" for k in kwargs)]
+        return f"called with {', '.join(given)}: {error}. Its signature is forward{signature}"
+    return ""
 
 
 def check_gradient_hooks(model: nn.Module) -> None:

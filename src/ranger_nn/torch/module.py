@@ -26,7 +26,7 @@ from ranger_nn.torch.capture import Captured, capture
 from ranger_nn.torch.engine import TorchEngine
 from ranger_nn.torch.function import Run
 from ranger_nn.torch.identity import Identity, autocast_dtype, settings
-from ranger_nn.torch.inputs import check_call, check_gradient_hooks, check_model, leaf_key, stand_in
+from ranger_nn.torch.inputs import check_call, check_gradient_hooks, check_model, example_leaves, leaf_key, stand_in
 from ranger_nn.torch.layout import in_strides
 from ranger_nn.torch.recent import Recent
 from ranger_nn.torch.verification import verify_small
@@ -143,7 +143,7 @@ def example_inputs(model: nn.Module, x: Any, grad: bool = False) -> tuple[Any, .
     """Fake tensors on the model's device for a tensor, a tuple of them, or a shape."""
     from torch._subclasses import FakeTensorMode
 
-    tensors = x if isinstance(x, tuple) and not all(isinstance(n, int) for n in x) else (x,)
+    tensors = example_leaves(model, x)
     state = next((p for p in model.parameters()), None)
     device = state.device if state is not None else torch.device("cpu")
     default = state.dtype if state is not None and state.dtype.is_floating_point else torch.float32
@@ -151,7 +151,7 @@ def example_inputs(model: nn.Module, x: Any, grad: bool = False) -> tuple[Any, .
         return tuple(
             stand_in(t.to(device) if t.is_meta else t, grad)
             if isinstance(t, Tensor)
-            else torch.empty(tuple(t), dtype=default, device=device)
+            else torch.empty(tuple(map(int, t)), dtype=default, device=device)
             for t in tensors
         )
 
@@ -226,9 +226,23 @@ class Regional(nn.Module):
         """As the untouched module."""
         if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing()):
             return self.module(*args, **kwargs)
-        if any(isinstance(x, Proxy) for x in args):  # torch.fx knows no module but those of the tree
+        if isinstance(args, Proxy):
+            raise InputError(
+                "torch.fx.symbolic_trace needs named inputs, which a regional module does not have: trace the untouched one "
+                "(symbolic_trace(regional.module)), and regionalize the result."
+            )
+        if any(
+            isinstance(x, Proxy) for x in (*args, *kwargs.values())
+        ):  # torch.fx knows no module but those of the tree
             return self.module.forward(*args, **kwargs)
         return _by_regions(self, args, kwargs)
+
+    def __prepare_scriptable__(self) -> Any:
+        """`torch.jit.script` would put what this gives in the place of the wrapper, in the caller's own model."""
+        raise InputError(
+            "torch.jit.script compiles the source of forward, and a program of regions has none: script the untouched module "
+            "(torch.jit.script(regional.module)), or use torch.jit.trace, which sees it."
+        )
 
     # ---- preparation --------------------------------------------------------------------------------------
 

@@ -59,6 +59,11 @@ class Twin:
         self._registered = {id(p) for p in model.parameters()}
         self.module: nn.Module = self._of(model)
 
+    def modules(self) -> list[nn.Module]:
+        """All of the twin's own, also those that plain lists and closures hold."""
+        own = (m for key, m in self._memo.items() if isinstance(m, nn.Module) and id(m) != key)
+        return list({id(m): m for m in own}.values())
+
     def restored(
         self, program: torch.export.ExportedProgram, very: Callable[[Tensor], Tensor]
     ) -> torch.export.ExportedProgram:
