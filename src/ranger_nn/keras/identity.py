@@ -61,7 +61,7 @@ HANDLES = frozenset(["tensorflow", "jax", "jaxlib", "torch", "logging", "threadi
 _TORCH = sys.modules["torch"].nn if "torch" in sys.modules else None
 _MODULE: Any = _TORCH.Module if _TORCH else ()
 _PARAMETERS: Any = (_TORCH.ParameterDict, _TORCH.ParameterList) if _TORCH else ()
-"""PyTorch's modules, where PyTorch is about, and those that only hold parameters."""
+"""PyTorch's modules, where PyTorch is about, and those that only hold parameters, which are read when a plan runs."""
 
 
 class Same:
@@ -159,6 +159,8 @@ class _Walk:
             if name in skipped or (not users and isinstance(value, keras.initializers.Initializer)):
                 continue
             self.found.append(name)
+            if name == "_modules":  # PyTorch's; among them Keras's own list of parameters, which it makes anew at times
+                value = {k: v for k, v in value.items() if k not in skipped}
             kind = type(value)  # most are plain: a short way for them, since this is done at every call
             if value is None or kind is str:
                 self.found.append(value)
@@ -207,7 +209,6 @@ class _Walk:
             return
         self._class(type(x))
         if isinstance(x, _PARAMETERS):
-            self.found += map(Same, x.parameters())
             return
         held, slots = getattr(x, "__dict__", None), _slots(type(x))
         if isinstance(held, dict):
