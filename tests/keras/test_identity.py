@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import array
 import functools
+import os
+import sys
+import threading
+import weakref
+from collections import ChainMap, UserDict
 from collections.abc import Callable
-from types import SimpleNamespace
+from contextvars import ContextVar
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import keras
@@ -75,6 +82,148 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "class": (Scaled, lambda _: setattr(Scaled, "shared", Scaled.shared + 1.0)),
     "partial": (Scaled, lambda la: setattr(la, "inner", functools.partial(ops.multiply, x2=3.0))),
 }
+
+
+class Slot:
+    """A slot of its own, in a class above the one that is used."""
+
+    __slots__ = "k"
+
+
+class Slotted(Slot):
+    __slots__ = ()
+
+
+class Meta(type):
+    """A class of classes."""
+
+    k = 2.0
+
+
+class OfMeta(metaclass=Meta):
+    """Reads its class's class."""
+
+
+class Weight(keras.Loss):
+    """A loss that nobody trains by."""
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return y_pred
+
+
+SETTINGS = ModuleType("settings_of_a_test")
+SETTINGS.k = 2.0  # type: ignore[attr-defined]
+sys.modules[SETTINGS.__name__] = SETTINGS
+CONTEXT = ContextVar("CONTEXT", default=2.0)
+HELD = SimpleNamespace(k=2.0)
+
+
+@functools.lru_cache
+def remembered() -> Any:
+    return SimpleNamespace(k=2.0)
+
+
+def rule() -> Any:
+    return rule.k  # type: ignore[attr-defined]
+
+
+rule.k = 2.0  # type: ignore[attr-defined]
+
+
+def imported() -> Any:
+    import settings_of_a_test as s
+
+    return s.k
+
+
+class Reads(L.Layer):
+    """A layer that reads a number by `read`, from what it holds."""
+
+    def __init__(self, read: Callable[[Any], Any], **held: Any) -> None:
+        super().__init__()
+        self.read = read
+        for name, value in held.items():
+            setattr(self, name, value)
+
+    def __getitem__(self, index: int) -> Any:
+        return HELD.k
+
+    def call(self, x: Any) -> Any:
+        return x * float(self.read(self))
+
+
+def slotted() -> Any:
+    found = Slotted()
+    found.k = 2.0  # type: ignore[attr-defined]
+    return found
+
+
+PLACES: dict[str, tuple[Callable[[], Reads], Callable[[Any], Any]]] = {
+    "key named loss": (lambda: Reads(lambda s: s.d["loss"], d={"loss": 2.0}), lambda la: la.d.__setitem__("loss", 5.0)),
+    "attribute named loss": (lambda: Reads(lambda s: s.loss, loss=2.0), lambda la: setattr(la, "loss", 5.0)),
+    "attribute named history": (
+        lambda: Reads(lambda s: s.history, history=2.0),
+        lambda la: setattr(la, "history", 5.0),
+    ),
+    "attribute named training": (
+        lambda: Reads(lambda s: s.training, training=2.0),
+        lambda la: setattr(la, "training", 5.0),
+    ),
+    "helper's name": (
+        lambda: Reads(lambda s: s.h.name, h=SimpleNamespace(name=2.0)),
+        lambda la: vars(la.h).update(name=5),
+    ),
+    "loss": (
+        lambda: Reads(lambda s: s.h.k, h=vars(w := Weight()).update(k=2.0) or w),
+        lambda la: setattr(la.h, "k", 5.0),
+    ),
+    "initialiser": (
+        lambda: Reads(lambda s: s.h.value, h=keras.initializers.Constant(2.0)),
+        lambda la: setattr(la.h, "value", 5.0),
+    ),
+    "bytes": (lambda: Reads(lambda s: s.h[0], h=bytearray([2])), lambda la: la.h.__setitem__(0, 5)),
+    "array": (lambda: Reads(lambda s: s.h[0], h=array.array("d", [2.0])), lambda la: la.h.__setitem__(0, 5.0)),
+    "UserDict": (lambda: Reads(lambda s: s.h["k"], h=UserDict(k=2.0)), lambda la: la.h.update(k=5.0)),
+    "ChainMap": (lambda: Reads(lambda s: s.h["k"], h=ChainMap({}, {"k": 2.0})), lambda la: la.h.update(k=5.0)),
+    "weak reference": (
+        lambda: Reads(lambda s: s.h().k, h=weakref.ref(OfMeta)),
+        lambda _: setattr(Meta, "k", Meta.k + 7.0),
+    ),
+    "lru_cache": (lambda: Reads(lambda s: remembered().k), lambda _: setattr(remembered(), "k", 5.0)),
+    "of a thread": (lambda: Reads(lambda s: s.h.k, h=local(2.0)), lambda la: setattr(la.h, "k", 5.0)),
+    "of a function": (lambda: Reads(lambda s: rule()), lambda _: setattr(rule, "k", 5.0)),
+    "dunder": (lambda: Reads(lambda s: s[0]), lambda _: setattr(HELD, "k", HELD.k + 7.0)),
+    "module": (lambda: Reads(lambda s: s.h.k, h=SETTINGS), lambda _: setattr(SETTINGS, "k", 5.0)),
+    "imported": (lambda: Reads(lambda s: imported()), lambda _: setattr(SETTINGS, "k", SETTINGS.k + 7.0)),
+    "slot": (lambda: Reads(lambda s: s.h.k, h=slotted()), lambda la: setattr(la.h, "k", 5.0)),
+    "class of a class": (lambda: Reads(lambda s: OfMeta.k), lambda _: setattr(Meta, "k", 5.0)),
+    "context": (lambda: Reads(lambda s: CONTEXT.get()), lambda _: CONTEXT.set(5.0)),
+    "environment": (
+        lambda: Reads(lambda s: os.environ.get("RANGER_TEST_K", 2.0)),
+        lambda _: os.environ.update(RANGER_TEST_K="5"),
+    ),
+}
+
+
+def local(k: float) -> Any:
+    found = threading.local()
+    found.k = k
+    return found
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_numbers_wherever_they_are_kept(name: str) -> None:
+    """In dictionaries, helpers, modules, functions and objects in C: identities follow, and come back to rest."""
+    make, change = PLACES[name]
+    layer = make()
+    model, x = after(layer), series()
+    ours, again = identity(model), identity(model)
+    assert ours == again
+    first = model(x)
+    change(layer)
+    assert apart(model(x), first) > 0.1
+    assert identity(model) != ours
+    os.environ.pop("RANGER_TEST_K", None)
 
 
 @pytest.mark.parametrize("name", CHANGES)

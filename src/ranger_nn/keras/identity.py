@@ -11,13 +11,20 @@ Equal numbers that are not the same (1, True and 1.0; 0.0 and -0.0) are told apa
 
 from __future__ import annotations
 
+import array
 import functools
+import gc
 import hashlib
+import itertools
+import mmap
+import os
 import sys
-from argparse import Namespace
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from contextvars import ContextVar
+from types import BuiltinFunctionType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
 import keras
@@ -44,18 +51,17 @@ LIBRARIES = frozenset(sys.stdlib_module_names) | {
 }
 """Packages whose classes and functions do not change; what users patch in them is looked for where they do: at `call`."""
 
-APART = (
-    keras.optimizers.Optimizer,
-    keras.Metric,
-    keras.Loss,
-    keras.initializers.Initializer,
-    keras.random.SeedGenerator,
-)
-"""Objects that no capture reads, or whose state is in Variables."""
+APART = (keras.optimizers.Optimizer, keras.Metric)
+"""Objects of Keras's own that no capture reads, or whose state is in Variables."""
+
+HANDLES = frozenset(["tensorflow", "jax", "jaxlib", "torch", "logging", "threading", "concurrent", "asyncio", "optree"])
+"""Packages whose objects, but for modules of layers and what belongs to a thread, hold nothing that a `call` reads."""
 
 
-HOLDERS = (keras.Operation, keras.Regularizer, keras.constraints.Constraint, SimpleNamespace, Namespace)
-"""Of libraries' classes, those whose objects hold what a `call` reads."""
+_TORCH = sys.modules["torch"].nn if "torch" in sys.modules else None
+_MODULE: Any = _TORCH.Module if _TORCH else ()
+_PARAMETERS: Any = (_TORCH.ParameterDict, _TORCH.ParameterList) if _TORCH else ()
+"""PyTorch's modules, where PyTorch is about, and those that only hold parameters, which are read when a plan runs."""
 
 
 class Same:
@@ -90,6 +96,7 @@ class _Walk:
     def __init__(self) -> None:
         self.found: list[Any] = []
         self.seen: dict[int, int] = {}
+        self.classes: set[type] = set()
 
     def visit(self, x: Any) -> None:
         """Add what stands for x."""
@@ -140,18 +147,20 @@ class _Walk:
     def _pairs(self, pairs: list[tuple[Any, Any]]) -> None:
         self.found += ("pairs", len(pairs))
         for key, value in pairs:
-            if key in private.BOOKKEEPING:
-                continue
             self.found.append(key if isinstance(key, str) else repr(key))
             self.visit(value)
 
     def _layer(self, layer: Any) -> None:
         self.found += (Same(layer), Same(type(layer).call))
         self._class(type(layer))
+        users = bool(_users(type(layer)))
+        skipped = private.bookkeeping(type(layer), users)
         for name, value in list(vars(layer).items()):
-            if name in private.BOOKKEEPING:
+            if name in skipped or (not users and isinstance(value, keras.initializers.Initializer)):
                 continue
             self.found.append(name)
+            if name == "_modules":  # PyTorch's; among them Keras's own list of parameters, which it makes anew at times
+                value = {k: v for k, v in value.items() if k not in skipped}
             kind = type(value)  # most are plain: a short way for them, since this is done at every call
             if value is None or kind is str:
                 self.found.append(value)
@@ -174,7 +183,11 @@ class _Walk:
             self._class(x)
         elif isinstance(x, keras.DTypePolicy):
             self.found += (type(x), x.name, x.compute_dtype, x.variable_dtype)
-        elif isinstance(x, (*APART, ModuleType, BuiltinFunctionType)):
+        elif isinstance(x, ModuleType):
+            self._module(x)
+        elif isinstance(x, functools._lru_cache_wrapper):
+            self._referents(x)
+        elif isinstance(x, BuiltinFunctionType) or (isinstance(x, APART) and not _users(type(x))):
             self.found.append(Same(x))
         elif ops.is_tensor(x):  # what a trained one holds is read when the plan runs
             trained = bool(getattr(x, "requires_grad", False))
@@ -182,25 +195,64 @@ class _Walk:
         else:
             self._held(x)
 
+    def _module(self, module: ModuleType) -> None:
+        """Of users' modules, the values: what is kept there for many to read."""
+        self.found.append(Same(module))
+        if module.__name__.partition(".")[0] not in LIBRARIES:
+            values = [(k, v) for k, v in list(vars(module).items()) if not k.startswith("__") and not callable(v)]
+            self._pairs([(k, v) for k, v in values if not isinstance(v, ModuleType) or not _library_module(v)])
+
     def _held(self, x: Any) -> None:
-        """Of objects that users made, and of Keras's that an operation or a regulariser is: what they hold."""
+        """Of other objects: what they hold, in attributes, slots, bytes or otherwise."""
         self.found.append(Same(x))
-        if _library(type(x)) and not isinstance(x, HOLDERS):
+        if type(x).__module__.partition(".")[0] in HANDLES and not isinstance(x, (_MODULE, threading.local)):
             return
         self._class(type(x))
-        held = getattr(x, "__dict__", {})
-        self._pairs([(k, v) for k, v in list(held.items()) if k not in private.BOOKKEEPING])
-        for name in getattr(type(x), "__slots__", ()):
+        if isinstance(x, _PARAMETERS):
+            return
+        held, slots = getattr(x, "__dict__", None), _slots(type(x))
+        if isinstance(held, dict):
+            self._pairs(list(held.items()))
+        for name in slots:
             self.visit(getattr(x, name, None))
+        if not isinstance(held, dict) and not slots:
+            self._inside(x)
+
+    def _inside(self, x: Any) -> None:
+        """Of objects in C: bytes, what they stand for, the state of generators, or what they refer to."""
+        if isinstance(x, (bytearray, array.array, memoryview, mmap.mmap)):
+            self.found.append(hashlib.blake2b(bytes(x)).digest())
+        elif isinstance(x, weakref.ref):
+            self.visit(x())
+        elif isinstance(x, ContextVar):
+            self.visit(x.get(None))
+        elif isinstance(x, np.random.Generator):
+            self.found.append(repr(x.bit_generator.state))
+        elif isinstance(x, (itertools.count, itertools.repeat)):
+            self.found.append(repr(x))
+        elif isinstance(x, GeneratorType):
+            self.found.append(x.gi_frame and x.gi_frame.f_lasti)
+            self.visit(x.gi_frame and dict(x.gi_frame.f_locals))
+        elif isinstance(x, Iterator):
+            self.visit(_remaining(x))
+        elif not isinstance(x, Hashable) or type(x).__module__ in ("builtins", "functools"):
+            self._referents(x)
+
+    def _referents(self, x: Any) -> None:
+        for held in gc.get_referents(x):
+            if not isinstance(held, (type, ModuleType)):
+                self.visit(held)
 
     def _class(self, cls: type) -> None:
         """Methods and attributes of users' classes."""
         for each in _users(cls):
-            if id(each) in self.seen:
+            if each in self.classes:
                 continue
-            self.seen[id(each)] = len(self.seen)
+            self.classes.add(each)
+            if _users(type(each)):
+                self._class(type(each))
             for name, value in list(vars(each).items()):
-                if not name.startswith("__") or name == "__call__":
+                if not name.startswith("__") or (isinstance(value, FunctionType) and name != "__init__"):
                     self.found.append(name)
                     self.visit(getattr(value, "__func__", getattr(value, "fget", value)))
 
@@ -213,8 +265,34 @@ class _Walk:
         for cell in f.__closure__ or ():
             self.visit(_content(cell))
         if not _library(f):
+            if f.__dict__:
+                self.visit(f.__dict__)
             for value in _globals(f):
                 self.visit(value)
+
+
+@functools.cache
+def _slots(cls: type) -> tuple[str, ...]:
+    """Names of its slots, those of the classes above it too."""
+    found = []
+    for each in cls.__mro__:
+        names = vars(each).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else tuple(names):
+            private_name = name.startswith("__") and not name.endswith("__")
+            found.append(f"_{each.__name__.lstrip('_')}{name}" if private_name else name)
+    return tuple(n for n in dict.fromkeys(found) if n not in ("__dict__", "__weakref__"))
+
+
+def _remaining(x: Any) -> Any:
+    """Where an iterator stands, without a step of it."""
+    try:
+        return x.__reduce__()[1:]
+    except Exception:
+        return [held for held in gc.get_referents(x) if not isinstance(held, type)]
+
+
+def _library_module(x: ModuleType) -> bool:
+    return x.__name__.partition(".")[0] in LIBRARIES
 
 
 def _content(cell: Any) -> Any:
@@ -238,8 +316,10 @@ def _globals(f: FunctionType) -> Iterator[Any]:
     """What a function's code may read by global names, of modules and of users' classes what it may read there."""
     names = _names(f.__code__)
     for name in names:
-        value = f.__globals__.get(name)
-        if isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in LIBRARIES:
+        value = f.__globals__.get(name, sys.modules.get(name))  # what the code itself imports is there
+        if value is os and not {"environ", "getenv"}.isdisjoint(names):
+            yield os.environ
+        elif isinstance(value, ModuleType) and not _library_module(value):
             yield from (vars(value).get(n) for n in names)
         elif value is not None and not isinstance(value, ModuleType):
             yield value

@@ -8,6 +8,7 @@ adapter uses such a name (`loops_tensorflow.py` uses two of TensorFlow's, `convo
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -212,6 +213,45 @@ BOOKKEEPING = frozenset(
     ]
 )
 """Attributes in which Keras and the back end keep what no `call` reads, or what stands in other attributes as well."""
+
+_OF_MODELS = frozenset(
+    [
+        "_inputs",
+        "_inputs_struct",
+        "_outputs",
+        "_outputs_struct",
+        "_nodes",
+        "_nodes_by_depth",
+        "_operations_by_depth",
+        "compiled",
+        "history",
+        "loss",
+        "optimizer",
+        "output_names",
+        "predict_function",
+        "steps_per_execution",
+        "stop_evaluating",
+        "stop_predicting",
+        "stop_training",
+        "test_function",
+        "train_function",
+        "unrolled_steps_per_execution",
+        "_run_eagerly",
+        "_jit_compile",
+        "_initial_epoch",
+    ]
+)
+"""Those of them that only models have: a layer's attribute of such a name is its user's."""
+
+
+@functools.cache
+def bookkeeping(cls: type, users: bool) -> frozenset[str]:
+    """Attributes of a layer of this class that no `call` reads; `users`: whether some of its code is not a library's."""
+    if not issubclass(cls, keras.Layer):
+        return frozenset()
+    found = (BOOKKEEPING if issubclass(cls, keras.Model) else BOOKKEEPING - _OF_MODELS) - {"name"}
+    return found - {"training"} if users else found
+
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where PyTorch keeps what is called around a layer."""
