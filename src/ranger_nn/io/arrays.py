@@ -29,6 +29,8 @@ FEW = 4
 class ArraySource:
     """An array-like as a `Source`."""
 
+    depth: int | None = None
+
     def __init__(self, array: Any, axes: str | None = None, name: str = "the array") -> None:
         if not all(hasattr(array, a) for a in ("shape", "dtype", "__getitem__")):
             raise InputError(

@@ -17,6 +17,8 @@ from ranger_nn.io.tiff import nodata_note
 
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
 TILE = 256
+STRUCTURE = "IMAGE_STRUCTURE"
+"""Where GDAL tells how samples are stored."""
 
 
 class SlideSource:
@@ -29,6 +31,7 @@ class SlideSource:
 
     batched = False
     resident = 0
+    depth: int | None = None
     dtype = np.dtype(np.uint8)
 
     def __init__(self, path: Path, level: int = 0) -> None:
@@ -72,6 +75,10 @@ class SlideSource:
 class RasterSource:
     """A GeoTIFF (or any raster that GDAL reads from one local file) through rasterio, window by window.
 
+    Args:
+        path: the file.
+        stored: numbers as they are stored; else GDAL turns inks and the like into red, green, blue and alpha.
+
     Raises:
         InputError: rasterio cannot open it, bands of different types.
         MissingExtraError: rasterio is not installed.
@@ -80,13 +87,14 @@ class RasterSource:
     batched = False
     resident = 0
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stored: bool = False) -> None:
         self._rasterio = import_extra("rasterio", "geo", "GeoTIFF files")
         self.path, self.name = path, repr(str(path))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it has no place on the earth is no matter here
-                self._data = self._rasterio.open(path.resolve(), driver="GTiff")
+                named = f"GTIFF_RAW:{path.resolve()}" if stored else path.resolve()
+                self._data = self._rasterio.open(named, driver="GTiff")
         except Exception as error:
             raise InputError(f"cannot read {self.name}: {error}") from error
         if len(set(self._data.dtypes)) != 1:
@@ -112,9 +120,16 @@ class RasterSource:
             return None
         return {"crs": self._data.crs, "transform": self._data.transform, "size": self.shape[1:]}
 
+    @property
+    def depth(self) -> int | None:
+        """Of unsigned integers whose bits are not those of their type."""
+        bits = max(int(self._data.tags(band, ns=STRUCTURE).get("NBITS", 0)) for band in self._data.indexes)
+        return bits if self.dtype.kind == "u" and bits not in (0, 8 * self.dtype.itemsize) else None
+
     def as_seen(self) -> bool:
-        """No band holds indices, inks or the like."""
-        return {i.name for i in self._data.colorinterp} <= {"gray", "red", "green", "blue", "alpha", "undefined"}
+        """No band holds indices, inks or the like, nor alpha: whether colours are multiplied by it GDAL does not tell."""
+        told = self._data.tags(ns=STRUCTURE).keys() & {"MINISWHITE", "SOURCE_COLOR_SPACE"}
+        return not told and {i.name for i in self._data.colorinterp} <= {"gray", "red", "green", "blue", "undefined"}
 
     def notes(self) -> list[str]:
         """What the header says of the numbers that a run does not act upon."""

@@ -119,6 +119,11 @@ class TiffSource:
             )
 
     @property
+    def depth(self) -> int | None:
+        """As `colour` says."""
+        return self.colour.depth
+
+    @property
     def decodable(self) -> bool:
         """Its compression is one of those decoded here."""
         return int(self._series.keyframe.compression) in DECODED
