@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -272,6 +273,45 @@ def test_other_work_does_not_go_on(tmp_path, scene, what):
         ranger_nn.run(net, path, out, **changed)
     report = ranger_nn.run(net, path, out, **changed, overwrite=True)
     assert report.resumed_at == 0
+
+
+TALLIES = [
+    5, "text", None, [], {}, {"mean": [1, 2]}, {"mean": [1, 2, 3], "max": [1, 2, 3]},
+    {"mean": [1, 2], "max": [1, 2, 3], "pixels": 1}, {"mean": ["a", "b", "c"], "max": [1, 2, 3], "pixels": 1},
+    {"mean": [[1, 2, 3]], "max": [1, 2, 3], "pixels": 1}, {"mean": [[1], [2, 3], 4], "max": [1, 2, 3], "pixels": 1},
+    {"mean": [1, 2, 3], "max": [1, 2, 3], "pixels": "x"}, {"mean": [1, 2, 3], "max": [1, 2, 3], "pixels": [1]},
+    {"mean": [1, 2, 3], "max": [1, 2, 3], "pixels": 1}, {"mean": [1, 2, 3], "max": [1, 2, 3], "pixels": -1},
+    {"mean": [1, 2, 3], "max": [1, 2, 3], "pixels": True}, {"mean": [1, 2, 10**400], "max": [1, 2, 3], "pixels": 1},
+]  # fmt: skip
+
+
+def test_a_tally_of_something_else(tmp_path, scene):
+    """With a sum that fits: it is held to names, channels and pixels before it is taken."""
+    path, _ = scene
+    net, out = Smooth(), tmp_path / "out.npy"
+    with pytest.raises(Stopped):
+        ranger_nn.run(net, path, out, "2MB", on_region=stop_after(2))
+    journal = tmp_path / ".out.npy.partial" / "journal.json"
+    kept = journal.read_bytes()
+    for tally in TALLIES:
+        found = {k: v for k, v in json.loads(kept).items() if k != "sum"} | {"tally": {"output 0": tally}}
+        found["sum"] = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+        journal.write_text(json.dumps(found))
+        with pytest.raises(InputError, match=r"none of this run"):
+            ranger_nn.run(net, path, out, "2MB")
+    journal.write_bytes(kept)
+    assert ranger_nn.run(net, path, out, "2MB").resumed_at == 2
+
+
+def test_histograms_of_many_classes(tmp_path):
+    """Regions know different numbers of classes."""
+    classes = np.linspace(0, 400, 300 * 40).astype(np.int32).reshape(1, 300, 40)
+    given = classes.astype(np.float32)
+    report = ranger_nn.run(
+        nn.AvgPool2d(1), given, tmp_path / "out.npy", regions=(50, 40), schedule="slide", axes="CYX",
+        reduce=lambda y: y.astype(np.int32), statistics=["histogram"],
+    )  # fmt: skip
+    assert report.statistics["output 0"]["histogram"] == np.bincount(classes.ravel()).tolist()
 
 
 def test_results_are_not_overwritten(tmp_path, scene):

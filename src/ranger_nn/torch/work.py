@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ class Work:
             probe = self.reduced(torch.zeros(small, dtype=getattr(torch, values[v].dtype)))
             probe = probe.float() if probe.dtype == torch.bfloat16 else probe
             name, shape = self._title(v), (probe.shape[0], *values[v].shape[2:])
-            tally = Tally(self.statistics, self.journal.tally.get(name) if self.journal is not None and again else None)
+            tally = self._tally(name, v)
             dtype, nodata = probe.numpy().dtype, self.made.pixels.result
             check_nodata(nodata, dtype)
             if "histogram" in self.statistics and dtype.kind not in "bui":
@@ -229,6 +230,19 @@ class Work:
             if again and isinstance(sink, FileSink):
                 sink.rows.verify(self._sum(f"rows-{k}"), [box[2:] for box in self.written.get(v, [])])
             self.pictures[v] = Picture(name, sink, self.reduced, tally, self.outlet, self.absent, nodata)
+
+    def _tally(self, name: str, v: int) -> Tally:
+        """What earlier runs counted of what they wrote."""
+        tally = Tally(self.statistics)
+        if self.journal is None or not self.first:
+            return tally
+        pixels = sum(prod(hi - lo for lo, hi in box[2:]) for box in self.written.get(v, []))
+        try:
+            state, channels = self.journal.tally.get(name), self.made.graph.values[v].shape[1]
+            tally.take(state, channels, pixels, self.absent is not None)
+        except ValueError as error:
+            raise InputError(f"the journal in {str(self.folder)!r} is none of this run ({error}): {ANEW}") from error
+        return tally
 
     def _title(self, v: int) -> str:
         label = self.labels[v]
