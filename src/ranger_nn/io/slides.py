@@ -16,6 +16,8 @@ from ranger_nn.io.protocol import Array, BadRegionError, Box
 from ranger_nn.io.tiff import nodata_note
 
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
+SPLIT = (".mrxs",)
+"""Formats that keep their pixels in a folder beside; of others a folder of that name may be where results go."""
 TILE = 256
 STRUCTURE = "IMAGE_STRUCTURE"
 """Where GDAL tells how samples are stored."""
@@ -64,7 +66,8 @@ class SlideSource:
     def identity(self) -> dict[str, Any]:
         """Path, size, dates, samples, level; of formats that keep their pixels in a folder beside, of that folder too."""
         beside = self.path.with_suffix("")
-        folder = {"beside": file_identity(beside)} if beside.is_dir() else {}
+        split = self.path.suffix.lower() in SPLIT and beside.is_dir()
+        folder = {"beside": file_identity(beside)} if split else {}
         return {"shape": list(self.shape), "level": self.level} | folder | file_identity(self.path)
 
     def close(self) -> None:

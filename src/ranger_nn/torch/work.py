@@ -32,7 +32,7 @@ from ranger_nn.execute.machine import run as loop
 from ranger_nn.execute.resume import Boundary, boundaries, replay
 from ranger_nn.io.journal import Journal
 from ranger_nn.io.naming import check_free, checked_path, numbered, place
-from ranger_nn.io.overlap import overlap
+from ranger_nn.io.overlap import in_same_files, overlap
 from ranger_nn.io.protocol import Array
 from ranger_nn.io.reader import Reader
 from ranger_nn.io.rows import ANEW, RowFile, unwritten
@@ -109,6 +109,7 @@ class Work:
         start = time.perf_counter()
         feed = None
         try:
+            before = self._standing()
             again = self._open_journal(resume)
             self._open_absent(again)
             self._open_pictures(again)
@@ -117,6 +118,7 @@ class Work:
             slots = self._loop(feed, instructions, again)
             self.outlet.close()
             values = self._values(slots)
+            self._check_input(before)
             files = self._finish(values)
             if self.workplace is not None:
                 self.workplace.remove()
@@ -129,6 +131,28 @@ class Work:
                 feed.close()
             self._close()
         return self._report(files, values, time.perf_counter() - start, feed.waited + self.outlet.waited)
+
+    def _standing(self) -> Any:
+        """What tells whether the input is still what it was; nothing where results go into its own files."""
+        source = self.made.source
+        return None if in_same_files(source, self.target) else getattr(source, "standing", source.identity)()
+
+    def _check_input(self, before: Any) -> None:
+        """Before a result takes its name.
+
+        Raises:
+            InputError: the input has changed since the run began.
+        """
+        try:
+            same = before is None or self._standing() == before
+        except OSError:  # it is gone
+            same = False
+        if not same:
+            raise InputError(
+                f"{self.made.source.name} changed while the run read it, so that regions of the result are of one and of the "
+                "other: it does not take its name. Leave the input as it is meanwhile, and start anew: overwrite=True "
+                "(--overwrite)."
+            )
 
     def _report(self, files: list[str], values: dict[str, Array], seconds: float, waited: float) -> Report:
         made = self.made
