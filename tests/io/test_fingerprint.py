@@ -285,7 +285,7 @@ environment, load = os.environ, np.load
 @pytest.mark.parametrize(
     "function",
     [
-        lambda y: y * float(open("k.txt").read()),
+        lambda y: y * float(open("k.txt").read()),  # noqa: SIM115
         lambda y: y * float(os.environ["K"]),
         lambda y: y * float(os.getenv("K", "1")),
         lambda y: y * float(environment["K"]),
@@ -294,7 +294,7 @@ environment, load = os.environ, np.load
         lambda y: y * float(pathlib.Path("k.txt").read_text()),
         lambda y: eval("y * FACTOR"),
         lambda y: y * importlib.import_module("elsewhere").k,
-        lambda y: (lambda: float(open("k.txt").read()))() * y,
+        lambda y: (lambda: float(open("k.txt").read()))() * y,  # noqa: SIM115
     ],
 )
 def test_what_lies_outside_is_not_told(function):

@@ -151,7 +151,9 @@ def test_a_zarr_result_is_replaced_until_something_is_put_into_it(tmp_path):
         check_free(path, True)
 
 
-@pytest.mark.parametrize("what", ["c/mine/thesis.txt", "c/0/0/thesis.txt", "c/0/0/7", "c/00/x", "c/0/0/0/x", "c/0/x", "c/1/", "c/0/0/0~"])
+@pytest.mark.parametrize(
+    "what", ["c/mine/thesis.txt", "c/0/0/thesis.txt", "c/0/0/7", "c/00/x", "c/0/0/0/x", "c/0/x", "c/1/", "c/0/0/0~"]
+)
 def test_what_lies_deep_in_a_result_stays(tmp_path, what):
     zarr = pytest.importorskip("zarr")
     path = tmp_path / "out.zarr"

@@ -291,7 +291,9 @@ def test_an_input_that_changes_meanwhile(tmp_path, how, ending):
     pixels = np.random.default_rng(0).random((3, 60, 40), np.float32)
 
     def save(to, x):
-        np.save(to, x) if ending == "npy" else tifffile.imwrite(to, x, photometric="minisblack", planarconfig="separate")
+        np.save(to, x) if ending == "npy" else tifffile.imwrite(
+            to, x, photometric="minisblack", planarconfig="separate"
+        )
 
     def change():
         if how == "removed":

@@ -1,8 +1,8 @@
 """What code takes from outside of itself: what is installed, what it imports, and what nobody can tell from one run to the next.
 
-    installed   the standard library, packages with a version: `installed`, `version`
-    imported    by statements inside of a function: `imported`
-    refused     files, the environment, code in text: `check_names`, `check_value`
+installed   the standard library, packages with a version: `installed`, `version`
+imported    by statements inside of a function: `imported`
+refused     files, the environment, code in text: `check_names`, `check_value`
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from ranger_nn.errors import InputError
 from ranger_nn.io.arrays import file_identity
 from ranger_nn.io.extras import import_extra
 from ranger_nn.io.protocol import Array, BadRegionError, Box
-from ranger_nn.io.tiff import nodata_note
+from ranger_nn.io.tiff import mask_note, nodata_note, scaling_note
 
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
 SPLIT = (".mrxs",)
@@ -139,11 +139,16 @@ class RasterSource:
         data = self._data
         found = [nodata_note(self.name, f"{v:.17g}") for v in dict.fromkeys(data.nodatavals) if v is not None]
         if any(s != 1 for s in data.scales) or any(o != 0 for o in data.offsets):
-            found.append(
-                f"{self.name} says that its numbers are to be taken times {list(data.scales)} plus {list(data.offsets)}; they "
-                "were taken as they are stored. To scale them: scale=, mean= and std= (--scale, --mean, --std)"
-            )
+            found.append(scaling_note(self.name, data.scales, data.offsets))
+        if (
+            any(flag.name == "per_dataset" for flags in data.mask_flag_enums for flag in flags)
+            and not self._has_alpha()
+        ):
+            found.append(mask_note(self.name))
         return found
+
+    def _has_alpha(self) -> bool:
+        return any(i.name == "alpha" for i in self._data.colorinterp)
 
     def identity(self) -> dict[str, Any]:
         """Path, size, dates, samples."""
