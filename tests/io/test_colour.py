@@ -195,3 +195,58 @@ def test_tiles_left_out_hold_no_data(tmp_path):
     source = open_source(path)
     np.testing.assert_array_equal(source.read(((0, 40), (0, 30))), expected)
     assert "17 stands for no data; it was taken as a number" in source.notes()[0]
+
+
+INKS = FOUR.transpose(2, 0, 1)
+KINDS = {
+    "grey": ("minisblack", GREY[np.newaxis], {}),
+    "grey of 16 bits": ("minisblack", GREY[np.newaxis].astype(np.uint16) * 200, {}),
+    "grey of 12 bits": ("minisblack", GREY[np.newaxis].astype(np.uint16) * 16, {"nbits": 12}),
+    "grey of 7 bits": ("minisblack", GREY[np.newaxis] // 2, {"nbits": 7}),
+    "grey of 1 bit": ("minisblack", GREY[np.newaxis] // 128, {"nbits": 1}),
+    "grey of 4 bits": ("minisblack", GREY[np.newaxis] // 16, {"nbits": 4}),
+    "white": ("miniswhite", GREY[np.newaxis], {}),
+    "white of 16 bits": ("miniswhite", GREY[np.newaxis].astype(np.uint16) * 200, {}),
+    "white of 1 bit": ("miniswhite", GREY[np.newaxis] // 128, {"nbits": 1}),
+    "white of 12 bits": ("miniswhite", GREY[np.newaxis].astype(np.uint16) * 16, {"nbits": 12}),
+    "colours": ("rgb", RGB.transpose(2, 0, 1), {}),
+    "colours in planes": ("rgb", RGB.transpose(2, 0, 1), {"interleave": "band"}),
+    "colours of 14 bits": ("rgb", RGB.transpose(2, 0, 1).astype(np.uint16) * 64, {"nbits": 14}),
+    "alpha": ("rgb", INKS, {"alpha": "unspecified"}),
+    "premultiplied": ("rgb", INKS, {"alpha": "premultiplied"}),
+    "palette": ("palette", GREY[np.newaxis], {}),
+    "palette of 4 bits": ("palette", GREY[np.newaxis] // 16, {"nbits": 4}),
+    "inks": ("cmyk", INKS, {}),
+    "inks in planes": ("cmyk", INKS, {"interleave": "band"}),
+    "floating point": ("minisblack", GREY[np.newaxis].astype(np.float32) / 7, {}),
+    "signed": ("minisblack", GREY[np.newaxis].astype(np.int16) - 99, {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_by_every_reader(tmp_path, kind):
+    """Where a picture lies on the earth and what it is compressed by changes neither its numbers nor their depth."""
+    rasterio = pytest.importorskip("rasterio")
+    photometric, pixels, options = KINDS[kind]
+    found = []
+    for crs, compress in ((None, "deflate"), ("EPSG:32632", "deflate"), (None, "zstd"), ("EPSG:32632", "zstd")):
+        path = tmp_path / f"{compress}-{crs is None}.tif"
+        with rasterio.open(
+            path, "w", driver="GTiff", count=len(pixels), height=40, width=30, dtype=pixels.dtype, crs=crs,
+            compress=compress, photometric=photometric, tiled=True, blockxsize=16, blockysize=16, **options,
+        ) as file:  # fmt: skip
+            file.write(pixels)
+            if photometric == "palette":
+                file.write_colormap(1, {i: (i, 255 - i, i // 2, 255) for i in range(16 if options else 256)})
+        source = open_source(path)
+        found.append((source.read(((0, 40), (0, 30))), source.depth))
+        np.testing.assert_array_equal(source.read(((5, 23), (9, 30))), found[-1][0][:, 5:23, 9:30])
+        source.close()
+    assert found[0][1] == (options.get("nbits") if options.get("nbits", 8) in (7, 12, 14) else None)
+    for numbers, depth in found[1:]:
+        np.testing.assert_array_equal(numbers, found[0][0])
+        assert (numbers.dtype, depth) == (found[0][0].dtype, found[0][1])
+    if photometric == "cmyk":
+        expected = Image.fromarray(FOUR, mode="CMYK").convert("RGB")
+        np.testing.assert_array_equal(found[0][0], np.asarray(expected).transpose(2, 0, 1))

@@ -80,7 +80,8 @@ def test_tally_over_regions(lengths, seed):
     for n in lengths:
         tally.add(x[:, top : top + n], labels[:, top : top + n])
         top += n
-        tally = Tally(names, tally.state())
+        tally, before = Tally(names), tally
+        tally.take(before.state(), 3, 4 * top, False)
     found = tally.result()
     counted = np.bincount(labels.ravel())
     assert found["histogram"] == counted.tolist()
@@ -94,3 +95,28 @@ def test_tally_over_regions(lengths, seed):
 def test_unknown_statistic():
     with pytest.raises(InputError, match=r"'histgram' \(did you mean 'histogram'\?\)"):
         Tally(("histgram",))
+
+
+TALLIES = [
+    5, "text", None, [], {}, {"mean": [1, 2]}, {"mean": [1, 2, 3], "max": [1, 2, 3]},
+    {"mean": [1, 2], "max": [1, 2, 3], "pixels": 1}, {"mean": ["a", "b", "c"], "max": [1, 2, 3], "pixels": 1},
+    {"mean": [[1, 2, 3]], "max": [1, 2, 3], "pixels": 1}, {"mean": [[1], [2, 3], 4], "max": [1, 2, 3], "pixels": 1},
+    {"mean": [1, 2, 3], "max": [1, 2, 3], "pixels": "x"}, {"mean": [1, 2, 3], "max": [1, 2, 3], "pixels": [1]},
+    {"mean": [1, 2, 3], "max": [1, 2, 3], "pixels": 1}, {"mean": [1, 2, 3], "max": [1, 2, 3], "pixels": -1},
+    {"mean": [1, 2, 3], "max": [1, 2, 3], "pixels": True}, {"mean": [1, 2, 10**400], "max": [1, 2, 3], "pixels": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", TALLIES, ids=str)
+def test_no_tally_of_this_run(state):
+    with pytest.raises(ValueError, match=r"statistics|inhomogeneous"):
+        Tally(("mean", "max")).take(state, 3, 2, False)
+
+
+def test_a_tally_where_no_data_is_left_out():
+    for state in ({}, {"mean": [1, 2, 3], "pixels": 1}):
+        Tally(("mean",)).take(state, 3, 2, True)
+        with pytest.raises(ValueError, match=r"of [01] pixels, and 2 are written"):
+            Tally(("mean",)).take(state, 3, 2, False)
+    with pytest.raises(ValueError, match="of 3 pixels"):
+        Tally(("mean",)).take({"mean": [1, 2, 3], "pixels": 3}, 3, 2, True)

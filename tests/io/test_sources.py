@@ -313,3 +313,43 @@ def test_missing_extra(tmp_path, monkeypatch):
     (tmp_path / "a.h5").write_bytes(b"")
     with pytest.raises(MissingExtraError, match=r"pip install 'ranger-nn\[hdf5\]'"):
         open_source(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("crs", [None, "EPSG:32632"])
+@pytest.mark.parametrize("compress", ["deflate", "zstd"])
+@pytest.mark.filterwarnings("ignore")
+def test_masks_and_scales_are_told(tmp_path, crs, compress):
+    """By every reader, and only where there are any."""
+    rasterio = pytest.importorskip("rasterio")
+    pixels = np.arange(3 * 40 * 30, dtype=np.uint16).reshape(3, 40, 30)
+    options = {
+        "driver": "GTiff",
+        "count": 3,
+        "height": 40,
+        "width": 30,
+        "dtype": "uint16",
+        "crs": crs,
+        "compress": compress,
+    }
+    for name in ("plain", "masked", "scaled", "shifted"):
+        with (
+            rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+            rasterio.open(tmp_path / f"{name}.tif", "w", **options) as file,
+        ):
+            file.write(pixels)
+            if name == "masked":
+                file.write_mask(pixels[0] > 100)
+            if name == "scaled":
+                file.scales = (0.1, 0.1, 2)
+            if name == "shifted":
+                file.offsets = (0, 0, -3)
+    found = {}
+    for name in ("plain", "masked", "scaled", "shifted"):
+        source = open_source(tmp_path / f"{name}.tif")
+        np.testing.assert_array_equal(source.read(((0, 40), (0, 30))), pixels)
+        found[name] = " ".join(source.notes())
+        source.close()
+    assert found["plain"] == ""
+    assert "holds a mask that says which of its pixels are there; all were taken" in found["masked"]
+    assert "0.1" in found["scaled"] and "taken as they are stored" in found["scaled"]
+    assert "-3" in found["shifted"] and "taken as they are stored" in found["shifted"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ranger_nn.errors import InputError, WriteError
-from ranger_nn.io.naming import check_free, checked_path, labels, place
+from ranger_nn.io.naming import MARK, check_free, checked_path, labels, place
 from ranger_nn.io.sinks import FileSink, check_sink
 from ranger_nn.io.workplace import Workplace, working_folder
 
@@ -149,6 +149,44 @@ def test_a_zarr_result_is_replaced_until_something_is_put_into_it(tmp_path):
     (path / "notes.txt").touch()
     with pytest.raises(InputError, match=r"it holds 'notes.txt', which no run wrote"):
         check_free(path, True)
+
+
+@pytest.mark.parametrize(
+    "what", ["c/mine/thesis.txt", "c/0/0/thesis.txt", "c/0/0/7", "c/00/x", "c/0/0/0/x", "c/0/x", "c/1/", "c/0/0/0~"]
+)
+def test_what_lies_deep_in_a_result_stays(tmp_path, what):
+    zarr = pytest.importorskip("zarr")
+    path = tmp_path / "out.zarr"
+    kept = {"shape": (1, 4, 6), "chunks": (1, 4, 4), "dtype": "u1", "attributes": {MARK: True}}
+    zarr.create_array(store=str(path), **kept)[:] = 1
+    check_free(path, True)
+    there = path / what
+    if what == "c/0/0/0/x":  # a folder in the place of a chunk
+        there.parent.unlink()
+    there.parent.mkdir(parents=True, exist_ok=True)
+    there.mkdir() if what.endswith("/") else there.write_text("precious")
+    with pytest.raises(InputError, match=r"it holds 'c/.*', which no run wrote"):
+        check_free(path, True)
+    assert there.exists()
+
+
+def test_chunks_that_are_links_stay(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    path = tmp_path / "out.zarr"
+    zarr.create_array(store=str(path), shape=(4, 4), chunks=(4, 4), dtype="u1", attributes={MARK: True})[:] = 1
+    (path / "c/0/0").rename(tmp_path / "elsewhere")
+    (path / "c/0/0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="it holds 'c/0/0'"):
+        check_free(path, True)
+
+
+def test_folders_under_names_of_files_stay(tmp_path):
+    ours = Workplace(tmp_path / "out.npy")
+    ours.close()
+    (ours.folder / "stored-1").mkdir()
+    (ours.folder / "stored-1" / "thesis").touch()
+    with pytest.raises(InputError, match="that holds 'stored-1'"):
+        Workplace(tmp_path / "out.npy")
 
 
 def test_what_came_meanwhile_stays(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -272,6 +273,94 @@ def test_other_work_does_not_go_on(tmp_path, scene, what):
         ranger_nn.run(net, path, out, **changed)
     report = ranger_nn.run(net, path, out, **changed, overwrite=True)
     assert report.resumed_at == 0
+
+
+def blur():
+    torch.manual_seed(0)
+    return nn.Conv2d(3, 1, 3, padding=1).eval()
+
+
+def changing(how, at=3):
+    return lambda k, n: how() if k == at else None
+
+
+@pytest.mark.parametrize("how", ["written", "replaced", "removed"])
+@pytest.mark.parametrize("ending", ["npy", "tif"])
+def test_an_input_that_changes_meanwhile(tmp_path, how, ending):
+    path, out = tmp_path / f"in.{ending}", tmp_path / "out.npy"
+    pixels = np.random.default_rng(0).random((3, 60, 40), np.float32)
+
+    def save(to, x):
+        np.save(to, x) if ending == "npy" else tifffile.imwrite(
+            to, x, photometric="minisblack", planarconfig="separate"
+        )
+
+    def change():
+        if how == "removed":
+            return path.unlink()
+        there = path if how == "written" else tmp_path / f"other.{ending}"
+        save(there, pixels + 1)
+        return there.replace(path)
+
+    save(path, pixels)
+    options = {"regions": (10, 40), "schedule": "slide"}
+    with pytest.raises(InputError, match=r"in\.(npy|tif)' changed while the run read it.*overwrite=True"):
+        ranger_nn.run(blur(), path, out, on_region=changing(change), **options)
+    assert not out.exists()
+    save(path, pixels)
+    assert ranger_nn.run(blur(), path, out, overwrite=True, **options).resumed_at == 0
+    np.testing.assert_allclose(np.load(out), untouched(blur(), torch.from_numpy(pixels)[None]), atol=2e-6)
+
+
+def test_an_array_that_changes_meanwhile(tmp_path):
+    pixels = np.random.default_rng(0).random((3, 60, 40), np.float32)
+    options = {"regions": (10, 40), "schedule": "slide", "axes": "CYX"}
+    for target in (tmp_path / "out.npy", np.zeros((1, 60, 40), np.float32)):
+        with pytest.raises(InputError, match="changed while the run read it"):
+            ranger_nn.run(blur(), pixels, target, on_region=changing(lambda: pixels.__iadd__(1)), **options)
+    expected = untouched(blur(), torch.from_numpy(pixels.copy())[None])
+    ranger_nn.run(blur(), pixels, pixels[:1], **options)  # in place: the run's own doing
+    np.testing.assert_allclose(pixels[:1], expected, atol=2e-6)
+
+
+def test_a_result_in_the_file_of_its_input(tmp_path):
+    """Another data set: the run's own writing changes the file."""
+    h5py = pytest.importorskip("h5py")
+    pixels = np.random.default_rng(0).random((3, 60, 40), np.float32)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        read, written = file.create_dataset("x", data=pixels), file.create_dataset("y", (1, 60, 40), np.float32)
+        ranger_nn.run(blur(), read, written, regions=(10, 40), schedule="slide", axes="CYX")
+        file.flush()
+        np.testing.assert_allclose(written[:], untouched(blur(), torch.from_numpy(pixels)[None]), atol=2e-6)
+
+
+def test_a_tally_of_something_else(tmp_path, scene):
+    """With a sum that fits: it is held to names, channels and pixels before it is taken."""
+    path, _ = scene
+    net, out, options = blur(), tmp_path / "out.npy", {"regions": (50, 150), "schedule": "slide"}
+    with pytest.raises(Stopped):
+        ranger_nn.run(net, path, out, **options, on_region=stop_after(3))
+    journal = tmp_path / ".out.npy.partial" / "journal.json"
+    kept = journal.read_bytes()
+    for tally in (5, "text", {"mean": [1, 2]}):
+        found = {k: v for k, v in json.loads(kept).items() if k != "sum"} | {"tally": {"output 0": tally}}
+        found["sum"] = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+        journal.write_text(json.dumps(found))
+        with pytest.raises(InputError, match=r"none of this run"):
+            ranger_nn.run(net, path, out, **options)
+    journal.write_bytes(kept)
+    assert ranger_nn.run(net, path, out, **options).resumed_at >= 2
+
+
+def test_histograms_of_many_classes(tmp_path):
+    """Regions know different numbers of classes."""
+    classes = np.linspace(0, 400, 300 * 40).astype(np.int32).reshape(1, 300, 40)
+    given = classes.astype(np.float32)
+    report = ranger_nn.run(
+        nn.AvgPool2d(1), given, tmp_path / "out.npy", regions=(50, 40), schedule="slide", axes="CYX",
+        reduce=lambda y: y.astype(np.int32), statistics=["histogram"],
+    )  # fmt: skip
+    assert report.statistics["output 0"]["histogram"] == np.bincount(classes.ravel()).tolist()
 
 
 def test_results_are_not_overwritten(tmp_path, scene):

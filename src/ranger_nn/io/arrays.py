@@ -29,6 +29,8 @@ FEW = 4
 class ArraySource:
     """An array-like as a `Source`."""
 
+    depth: int | None = None
+
     def __init__(self, array: Any, axes: str | None = None, name: str = "the array") -> None:
         if not all(hasattr(array, a) for a in ("shape", "dtype", "__getitem__")):
             raise InputError(
@@ -98,6 +100,12 @@ class ArraySource:
         whole = isinstance(self.array, np.ndarray)
         return plain | {"samples": self._hash(whole), "token": "" if whole else inner_name(self.array)}
 
+    def standing(self) -> dict[str, Any]:
+        """What tells, at little cost, whether the input changes: of an array in memory, what it holds in some places."""
+        if not isinstance(self.array, np.ndarray) or stored_at(self.array) is not None:
+            return self.identity()
+        return {"samples": self._hash(False)}
+
     def _view(self) -> dict[str, Any]:
         """Of a memory map: where in the file it begins, and how it goes on."""
         found = getattr(self.array, "__array_interface__", None)
@@ -138,6 +146,10 @@ class FileArraySource(ArraySource):
         """Path, size, dates, samples; shape, dtype, axes, and which array of the file it is."""
         plain = {"shape": list(self.shape), "dtype": str(self.dtype), "axes": self.axes}
         return plain | {"inner": inner_name(self.array)} | file_identity(self.path)
+
+    def standing(self) -> dict[str, Any]:
+        """As `identity`, which looks at the file only."""
+        return self.identity()
 
     def close(self) -> None:
         """Close the file."""

@@ -180,7 +180,7 @@ class Seen:
         self.inner, self.colour, self.name = inner, colour, inner.name
         self.path, self.batched, self.resident = getattr(inner, "path", None), inner.batched, inner.resident
         self._swap, self._rows, self._columns = TURNS.get(colour.orientation, (0, 0, 0))
-        self.dtype = colour.dtype(inner.dtype)
+        self.dtype, self.depth = colour.dtype(inner.dtype), colour.depth
         self.shape = (colour.channels(inner.shape[0]), *self._swapped(inner.shape[1:]))
         self.chunks = self._swapped(inner.chunks)
 

@@ -65,7 +65,7 @@ class Journal:
         self._compare(found["made"], path)
         try:
             self._take(found, total)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"{str(path)!r} is no journal of this run ({error!r}): {ANEW}") from error
         return True
 

@@ -5,7 +5,7 @@
     labels-depth.npy      the output "depth" of a model that gives a dictionary
 
 `overwrite=True` replaces a plain file, or a Zarr array that carries our mark; never a folder or a group with anything
-else in it, and never what a symbolic link points to. Enter at `check_free` and `place`.
+else in it, however deep, and never what a symbolic link points to. Enter at `check_free` and `place`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ranger_nn.errors import InputError
 from ranger_nn.io.atomic import sync_folder
@@ -104,13 +105,40 @@ def _not_ours(path: Path) -> str:
     listed = ", ".join(map(repr, entries[:3])) or "nothing"
     if path.suffix.lower() != ".zarr" or "zarr.json" not in entries:
         return f"it is a folder that holds {listed}"
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError, KeyError, TypeError, ZeroDivisionError):
         found = json.loads((path / "zarr.json").read_bytes())
-        strange = [e for e in entries if e not in ("zarr.json", "c")]
         if found.get("node_type") == "array" and MARK in found.get("attributes", {}):
-            return f"it holds {strange[0]!r}, which no run wrote" if strange else ""
+            strange = _strange(path, _grid(found))
+            return f"it holds {strange!r}, which no run wrote" if strange else ""
         return f"it is a Zarr {found.get('node_type')} that no run wrote; it holds {listed}"
     return f"it is a folder that holds {listed}"
+
+
+def _grid(array: dict[str, Any]) -> list[int]:
+    """Chunks along each axis of a Zarr array, from its zarr.json."""
+    chunks = array["chunk_grid"]["configuration"]["chunk_shape"]
+    return [-(-int(n) // int(c)) for n, c in zip(array["shape"], chunks, strict=True)]
+
+
+def _strange(path: Path, grid: list[int]) -> str:
+    """The first thing in the folder of a Zarr array that is no chunk of it; empty: there is none.
+
+    Chunks are c/0/2/1 and the like: folders, a file at the end, each name the chunk's place along an axis.
+    """
+    for folder, folders, files in os.walk(path):
+        depth = len(Path(folder).relative_to(path).parts)  # 0: here, 1: c, then the axes
+        for name in sorted([*folders, *files]):
+            there = Path(folder) / name
+            inner = depth < len(grid) and (depth > 0 or name == "c")
+            mode = there.lstat().st_mode
+            known = _is_place(name, grid[depth - 1]) if depth else name in ("c", "zarr.json")
+            if not known or not (stat.S_ISDIR(mode) if inner else stat.S_ISREG(mode)):
+                return str(there.relative_to(path))
+    return ""
+
+
+def _is_place(name: str, count: int) -> bool:
+    return name.isascii() and name.isdigit() and name == str(int(name)) and int(name) < count
 
 
 def place(made: Path, path: Path, overwrite: bool) -> None:

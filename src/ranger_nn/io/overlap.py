@@ -68,6 +68,16 @@ def stored_at(array: Any) -> Path | None:
     return Path(held) if isinstance(held, str | Path) and os.path.exists(held) else None
 
 
+def in_same_files(source: Any, target: Any) -> bool:
+    """Whether what is written lies in the file or folder that the input is read from, beside the input."""
+    read = getattr(source, "path", None) or stored_at(getattr(source, "array", None))
+    written = target if isinstance(target, Path) else stored_at(target)
+    if read is None or written is None:
+        return False
+    one, other = Path(read).resolve(), written.resolve()
+    return one == other or one in other.parents or other in one.parents
+
+
 def inner_name(array: Any) -> str:
     """Its name inside of that file."""
     return str(getattr(array, "path", None) or getattr(array, "name", None) or "")

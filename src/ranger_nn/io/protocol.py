@@ -30,6 +30,7 @@ class Source(Protocol):
         chunks: spatial sizes of what the store decodes at once; the spatial shape itself where it is one piece.
         resident: bytes that the source holds in memory all the time.
         batched: the array has a batch axis of one, as a model's own input (`.npy`): its values are taken as they are.
+        depth: bits of unsigned integers where their type does not tell (12 in uint16); None: the type tells.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Source(Protocol):
     chunks: tuple[int, ...]
     resident: int
     batched: bool
+    depth: int | None
 
     def read(self, box: Box) -> Array:
         """(channels, *lengths of box); the caller may write into it."""

@@ -13,10 +13,14 @@ from ranger_nn.errors import InputError
 from ranger_nn.io.arrays import file_identity
 from ranger_nn.io.extras import import_extra
 from ranger_nn.io.protocol import Array, BadRegionError, Box
-from ranger_nn.io.tiff import nodata_note
+from ranger_nn.io.tiff import mask_note, nodata_note, scaling_note
 
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
+SPLIT = (".mrxs",)
+"""Formats that keep their pixels in a folder beside; of others a folder of that name may be where results go."""
 TILE = 256
+STRUCTURE = "IMAGE_STRUCTURE"
+"""Where GDAL tells how samples are stored."""
 
 
 class SlideSource:
@@ -29,6 +33,7 @@ class SlideSource:
 
     batched = False
     resident = 0
+    depth: int | None = None
     dtype = np.dtype(np.uint8)
 
     def __init__(self, path: Path, level: int = 0) -> None:
@@ -61,7 +66,8 @@ class SlideSource:
     def identity(self) -> dict[str, Any]:
         """Path, size, dates, samples, level; of formats that keep their pixels in a folder beside, of that folder too."""
         beside = self.path.with_suffix("")
-        folder = {"beside": file_identity(beside)} if beside.is_dir() else {}
+        split = self.path.suffix.lower() in SPLIT and beside.is_dir()
+        folder = {"beside": file_identity(beside)} if split else {}
         return {"shape": list(self.shape), "level": self.level} | folder | file_identity(self.path)
 
     def close(self) -> None:
@@ -72,6 +78,10 @@ class SlideSource:
 class RasterSource:
     """A GeoTIFF (or any raster that GDAL reads from one local file) through rasterio, window by window.
 
+    Args:
+        path: the file.
+        stored: numbers as they are stored; else GDAL turns inks and the like into red, green, blue and alpha.
+
     Raises:
         InputError: rasterio cannot open it, bands of different types.
         MissingExtraError: rasterio is not installed.
@@ -80,13 +90,14 @@ class RasterSource:
     batched = False
     resident = 0
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stored: bool = False) -> None:
         self._rasterio = import_extra("rasterio", "geo", "GeoTIFF files")
         self.path, self.name = path, repr(str(path))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it has no place on the earth is no matter here
-                self._data = self._rasterio.open(path.resolve(), driver="GTiff")
+                named = f"GTIFF_RAW:{path.resolve()}" if stored else path.resolve()
+                self._data = self._rasterio.open(named, driver="GTiff")
         except Exception as error:
             raise InputError(f"cannot read {self.name}: {error}") from error
         if len(set(self._data.dtypes)) != 1:
@@ -112,20 +123,32 @@ class RasterSource:
             return None
         return {"crs": self._data.crs, "transform": self._data.transform, "size": self.shape[1:]}
 
+    @property
+    def depth(self) -> int | None:
+        """Of unsigned integers whose bits are not those of their type."""
+        bits = max(int(self._data.tags(band, ns=STRUCTURE).get("NBITS", 0)) for band in self._data.indexes)
+        return bits if self.dtype.kind == "u" and bits not in (0, 8 * self.dtype.itemsize) else None
+
     def as_seen(self) -> bool:
-        """No band holds indices, inks or the like."""
-        return {i.name for i in self._data.colorinterp} <= {"gray", "red", "green", "blue", "alpha", "undefined"}
+        """No band holds indices, inks or the like, nor alpha: whether colours are multiplied by it GDAL does not tell."""
+        told = self._data.tags(ns=STRUCTURE).keys() & {"MINISWHITE", "SOURCE_COLOR_SPACE"}
+        return not told and {i.name for i in self._data.colorinterp} <= {"gray", "red", "green", "blue", "undefined"}
 
     def notes(self) -> list[str]:
         """What the header says of the numbers that a run does not act upon."""
         data = self._data
         found = [nodata_note(self.name, f"{v:.17g}") for v in dict.fromkeys(data.nodatavals) if v is not None]
         if any(s != 1 for s in data.scales) or any(o != 0 for o in data.offsets):
-            found.append(
-                f"{self.name} says that its numbers are to be taken times {list(data.scales)} plus {list(data.offsets)}; they "
-                "were taken as they are stored. To scale them: scale=, mean= and std= (--scale, --mean, --std)"
-            )
+            found.append(scaling_note(self.name, data.scales, data.offsets))
+        if (
+            any(flag.name == "per_dataset" for flags in data.mask_flag_enums for flag in flags)
+            and not self._has_alpha()
+        ):
+            found.append(mask_note(self.name))
         return found
+
+    def _has_alpha(self) -> bool:
+        return any(i.name == "alpha" for i in self._data.colorinterp)
 
     def identity(self) -> dict[str, Any]:
         """Path, size, dates, samples."""

@@ -102,7 +102,7 @@ def _through(plain: TiffSource, path: Path, level: int) -> Any:
         plain.check_compression()
         return plain
     try:
-        raster = RasterSource(path)
+        raster = RasterSource(path, stored=plain.colour.kind == "inks")
     except (MissingExtraError, InputError):
         plain.check_compression()
         return plain

@@ -10,8 +10,10 @@ the memory before anything is decoded, and the paths of other files that OME met
 
 from __future__ import annotations
 
+import re
 import threading
 import zlib
+from collections.abc import Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -117,6 +119,11 @@ class TiffSource:
             raise InputError(
                 f"{self.name} has {len(series.pages)} pages of {key.shape} for axes {series.axes} {series.shape}."
             )
+
+    @property
+    def depth(self) -> int | None:
+        """As `colour` says."""
+        return self.colour.depth
 
     @property
     def decodable(self) -> bool:
@@ -243,14 +250,33 @@ class TiffSource:
     def notes(self) -> list[str]:
         """What the header says of the numbers that a run does not act upon."""
         tags = self._series.keyframe.tags
-        return [nodata_note(self.name, str(tags[GDAL_NODATA].value).strip("\0 "))] if GDAL_NODATA in tags else []
+        found = [nodata_note(self.name, str(tags[GDAL_NODATA].value).strip("\0 "))] if GDAL_NODATA in tags else []
+        found += [mask_note(self.name)] if self._has_mask() else []
+        scales, offsets = self._scaling()
+        return [*found, scaling_note(self.name, scales, offsets)] if scales or offsets else found
+
+    def _has_mask(self) -> bool:
+        """A page that says which pixels of another one are there."""
+        try:
+            return any(int(page.subfiletype) & MASK_PAGE for page in self._file.pages)
+        except Exception:  # pages that no one asked for may be damaged
+            return False
+
+    def _scaling(self) -> tuple[list[float], list[float]]:
+        """(scales, offsets) of GDAL's metadata that are none of 1 and 0, in the order of bands."""
+        tags = self._file.pages[0].tags
+        text = str(tags[GDAL_METADATA].value) if GDAL_METADATA in tags else ""
+        found = {role: [float(v) for v in _items(text, role)] for role in ("scale", "offset")}
+        return [v for v in found["scale"] if v != 1], [v for v in found["offset"] if v != 0]
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-GDAL_NODATA = 42113
+GDAL_METADATA, GDAL_NODATA = 42112, 42113
+MASK_PAGE = 4
+"""Bit of NewSubfileType."""
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 """ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory, GeoDoubleParams, GeoAsciiParams."""
 
@@ -258,6 +284,36 @@ GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 def nodata_note(name: str, value: str) -> str:
     """What the report says of a value of no data that nobody has declared."""
     return f"{name} says that {value} stands for no data; it was taken as a number. To leave it out: nodata={value} (--nodata)"
+
+
+def mask_note(name: str) -> str:
+    """What the report says of a mask inside of the file."""
+    return (
+        f"{name} holds a mask that says which of its pixels are there; all were taken. To leave some out: give them a value "
+        "of their own and nodata= (--nodata)"
+    )
+
+
+def scaling_note(name: str, scales: Sequence[float], offsets: Sequence[float]) -> str:
+    """What the report says of factors that were not applied."""
+    return (
+        f"{name} says that its numbers are to be taken times {list(scales)} plus {list(offsets)}; they were taken as they are "
+        "stored. To scale them: scale=, mean= and std= (--scale, --mean, --std)"
+    )
+
+
+def _items(text: str, role: str) -> list[str]:
+    """Numbers of a role in GDAL's metadata; it is not read as XML, which may name other files."""
+    tags = re.findall(r"<Item\b([^<>]{0,400})>\s*([-+.0-9eE]{1,40})\s*</Item>", text)
+    return [value for inside, value in tags if f'role="{role}"' in inside and _is_number(value)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _letter(axis: str) -> str:

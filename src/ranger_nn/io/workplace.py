@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -164,12 +165,18 @@ def not_ours(folder: Path) -> str:
         return "that is no folder"
     with suppress(FileNotFoundError):
         entries = sorted(os.listdir(folder))
-        strange = [e for e in entries if not OURS.fullmatch(e) or (folder / e).is_symlink()]
+        strange = [e for e in entries if not OURS.fullmatch(e) or _is_other(folder / e)]
         if strange:
             return f"that holds {', '.join(map(repr, strange[:3]))}, which no run of Ranger made"
         if entries not in ([], [LOCK]) and not (_marked(folder / LOCK) or _is_journal(folder / JOURNAL)):
             return f"that holds {', '.join(map(repr, entries[:3]))} without the lock or the journal of a run of Ranger"
     return ""
+
+
+def _is_other(entry: Path) -> bool:
+    """Neither the file nor the folder (of a Zarr result) that its name stands for."""
+    folder = entry.suffix == ".zarr" or (entry.name.startswith("replaced-") and entry.is_dir())
+    return not (stat.S_ISDIR if folder else stat.S_ISREG)(entry.lstat().st_mode)
 
 
 def _marked(lock: Path) -> bool:

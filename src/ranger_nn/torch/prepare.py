@@ -246,7 +246,7 @@ def prepare(
 
 
 def _check_depth(source: Source, pixels: Pixels) -> None:
-    depth = getattr(getattr(source, "colour", None), "depth", None)
+    depth = getattr(source, "depth", None)  # a user's own source may not tell
     if depth and pixels.scale is None:
         raise InputError(
             f"{source.name} has {depth} bits in {source.dtype}, so that its largest value is {2**depth - 1}, not that of its "

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ranger_nn.execute.machine import run as loop
 from ranger_nn.execute.resume import Boundary, boundaries, replay
 from ranger_nn.io.journal import Journal
 from ranger_nn.io.naming import check_free, checked_path, numbered, place
-from ranger_nn.io.overlap import overlap
+from ranger_nn.io.overlap import in_same_files, overlap
 from ranger_nn.io.protocol import Array
 from ranger_nn.io.reader import Reader
 from ranger_nn.io.rows import ANEW, RowFile, unwritten
@@ -108,6 +109,7 @@ class Work:
         start = time.perf_counter()
         feed = None
         try:
+            before = self._standing()
             again = self._open_journal(resume)
             self._open_absent(again)
             self._open_pictures(again)
@@ -116,6 +118,7 @@ class Work:
             slots = self._loop(feed, instructions, again)
             self.outlet.close()
             values = self._values(slots)
+            self._check_input(before)
             files = self._finish(values)
             if self.workplace is not None:
                 self.workplace.remove()
@@ -128,6 +131,28 @@ class Work:
                 feed.close()
             self._close()
         return self._report(files, values, time.perf_counter() - start, feed.waited + self.outlet.waited)
+
+    def _standing(self) -> Any:
+        """What tells whether the input is still what it was; nothing where results go into its own files."""
+        source = self.made.source
+        return None if in_same_files(source, self.target) else getattr(source, "standing", source.identity)()
+
+    def _check_input(self, before: Any) -> None:
+        """Before a result takes its name.
+
+        Raises:
+            InputError: the input has changed since the run began.
+        """
+        try:
+            same = before is None or self._standing() == before
+        except OSError:  # it is gone
+            same = False
+        if not same:
+            raise InputError(
+                f"{self.made.source.name} changed while the run read it, so that regions of the result are of one and of the "
+                "other: it does not take its name. Leave the input as it is meanwhile, and start anew: overwrite=True "
+                "(--overwrite)."
+            )
 
     def _report(self, files: list[str], values: dict[str, Array], seconds: float, waited: float) -> Report:
         made = self.made
@@ -218,7 +243,7 @@ class Work:
             probe = self.reduced(torch.zeros(small, dtype=getattr(torch, values[v].dtype)))
             probe = probe.float() if probe.dtype == torch.bfloat16 else probe
             name, shape = self._title(v), (probe.shape[0], *values[v].shape[2:])
-            tally = Tally(self.statistics, self.journal.tally.get(name) if self.journal is not None and again else None)
+            tally = self._tally(name, v)
             dtype, nodata = probe.numpy().dtype, self.made.pixels.result
             check_nodata(nodata, dtype)
             if "histogram" in self.statistics and dtype.kind not in "bui":
@@ -229,6 +254,19 @@ class Work:
             if again and isinstance(sink, FileSink):
                 sink.rows.verify(self._sum(f"rows-{k}"), [box[2:] for box in self.written.get(v, [])])
             self.pictures[v] = Picture(name, sink, self.reduced, tally, self.outlet, self.absent, nodata)
+
+    def _tally(self, name: str, v: int) -> Tally:
+        """What earlier runs counted of what they wrote."""
+        tally = Tally(self.statistics)
+        if self.journal is None or not self.first:
+            return tally
+        pixels = sum(prod(hi - lo for lo, hi in box[2:]) for box in self.written.get(v, []))
+        try:
+            state, channels = self.journal.tally.get(name), self.made.graph.values[v].shape[1]
+            tally.take(state, channels, pixels, self.absent is not None)
+        except ValueError as error:
+            raise InputError(f"the journal in {str(self.folder)!r} is none of this run ({error}): {ANEW}") from error
+        return tally
 
     def _title(self, v: int) -> str:
         label = self.labels[v]
