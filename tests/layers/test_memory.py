@@ -347,6 +347,7 @@ class Puts(nn.Module):
     def __init__(self, what: str) -> None:
         super().__init__()
         self.what, self.list, self.plain = what, [], torch.ones(())
+        self.row, self.table = [torch.ones(())], {"a": {"b": (torch.ones(()),)}}
         self.register_buffer("average", torch.zeros(4))
         self.copy = nn.Parameter(torch.ones(()), requires_grad=False)
 
@@ -361,10 +362,14 @@ class Puts(nn.Module):
         if self.what in ("plain", "copy"):
             with torch.no_grad():
                 getattr(self, self.what).add_(1)
+        if self.what == "row":
+            self.row[0] += 1
+        if self.what == "table":
+            self.table["a"]["b"][0].mul_(2)
         return 2 * x
 
 
-@pytest.mark.parametrize("what", ["average", "seen", "list", "loss", "plain", "copy"])
+@pytest.mark.parametrize("what", ["average", "seen", "list", "loss", "plain", "copy", "row", "table"])
 def test_refused_by_name(what: str, two: None) -> None:
     """What is not the same after each call, a loss that loses its graph, tensors that cannot be put back."""
     layer = RegionalAggregator(Grid(3, 2), "mean", local=cnn(Puts(what)), memory="1MB")
