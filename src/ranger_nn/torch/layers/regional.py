@@ -59,7 +59,10 @@ class RegionalAggregator(nn.Module):
             as one more feature for each axis that is cut (axis 1, or the last one if that is not cut).
         memory: run the regions one after the other in as large groups as this allows (bytes, or text such as
             "512MB"), and compute each group again in backward, so that activations of one group are alive at a
-            time. The bytes of a region are measured when a shape is first seen. Without it: all regions at once.
+            time. The bytes of a region are measured when a shape is first seen. Without it: all regions at once, to
+            the same numbers, save where random numbers are drawn in training: each group draws its own (dropout's masks
+            are those of the layer without memory in distribution, not number by number from the same seed).
+            `local` must treat each sample of a batch by itself, batch norm aside, which is taken over all regions.
 
     Shapes:
         x (batch, ...). A `Grid` cuts the last axes, `TimeSlices` axis 1, `Blocks` the last, unless they say otherwise.
@@ -73,7 +76,8 @@ class RegionalAggregator(nn.Module):
         the results' with a longer last axis.
 
     Raises:
-        PartitionError: more regions than elements, results that the aggregator cannot join, unknown names.
+        PartitionError: more regions than elements, results that the aggregator cannot join, unknown names, under
+            `memory` a local network that joins samples of a batch or changes its state by how many there are.
         BudgetError: a single region does not fit into `memory`.
 
     Source: the article's RegionalAggregator; weights and scores as in `ranger_nn.aggregate.pooling`.
