@@ -347,6 +347,7 @@ class Puts(nn.Module):
     def __init__(self, what: str) -> None:
         super().__init__()
         self.what, self.list, self.plain = what, [], torch.ones(())
+        self.row, self.table = [torch.ones(())], {"a": {"b": (torch.ones(()),)}}
         self.register_buffer("average", torch.zeros(4))
         self.copy = nn.Parameter(torch.ones(()), requires_grad=False)
 
@@ -361,15 +362,77 @@ class Puts(nn.Module):
         if self.what in ("plain", "copy"):
             with torch.no_grad():
                 getattr(self, self.what).add_(1)
+        if self.what == "row":
+            self.row[0] += 1
+        if self.what == "table":
+            self.table["a"]["b"][0].mul_(2)
         return 2 * x
 
 
-@pytest.mark.parametrize("what", ["average", "seen", "list", "loss", "plain", "copy"])
+@pytest.mark.parametrize("what", ["average", "seen", "list", "loss", "plain", "copy", "row", "table"])
 def test_refused_by_name(what: str, two: None) -> None:
     """What is not the same after each call, a loss that loses its graph, tensors that cannot be put back."""
     layer = RegionalAggregator(Grid(3, 2), "mean", local=cnn(Puts(what)), memory="1MB")
     with pytest.raises(PartitionError, match=rf"memory= .*1\.{what}.* leave memory out"):
         layer(image())
+
+
+class Joins(nn.Module):
+    """Something of all samples of a call."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.held = what, [[0]]
+        self.register_buffer("samples", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.what == "samples":
+            self.samples += x.shape[0]
+        if self.what == "held":
+            self.held[0][0] += 1
+        kinds: dict[str, Callable[[], Tensor]] = {
+            "norm": lambda: (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True),
+            "softmax": lambda: x.softmax(0),
+            "maximum": lambda: x / x.abs().max(),
+            "size": lambda: x / x.shape[0],
+            "held": lambda: x * self.held[0][0],
+        }
+        return kinds.get(self.what, lambda: x)()
+
+
+def joining(what: str, batch: int, count: int) -> tuple[Tensor, RegionalAggregator]:
+    x = image(batch, 2, 18, 10)
+    local = cnn(nn.BatchNorm2d(4), nn.Dropout(), Joins(what))
+    return x, RegionalAggregator(Grid(count, 2), "mean", local=local, memory="1MB")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("what", ["norm", "softmax", "maximum", "size", "samples"])
+def test_what_joins_samples_is_refused(what: str, size: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where groups are of equal size, each time, beside norms and dropout."""
+    monkeypatch.setattr(regional, "at_once", lambda *_: size)
+    x, layer = joining(what, batch, 3)
+    for _ in range(2):
+        with pytest.raises(
+            PartitionError, match="buffer 3.samples by which" if what == "samples" else "Sequential joins"
+        ):
+            layer(x)
+    monkeypatch.setattr(regional, "at_once", lambda *_: 100)
+    joining(what, batch, 3)[1](x)
+
+
+def test_samples_are_compared_once_they_differ(two: None) -> None:
+    """A first input of equal regions says nothing; clusters are samples too; what is not seen is refused as such."""
+    x, layer = joining("maximum", 2, 3)
+    layer(torch.ones_like(x))
+    with pytest.raises(PartitionError, match="joins samples"):
+        layer(x)
+    layer = RegionalAggregator(KMeans(4, balanced=True), "stitch", local=nn.Softmax(0), memory="1MB")
+    with pytest.raises(PartitionError, match="local network Softmax joins samples"):
+        layer(torch.randn(40, 4))
+    with torch.no_grad(), pytest.raises(PartitionError, match="other numbers each time"):
+        RegionalAggregator(Grid(3, 2), "mean", local=cnn(Joins("held")), memory="1MB")(x)
 
 
 def test_refused_for_other_reasons(two: None) -> None:

@@ -161,4 +161,7 @@ def _chunks(layer: RegionalAggregator, routes: Routes, x: Tensor) -> list[tuple[
             at_once(layer.allowed or 0, one, lambda n: taken(0, n), blocks, blocks * one.kept, x, place)
         ]
     (size,) = layer._sizes[key]
+    if size < blocks:
+        pair, *parts = (_Blocks(layer, routes, *ends) for ends in ((0, 2), (0, 1), (1, 2)))
+        layer._check_independent(pair, parts, size, blocks, x, key)
     return [(a, min(a + size, blocks)) for a in range(0, blocks, size)]

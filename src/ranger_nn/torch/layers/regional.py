@@ -34,7 +34,9 @@ from ranger_nn.planning.budget import parse_memory
 from ranger_nn.torch.layers.clustered import clustered
 from ranger_nn.torch.layers.clusters import Clusters
 from ranger_nn.torch.layers.cut import add_back, cut
+from ranger_nn.torch.layers.passes import Work
 from ranger_nn.torch.layers.rematerialise import Budget, at_once, budget, key_of, rematerialised
+from ranger_nn.torch.layers.samples import Part, independent
 from ranger_nn.torch.layers.stacked import Stacked
 from ranger_nn.torch.layers.state import Again, modules_in
 
@@ -57,7 +59,10 @@ class RegionalAggregator(nn.Module):
             as one more feature for each axis that is cut (axis 1, or the last one if that is not cut).
         memory: run the regions one after the other in as large groups as this allows (bytes, or text such as
             "512MB"), and compute each group again in backward, so that activations of one group are alive at a
-            time. The bytes of a region are measured when a shape is first seen. Without it: all regions at once.
+            time. The bytes of a region are measured when a shape is first seen. Without it: all regions at once, to
+            the same numbers, save where random numbers are drawn in training: each group draws its own (dropout's masks
+            are those of the layer without memory in distribution, not number by number from the same seed).
+            `local` must treat each sample of a batch by itself, batch norm aside, which is taken over all regions.
 
     Shapes:
         x (batch, ...). A `Grid` cuts the last axes, `TimeSlices` axis 1, `Blocks` the last, unless they say otherwise.
@@ -71,7 +76,8 @@ class RegionalAggregator(nn.Module):
         the results' with a longer last axis.
 
     Raises:
-        PartitionError: more regions than elements, results that the aggregator cannot join, unknown names.
+        PartitionError: more regions than elements, results that the aggregator cannot join, unknown names, under
+            `memory` a local network that joins samples of a batch or changes its state by how many there are.
         BudgetError: a single region does not fit into `memory`.
 
     Source: the article's RegionalAggregator; weights and scores as in `ranger_nn.aggregate.pooling`.
@@ -113,6 +119,7 @@ class RegionalAggregator(nn.Module):
         self._set_weights()
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._sizes: dict[Any, list[int]] = {}
+        self._independent: dict[Any, bool] = {}
         self._maps: dict[Any, list[Tensor]] = {}
 
     def _set_local(self, local: Local | Sequence[Local] | None, per_region: bool) -> None:
@@ -317,7 +324,41 @@ class RegionalAggregator(nn.Module):
             ones = [self._measured(x, layout, g, modules) for g in layout.groups]
             kept = sum(len(g.regions) * one.kept for g, one in zip(layout.groups, ones))
             self._sizes[key] = [self._size(x, layout, g, modules, one, kept) for g, one in zip(layout.groups, ones)]
+        for size, group in sorted(zip(self._sizes[key], layout.groups), key=lambda found: -found[0]):
+            if size < len(group.regions):
+                ends = Group((group.regions[0], group.regions[-1]))
+                parts = [_Cut(self, layout, Group((r,))) for r in ends.regions]
+                self._check_independent(_Cut(self, layout, ends), parts, size, len(group.regions), x, key)
+                break
         return self._sizes[key]
+
+    def _check_independent(
+        self, pair: Work, parts: Sequence[Work], size: int, regions: int, x: Tensor, key: Any
+    ) -> None:
+        """Refuse a local network whose result depends on which regions run together.
+
+        Args:
+            pair: two regions.
+            parts: each by itself.
+            size: regions that run together.
+            regions: of one call without memory.
+            x: the input.
+            key: under which it is remembered; samples that are all the same say too little, and it is done again.
+        """
+        if not self._shared() or self.local is None or self._independent.get(key):
+            return
+        modules, axis = self._local_modules(), 0
+        batch = parts[0].take(x.detach()).shape[1]
+        if size == 1 and batch > 1:
+            pair, parts, axis = parts[0], [Part(parts[0], 0, 1), Part(parts[0], 1, None)], 1
+        elif size == 1 and key not in self._independent:
+            with torch.no_grad():
+                one = budget(parts[0], x, modules, True)
+            if 2 * (one.region + regions * one.kept) > (self.allowed or 0):  # two at once do not fit
+                self._independent[key] = True
+                return
+        name = getattr(self.local, "__name__", type(self.local).__name__)
+        self._independent[key] = independent(pair, parts, axis, x, modules, name)
 
     def _measured(self, x: Tensor, layout: Layout, group: Group, modules: list[nn.Module]) -> Budget:
         """What a region takes; of a list of networks the one that takes most."""

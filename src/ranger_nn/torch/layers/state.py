@@ -36,7 +36,8 @@ class Snapshot:
     Attributes:
         buffers: for (module, name) the buffer, and a copy of its numbers.
         parameters: for (module, name) the parameter.
-        versions: of parameters and of tensors that are attributes: how often they were written.
+        versions: of parameters, and of tensors that are attributes or in their lists and dictionaries: how often they
+            were written.
         attributes: for each module its attributes that count.
         inside: what counts in lists and dictionaries among the attributes.
     """
@@ -76,9 +77,8 @@ class State:
                     found.versions[i, name] = p, _version(p)
             found.attributes.append({n: v for n, v in module.__dict__.items() if n not in OWN})
             for name, value in found.attributes[-1].items():
-                if isinstance(value, Tensor):
-                    found.versions[i, name] = value, _version(value)
-                elif type(value) is list:
+                found.versions.update(((i, n), (t, _version(t))) for n, t in _tensors(name, value))
+                if type(value) is list:
                     found.inside[i, name] = list(value)
                 elif type(value) is dict:
                     found.inside[i, name] = {k: v for k, v in value.items() if isinstance(v, PLAIN)}
@@ -203,6 +203,18 @@ def modules_in(held: Any) -> list[nn.Module]:
             read += [c.cell_contents for c in one.__closure__ or () if c != CellType()]
             waiting += [v for v in (*read, *(one.__defaults__ or ())) if isinstance(v, HOLDS)]
     return found
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of an attribute, with how a user finds them: itself, or in lists, tuples and dictionaries of any depth."""
+    waiting, seen = [(name, value)], set()
+    while waiting:
+        at, one = waiting.pop()
+        if isinstance(one, Tensor):
+            yield at, one
+        elif isinstance(one, list | tuple | dict) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += [(f"{at}[{k!r}]", v) for k, v in (one.items() if isinstance(one, dict) else enumerate(one))]
 
 
 def _version(t: Tensor) -> int:
