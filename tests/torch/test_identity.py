@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import array
+import copy
+import dataclasses
 import functools
 import math
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +20,8 @@ from torch import Tensor, nn
 
 import ranger_nn
 import ranger_nn.torch
-from ranger_nn.errors import CaptureError
-from ranger_nn.torch.identity import Identity, token
+from ranger_nn.errors import CaptureError, InputError
+from ranger_nn.torch.identity import Identity, Walk, token
 from ranger_nn.torch.recent import PLANS, Recent
 from tests.support import difference, random_inputs
 
@@ -168,6 +172,148 @@ def test_a_change_shows(case: str) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
         Free.scale = 2.0
+
+
+class Mixin:
+    """Comes after nn.Module."""
+
+    gain = 1.0
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    """No `__dict__`."""
+
+    gain: float = 1.0
+    inner: Any = None
+
+
+class Rich(Free, Mixin):
+    """Class attributes of all kinds."""
+
+    items = [1.0]  # noqa: RUF012
+    number = np.float64(1.0)
+    part = functools.partial(torch.mul, other=1.0)
+    section = types.SimpleNamespace(gain=1.0)
+    static = staticmethod(lambda: 1.0)
+
+    @property
+    def computed(self) -> float:
+        """Read by forward."""
+        return 1.0
+
+    @classmethod
+    def made(cls) -> float:
+        """Reads the class."""
+        return cls.gain
+
+
+class Listed(list[Any]):
+    """A list with attributes."""
+
+
+GAINS, NUMBER = {"a": [1.0]}, 1.0
+
+
+def reads(self: Any, y: Tensor, k: float = 1.0, *, j: float = 1.0) -> Tensor:
+    """Numbers of the module that it is in."""
+    return y * GAINS["a"][0] * NUMBER * k * j * helps() * self.static() * self.computed
+
+
+def helps() -> float:
+    """Named by `reads`."""
+    return LIMITS.gain
+
+
+LIMITS = Slots()
+
+
+def nested(depth: int) -> Any:
+    """Objects in objects."""
+    return functools.reduce(lambda x, _: types.SimpleNamespace(inner=x), range(depth), types.SimpleNamespace(gain=1.0))
+
+
+def hooked(*held: Any) -> Callable[..., Any]:
+    """A hook that closes over `held`."""
+    return lambda module, args, y: y if held is None else None
+
+
+KEPT = Settings()
+REACHED: dict[str, tuple[Any, Callable[[pytest.MonkeyPatch, Any], Any]]] = {
+    "class's list": (None, lambda p, a: Rich.items.append(2.0)),
+    "class's list, another": (None, lambda p, a: p.setattr(Rich, "items", [5.0])),
+    "class's scalar of NumPy": (None, lambda p, a: p.setattr(Rich, "number", np.float64(2.0))),
+    "class's partial": (None, lambda p, a: p.setattr(Rich, "part", functools.partial(torch.mul, other=2.0))),
+    "class's object": (None, lambda p, a: p.setattr(Rich.section, "gain", 2.0)),
+    "static method": (None, lambda p, a: p.setattr(Rich, "static", staticmethod(lambda: 2.0))),
+    "property": (None, lambda p, a: p.setattr(Rich, "computed", property(lambda self: 2.0))),
+    "mixin": (None, lambda p, a: p.setattr(Mixin, "gain", 2.0)),
+    "class as configuration": (Mixin, lambda p, a: p.setattr(Mixin, "gain", 2.0)),
+    "slots": (Slots(), lambda p, a: setattr(a, "gain", 2.0)),
+    "slots in slots": (Slots(inner=Slots()), lambda p, a: setattr(a.inner, "gain", 2.0)),
+    "deep": (nested(2000), lambda p, a: setattr(functools.reduce(lambda x, _: x.inner, range(2000), a), "gain", 2.0)),
+    "attribute of a list": (Listed(), lambda p, a: setattr(a, "gain", 2.0)),
+    "weak reference": (weakref.ref(KEPT), lambda p, a: p.setattr(KEPT.section, "scale", 3.0)),
+    "bound method": (KEPT.__getattribute__, lambda p, a: p.setattr(KEPT.section, "scale", 3.0)),
+    "bytearray": (bytearray(3), lambda p, a: a.__setitem__(0, 2)),
+    "array.array": (array.array("d", [1.0]), lambda p, a: a.__setitem__(0, 2.0)),
+    "array of objects": (np.array([1.0, "a"], object), lambda p, a: a.__setitem__(0, 2.0)),
+    "larger array": (np.ones(5000), lambda p, a: a.__setitem__(1234, 2.0)),
+    "very large array": (np.ones(1 << 20), lambda p, a: a.__imul__(2.0)),
+    "large list": ([1.0] * 5000, lambda p, a: a.__setitem__(1234, 2.0)),
+    "global": (None, lambda p, a: p.setitem(globals(), "NUMBER", 2.0)),
+    "list in a global": (None, lambda p, a: p.setitem(GAINS, "a", [2.0])),
+    "global of a function that is called": (None, lambda p, a: p.setattr(LIMITS, "gain", 2.0)),
+    "function that is called": (None, lambda p, a: p.setitem(globals(), "helps", lambda: 2.0)),
+    "code": (None, lambda p, a: p.setattr(helps, "__code__", (lambda: 2.0).__code__)),
+    "defaults": (None, lambda p, a: p.setattr(reads, "__defaults__", (2.0,))),
+    "keyword defaults": (None, lambda p, a: p.setattr(reads, "__kwdefaults__", {"j": 2.0})),
+    "attribute of a function": (None, lambda p, a: p.setattr(reads, "gain", 2.0, raising=False)),
+    "PyTorch's function": (None, lambda p, a: p.setattr(F, "relu", torch.sigmoid)),
+}
+
+
+@pytest.mark.parametrize("case", REACHED)
+def test_whatever_forward_reaches_is_another_state(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was not changed is the same one."""
+    held, change = REACHED[case]
+    model, identity = Rich(reads, held), Identity()
+    before = identity.of(model)
+    assert identity.of(model) == before == (identity._states[Walk(model).key], True)
+    change(monkeypatch, held)
+    assert identity.of(model) != before
+
+
+HELD: dict[str, tuple[Any, Change]] = {
+    "dictionary": ({"gain": 1.0}, lambda a: a.update(gain=2.0)),
+    "object": (types.SimpleNamespace(gain=1.0), lambda a: setattr(a, "gain", 2.0)),
+    "list": ([1.0], lambda a: a.__setitem__(0, 2.0)),
+    "layer": (nn.Dropout(0.5), lambda a: setattr(a, "p", 0.1)),
+}
+
+
+@pytest.mark.parametrize("case", HELD)
+@pytest.mark.parametrize("how", ["closure", "partial"])
+def test_what_a_hook_reads_is_another_state(case: str, how: str) -> None:
+    """Through its closure and its arguments; tensors that it gathers are not."""
+    held, change = copy.deepcopy(HELD[case][0]), HELD[case][1]
+    outputs: list[Tensor] = []
+    hook = hooked(held, outputs) if how == "closure" else functools.partial(hooked(outputs), held)
+    model, identity = layers(), Identity()
+    model[0].register_forward_hook(hook)
+    before = identity.of(model)
+    for _ in range(2):
+        outputs.append(torch.rand(1))
+        assert identity.of(model) == before
+    change(held)
+    assert identity.of(model) != before
+
+
+def test_more_than_can_be_looked_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, and never passed over."""
+    monkeypatch.setattr("ranger_nn.torch.identity.MOST", 10_000)
+    with pytest.raises(InputError, match="10,000 Python values"):
+        Identity().of(Free(lambda s, y: y, [[1.0] * 20_000]))
 
 
 def test_global_hooks() -> None:

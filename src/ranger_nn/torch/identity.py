@@ -9,30 +9,37 @@ tensor its shape and dtype (`Walk.same`: a few milliseconds for a thousand modul
 
 from __future__ import annotations
 
+import array
 import collections
+import enum
 import functools
+import hashlib
 import itertools
 import operator
+import os
 import struct
+import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.parameter import is_lazy
 
 from ranger_nn.errors import InputError
-from ranger_nn.torch.twin import LARGEST, plain
 
 SMALL = 64
 """A tensor attribute of so few elements may have been read as numbers: with others in it, it is another state."""
-DEPTH = 2
-"""Objects within objects are looked into: a configuration and its sections, not a whole training loop."""
+LARGE = 4 << 20
+"""Bytes of a NumPy array that are all looked at, at each call: a few milliseconds."""
+MOST = 1 << 20
+"""Python values that are looked at in each call: some ten milliseconds."""
 STATES = 256
 """States of one model that are known apart; forgetting one costs a new plan."""
 _OTHER = {
@@ -48,6 +55,66 @@ _SCALARS = {
     *(int, float, complex, bool, str, bytes, type(None), slice, range, torch.dtype, torch.device),
     *(torch.memory_format, torch.layout, torch.Size, type(Ellipsis)),
 }
+_SIGNATURE = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_END = object()
+"""After the last of what a container or an object holds; in the place of what is not there."""
+_LIBRARY = {*sys.stdlib_module_names, "torch", "numpy", "functorch", "torchgen", "triton", "sympy", "ranger_nn"}
+"""Code of these is not the user's: its globals are not looked at."""
+_OPAQUE = {
+    *("torch", "numpy", "builtins", "threading", "_thread", "multiprocessing", "asyncio", "logging", "concurrent"),
+    *(
+        "pathlib",
+        "random",
+        "re",
+        "inspect",
+        "abc",
+        "_abc",
+        "typing",
+        "io",
+        "_io",
+        "os",
+        "tempfile",
+        "subprocess",
+        "socket",
+    ),
+    *("queue", "contextvars", "itertools", "functools", "operator", "time", "datetime", "warnings", "sympy", "triton"),
+    *(
+        "lightning",
+        "pytorch_lightning",
+        "lightning_fabric",
+        "accelerate",
+        "deepspeed",
+        "wandb",
+        "tensorboard",
+        "mlflow",
+    ),
+}
+"""Objects of these are handles, cannot change, or are training loops, which count at each step."""
+_APART = {
+    *(
+        "__init__",
+        "__new__",
+        "__post_init__",
+        "__init_subclass__",
+        "__class_getitem__",
+        "__repr__",
+        "__str__",
+        "__del__",
+    ),
+    *(
+        "__getstate__",
+        "__setstate__",
+        "__reduce__",
+        "__reduce_ex__",
+        "__copy__",
+        "__deepcopy__",
+        "__dir__",
+        "__sizeof__",
+    ),
+}
+"""Special methods that forward does not call on what is there already."""
+_WRAPPERS = (staticmethod, classmethod, property, functools.cached_property, type(functools.lru_cache(id)))
+_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 
 
 class Identity:
@@ -77,35 +144,72 @@ class Identity:
 
 
 class Walk:
-    """One walk over a module tree: `key` is what was found, as one value; `same` says whether it is still so."""
+    """One walk over all that forward can reach: `key` is what was found, as one value; `same` says whether it is still so.
+
+    What is found waits in a queue, so that no depth is too deep. Functions count with the globals that they name; methods
+    only from when some such code names them: `forward` does not read what `fit` reads.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Walks."""
         self._values: list[Any] = []
-        self._seen: dict[int, int] = {}
-        self._classes: set[type] = set()
-        self._depth = 0
+        self._places: dict[tuple[int, bool], int] = {}
+        self._tied: dict[int, int] = {}
+        self._queue: collections.deque[tuple[Callable[[Any], None], Any, bool]] = collections.deque()
+        self._hooking = False
+        self._alive: list[Any] = []
+        self._classes: set[Any] = set()
+        self._named = {"forward"}
+        self._waiting: dict[str, list[tuple[Any, bool]]] = collections.defaultdict(list)
+        self._namespaces: list[types.ModuleType] = []
         self.trained = False
         self._modules: list[nn.Module] = []
-        self._mappings: list[Any] = []
+        self._mappings: list[Any] = [vars(F)]
         self._dicts: list[Any] = []
         self._sequences: list[Any] = []
         self._tensors: list[weakref.ref[Tensor]] = []
         self._registered = {id(t) for t in itertools.chain(model.parameters(), model.buffers())}
+        self._tree = {id(m) for m in model.modules()}
+        self._empty: list[dict[str, Any]] = []
+        self._functions: list[types.FunctionType] = []
+        self._globals_of: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
         self._probes: list[Callable[[], Any]] = []
-        self._module(model)
+        self._reads: list[Callable[[], Any]] = []
+        self._any(model)
+        self._through()
         for hooks in (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks):
             self._hooks(hooks)
+        self._through()
+        self._values += (_Same(f) for f in list(vars(F).values()) if callable(f))
         self.key = tuple(self._values)
+        self._alive.clear()
+        self._values = []
         self._sizes = self._shape()
         self._content = list(self._held())
         self._facts = [_facts(t()) for t in self._tensors]
         self._probed = [probe() for probe in self._probes]
+        self._seen = [tuple(read()) for read in self._reads]
+
+    def _through(self) -> None:
+        while self._queue:
+            visit, x, self._hooking = self._queue.popleft()
+            visit(x)
+            if len(self._values) > MOST:
+                raise InputError(
+                    f"the attributes, configuration and globals that the model's forward can reach hold more than {MOST:,} "
+                    f"Python values, the last of them in a {type(x).__name__}: a change of any would have to be seen at each "
+                    "call. Keep data in tensors or NumPy arrays, or off the model."
+                )
+        self._hooking = False
 
     def same(self) -> bool:
         """True where a new walk would find the same: all that was gone through is compared by identity."""
-        if self._shape() != self._sizes or not all(map(operator.is_, self._held(), self._content)):
+        if self._shape() != self._sizes or any(self._empty) or not all(map(operator.is_, self._held(), self._content)):
             return False
+        for read, seen in zip(self._reads, self._seen, strict=True):
+            now = tuple(read())
+            if len(now) != len(seen) or not all(map(operator.is_, now, seen)):
+                return False
         return self._probed == [p() for p in self._probes] and self._facts == [_facts(t()) for t in self._tensors]
 
     def _shape(self) -> list[Any]:
@@ -114,36 +218,73 @@ class Walk:
     def _held(self) -> Iterator[Any]:
         flat = itertools.chain.from_iterable
         values = flat(map(operator.methodcaller("values"), itertools.chain(self._mappings, self._dicts)))
-        return itertools.chain(values, flat(self._dicts), flat(self._sequences))
+        signatures = flat(map(_SIGNATURE, self._functions))
+        named = flat(map(known.get, names) for known, names in self._globals_of.values())
+        return itertools.chain(values, flat(self._dicts), flat(self._sequences), signatures, named)
 
-    def _new(self, x: Any) -> bool:
-        """False where `x` was met before: its place says which."""
-        place = self._seen.get(id(x))
+    def _probe(self, read: Callable[[], Any]) -> None:
+        self._probes.append(read)
+        self._values.append(read())
+
+    # ---- what there is --------------------------------------------------------------------------------------
+
+    def _any(self, x: Any) -> None:
+        kind = type(x)
+        if kind in _SCALARS:
+            self._values.append(token(x))
+        elif isinstance(x, Tensor):
+            if not self._hooking:  # what a hook gathers changes nothing
+                self._constant(x)
+        elif isinstance(x, np.generic):
+            self._values.append((kind, x.tobytes()))
+        else:
+            visit = self._visit(x, kind)
+            if visit is None:
+                self._values.append(_Same(x))
+            else:
+                self._later(visit, x)
+
+    def _later(self, visit: Callable[[Any], None], x: Any) -> None:
+        """Queues what was not met before: its place says which it is."""
+        hooking = self._hooking and not (isinstance(x, nn.Module) and id(x) in self._tree)
+        place = self._places.get((id(x), hooking))
         self._values.append(place)
         if place is None:
-            self._seen[id(x)] = len(self._seen)
-        return place is None
+            self._places[id(x), hooking] = len(self._places)
+            self._alive.append(x)
+            self._queue.append((visit, x, hooking))
+
+    def _visit(self, x: Any, kind: type) -> Callable[[Any], None] | None:
+        for known, visit in _VISITS:
+            if isinstance(x, known):
+                return functools.partial(visit, self)
+        opaque = _top(kind) in _OPAQUE and not kind.__module__.startswith("torch.distributions")
+        return None if opaque or isinstance(x, os.PathLike) else self._object
+
+    def _fields(self, fields: Any, left_out: Container[str] = ()) -> None:
+        if self._hooking:
+            self._reads.append(lambda: [v for v in list(fields.values()) if not _gathered(v)])
+        else:
+            self._mappings.append(fields)
+        for name, value in list(fields.items()):
+            if name not in left_out and not (self._hooking and _gathered(value)):
+                self._values.append(name)
+                self._any(value)
+        self._values.append(_END)
 
     def _module(self, m: Any) -> None:
-        if not self._new(m):
-            return
         self._class(type(m))
-        skipped = getattr(type(m), "NOT_IN_TWINS", ())
+        skipped = {*getattr(type(m), "NOT_IN_TWINS", ()), *_OTHER, *_HOOKS, "_parameters", "_buffers"}
         self._modules.append(m)
-        self._mappings.append(m.__dict__)
-        for name, value in list(m.__dict__.items()):
-            if name in _OTHER or name in skipped:
-                continue
-            self._values.append(name)
-            if name in ("_parameters", "_buffers"):
-                self._mappings.append(value)
-                for key, tensor in list(value.items()):
-                    self._values.append(key)
-                    self._state(tensor)
-            elif name in _HOOKS:
-                self._hooks(value)
-            else:
-                self._any(value)
+        self._fields(m.__dict__, skipped)
+        for name in _HOOKS:
+            self._hooks(m.__dict__.get(name, {}))
+        for name in ("_parameters", "_buffers"):
+            tensors = m.__dict__.get(name, {})
+            self._mappings.append(tensors)
+            for key, tensor in list(tensors.items()):
+                self._values.append(key)
+                self._state(tensor)
 
     def _state(self, t: Tensor | None) -> None:
         if t is None:
@@ -161,42 +302,8 @@ class Walk:
 
     def _tensor(self, t: Tensor) -> None:
         self._tensors.append(weakref.ref(t))
-        place = self._seen.setdefault(id(t), len(self._seen))  # tied parameters are one value of the graph
+        place = self._tied.setdefault(id(t), len(self._tied))  # tied parameters are one value of the graph
         self._values += (type(t), place, _facts(t))
-
-    def _any(self, x: Any) -> None:
-        kind = type(x)
-        if kind in _SCALARS:
-            self._values.append(token(x))
-        elif isinstance(x, Tensor):
-            self._constant(x)
-        elif isinstance(x, nn.Module):
-            self._module(x)
-        elif isinstance(x, (list, tuple, dict, set, frozenset, collections.deque)):
-            self._container(x)
-        elif kind is np.ndarray and x.size <= SMALL and x.dtype != object:
-            self._probe(x.tobytes)
-        elif isinstance(x, (types.FunctionType, types.MethodType, functools.partial)):
-            self._function(x)
-        elif self._depth < DEPTH and plain(x):
-            self._object(x)
-        else:
-            self._values.append(_Same(x))
-
-    def _probe(self, read: Callable[[], Any]) -> None:
-        self._probes.append(read)
-        self._values.append(read())
-
-    def _object(self, x: Any) -> None:
-        if not self._new(x):
-            return
-        self._depth += 1
-        self._class(type(x))
-        self._mappings.append(x.__dict__)
-        for name, value in list(x.__dict__.items()):
-            self._values.append(name)
-            self._any(value)
-        self._depth -= 1
 
     def _constant(self, t: Tensor) -> None:
         """A tensor that is no parameter and no buffer: the very one is read when the plan runs."""
@@ -206,38 +313,169 @@ class Walk:
         if t.numel() <= SMALL and not t.requires_grad:
             self._probe(lambda: _content(alive()))
 
+    def _hooks(self, hooks: dict[int, Any]) -> None:
+        """Functions, and all that they reach but tensors: what they gather changes nothing."""
+        self._mappings.append(hooks)
+        outer, self._hooking = self._hooking, True
+        for hook in list(hooks.values()):
+            self._any(hook)
+        self._values.append(_END)
+        self._hooking = outer
+
+    def _object(self, x: Any) -> None:
+        cls, get = type(x), _reference(x)
+        self._class(cls)
+        self._reads.append(lambda: [type(get())])
+        for base in (int, float, complex, str, bytes):
+            if isinstance(x, base):
+                self._values.append(token(base.__getnewargs__(x)))  # type: ignore[attr-defined]
+        slots = [d for base in cls.__mro__ for d in vars(base).values() if type(d) is types.MemberDescriptorType]
+        if slots and _top(cls) != "builtins":
+            self._reads.append(lambda: [v for v in _slots(slots, get()) if not (hooking and _gathered(v))])
+            hooking = self._hooking
+            for value in _slots(slots, x):
+                self._any(value)
+        fields = getattr(x, "__dict__", None)
+        if isinstance(fields, dict):
+            self._fields(fields)
+
+    def _enum(self, x: Any) -> None:
+        self._values.append(_Same(x))
+        self._any(x._value_)
+
     def _container(self, x: Any) -> None:
-        self._values += (type(x), len(x))
-        if len(x) > LARGEST:
-            self._values.append(_Same(x))
-        elif self._new(x):
-            (self._dicts if isinstance(x, dict) else self._sequences).append(x)
-            for item in list(x.items()) if isinstance(x, dict) else [*x]:
-                if isinstance(x, dict):
-                    self._values.append(token(item[0]))
-                    item = item[1]
+        mapping, keep = isinstance(x, dict), not self._hooking
+        self._values.append(type(x))
+        if keep:
+            (self._dicts if mapping else self._sequences).append(x)
+        else:
+            self._reads.append(lambda: [v for v in list(x.values() if mapping else x) if not _gathered(v)])
+        if isinstance(x, (set, frozenset)):
+            self._values.append(frozenset(map(token, x)))
+            items = [(None, v) for v in x if type(v) not in _SCALARS]
+        else:
+            items = list(x.items()) if mapping else [(None, v) for v in x]
+        for key, value in items:
+            if keep or not _gathered(value):
+                if mapping:
+                    self._any(key)
+                self._any(value)
+        self._values.append(_END)
+        if type(x).__module__ not in ("builtins", "collections"):
+            self._object(x)
+        elif isinstance(x, collections.defaultdict):
+            self._any(x.default_factory)
+
+    def _array(self, x: Any) -> None:
+        """A tensor may share its memory: the very array, and what is in it."""
+        self._values += (type(x), x.dtype, x.shape, _Same(weakref.ref(x)))
+        if x.dtype.hasobject:
+            self._reads.append(lambda: list(x.flat))
+            for item in x.flat:
                 self._any(item)
+        else:
+            self._probe(lambda: _digest(x))
+
+    def _bytes(self, x: Any) -> None:
+        self._values.append(_Same(x))
+        self._probe(lambda: _digest(np.frombuffer(x, np.uint8)) if len(x) else b"")
+
+    def _weak(self, x: Any) -> None:
+        self._values.append(_Same(x))
+        self._probe(lambda: x() is None)
+        self._any(x())
+
+    def _proxy(self, x: Any) -> None:
+        try:
+            self._any(x.__repr__.__self__)
+        except ReferenceError:
+            self._values.append(None)
+
+    # ---- code -----------------------------------------------------------------------------------------------
 
     def _function(self, x: Any) -> None:
-        if isinstance(x, types.MethodType):
-            self._any(x.__func__)
-            self._any(x.__self__)
-        elif isinstance(x, functools.partial):
-            for part in (x.func, x.args, x.keywords):
+        cells, hooking = x.__closure__ or (), self._hooking
+        self._values += (_Same(x), _Same(x.__code__))
+        self._functions.append(x)
+        if cells:
+            self._reads.append(lambda: [v for v in map(_inside, cells) if not (hooking and _gathered(v))])
+        for part in (x.__defaults__, x.__kwdefaults__, *map(_inside, cells)):
+            if not (hooking and _gathered(part)):
                 self._any(part)
-        elif self._new(x):
-            self._values.append(_Same(x))
-            self._probe(lambda: tuple(_Same(c.cell_contents) for c in x.__closure__ or () if _filled(c)))
-            for cell in x.__closure__ or ():
-                if _filled(cell):
-                    self._any(cell.cell_contents)
+        if x.__dict__:
+            self._fields(x.__dict__)
+        else:
+            self._empty.append(x.__dict__)
+        if not _library(x.__globals__.get("__name__")):
+            self._globals(x.__code__, x.__globals__)
 
-    def _hooks(self, hooks: dict[int, Any]) -> None:
-        """Functions, and the numbers that they close over; what they gather (tensors, lists) changes nothing."""
-        self._mappings.append(hooks)
-        for hook in list(hooks.values()):
-            self._values.append(_Same(getattr(hook, "__func__", hook)))
-            self._probe(functools.partial(_numbers, hook))
+    def _globals(self, code: Any, known: dict[str, Any]) -> None:
+        """What the code names: globals, modules' members, and methods of all classes met."""
+        names, hooking = _names(code), self._hooking
+        if hooking:
+            self._reads.append(lambda: [v for v in map(known.get, names) if not _gathered(v)])
+        else:
+            self._globals_of.setdefault(id(known), (known, {}))[1].update(dict.fromkeys(names))
+        for name in names:
+            if name in known and not (hooking and _gathered(known[name])):
+                self._values.append(name)
+                self._any(known[name])
+        for name in names:
+            if name not in self._named:
+                self._named.add(name)
+                for function, of_hook in self._waiting.pop(name, ()):
+                    self._hooking = of_hook
+                    self._later(self._function, function)
+                self._hooking = hooking
+                for module in self._namespaces:
+                    self._member(module, name)
+
+    def _namespace(self, x: Any) -> None:
+        self._namespaces.append(x)
+        self._values.append(_Same(x))
+        for name in sorted(self._named):
+            self._member(x, name)
+
+    def _member(self, module: types.ModuleType, name: str) -> None:
+        known = vars(module)
+        if name in known:
+            self._globals_of.setdefault(id(known), (known, {}))[1][name] = None
+            value = known[name]
+            follow = isinstance(value, types.ModuleType) or not _library(module.__name__)
+            self._values.append(name)
+            self._any(value) if follow else self._values.append(token(value))
+
+    def _method(self, x: Any) -> None:
+        self._any(x.__func__)
+        self._any(x.__self__)
+
+    def _builtin(self, x: Any) -> None:
+        owner = getattr(x, "__self__", None)
+        if owner is None or isinstance(owner, (types.ModuleType, type)):
+            self._values.append(_Same(x))
+        else:
+            self._values.append(x.__name__)
+            self._any(owner)
+
+    def _partial(self, x: Any) -> None:
+        for part in (x.func, x.args, x.keywords):
+            self._any(part)
+        self._values.append(type(x))
+
+    def _wrapped(self, x: Any) -> None:
+        self._values.append(type(x))
+        self._any(_under(x))
+
+    def _type(self, x: Any) -> None:
+        """A class that code can reach may be called, or be a configuration itself."""
+        self._class(x)
+        if _library(x.__module__) or issubclass(x, nn.Module):
+            return
+        for base in x.__mro__:
+            for name in ("__new__", "__init__", "__post_init__"):
+                function = _under(vars(base).get(name))
+                if isinstance(function, types.FunctionType):
+                    self._later(self._function, function)
 
     def _class(self, cls: type) -> None:
         """Class attributes and methods, which may be set from outside."""
@@ -246,12 +484,112 @@ class Walk:
             return
         self._classes.add(cls)
         for base in cls.__mro__:
-            if base in (nn.Module, object):
+            if base in (nn.Module, object) or (_library(base.__module__) and _top(base) != "torch"):
+                continue
+            if (base, "own") not in self._classes:
+                self._classes.add((base, "own"))
+                self._mappings.append(vars(base))
+                for name, value in list(vars(base).items()):
+                    self._attribute(name, value, _top(base) == "torch")
+
+    def _attribute(self, name: str, value: Any, library: bool) -> None:
+        special = name.startswith("__") and name.endswith("__")
+        function = _under(value)
+        if isinstance(function, types.FunctionType):
+            self._values += (name, _Same(function))
+            if library:
                 return
-            self._mappings.append(vars(base))
-            for name, value in list(vars(base).items()):
-                if type(value) in _SCALARS or isinstance(value, (types.FunctionType, tuple)):
-                    self._values += (name, token(value))
+            if name in self._named or (special and name not in _APART):
+                self._later(self._function, function)
+            else:
+                self._waiting[name].append((function, self._hooking))
+        elif not special and type(value) not in _DESCRIPTORS:
+            self._values.append(name)
+            if not library or type(value) in _SCALARS or isinstance(value, tuple):
+                self._any(value)
+
+
+_VISITS: tuple[tuple[Any, Callable[[Walk, Any], None]], ...] = (
+    (weakref.ProxyTypes, Walk._proxy),
+    (nn.Module, Walk._module),
+    (enum.Enum, Walk._enum),
+    ((list, tuple, dict, set, frozenset, collections.deque, types.MappingProxyType), Walk._container),
+    (np.ndarray, Walk._array),
+    ((bytearray, array.array), Walk._bytes),
+    (types.FunctionType, Walk._function),
+    (types.MethodType, Walk._method),
+    ((functools.partial, functools.partialmethod), Walk._partial),
+    ((types.BuiltinFunctionType, types.MethodWrapperType), Walk._builtin),
+    (_WRAPPERS, Walk._wrapped),
+    (weakref.ref, Walk._weak),
+    (type, Walk._type),
+    (types.ModuleType, Walk._namespace),
+)
+"""How each kind is gone through; of every other kind, its fields, where it is no handle of a library."""
+
+
+def _top(cls: Any) -> str:
+    return str(cls.__module__).partition(".")[0]
+
+
+def _library(module: Any) -> bool:
+    return str(module).partition(".")[0] in _LIBRARY
+
+
+def _reference(x: Any) -> Callable[[], Any]:
+    """`x`, held weakly where it can be: a walk keeps nothing of the model alive."""
+    try:
+        return weakref.ref(x)
+    except TypeError:
+        return lambda: x
+
+
+def _gathered(x: Any) -> bool:
+    """What a hook writes: tensors, shapes, lists of them, lists that wait for them."""
+    if isinstance(x, (Tensor, torch.Size)):
+        return True
+    if type(x) in (list, collections.deque):
+        return all(map(_gathered, x))
+    return isinstance(x, tuple) and any(isinstance(v, (Tensor, torch.Size)) for v in x)
+
+
+def _slots(slots: list[Any], x: Any) -> list[Any]:
+    found = []
+    for slot in slots:
+        try:
+            found.append(slot.__get__(x))
+        except AttributeError:
+            found.append(_END)
+    return found
+
+
+def _under(x: Any) -> Any:
+    """The function under a decorator of classes."""
+    for name in ("__func__", "fget", "func", "__wrapped__"):
+        if (
+            not isinstance(x, (types.FunctionType, functools.partial, type))
+            and type(x) in _WRAPPERS
+            and hasattr(x, name)
+        ):
+            return getattr(x, name)
+    return x
+
+
+@functools.lru_cache(maxsize=65536)  # more code than a model has
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """What a function and the functions within it name."""
+    inner = (n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c))
+    looks_up = {"getattr", "attrgetter", "methodcaller", "__getattribute__"} & set(code.co_names)
+    spelled = (c for c in code.co_consts if looks_up and isinstance(c, str) and c.isidentifier())
+    return tuple(dict.fromkeys([*code.co_names, *inner, *spelled]))
+
+
+def _digest(x: Any) -> Any:
+    """What is in an array: all of it, of a large one what a thousand places hold."""
+    if x.nbytes <= LARGE:
+        return hashlib.blake2b(np.ascontiguousarray(x).reshape(-1).view(np.uint8), digest_size=16).digest()
+    step = max(1, x.size // 1024)
+    return x.ctypes.data, x.flat[::step].tobytes()
 
 
 def _facts(t: Tensor | None) -> Any:
@@ -270,21 +608,11 @@ def _content(t: Tensor | None) -> Any:
     return t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _numbers(hook: Any) -> Any:
-    """Numbers in the closure of a hook or on the object whose method it is."""
-    cells = getattr(getattr(hook, "__func__", hook), "__closure__", None) or ()
-    held = [c.cell_contents for c in cells if _filled(c)]
-    owner = getattr(hook, "__self__", hook)
-    if plain(owner) and not isinstance(owner, nn.Module):
-        held += list(vars(owner).values())
-    return tuple(token(x) for x in held if type(x) in _SCALARS)
-
-
-def _filled(cell: Any) -> bool:
+def _inside(cell: Any) -> Any:
     try:
-        return cell.cell_contents is not cell
-    except ValueError:
-        return False
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return _END
 
 
 class _Same:
