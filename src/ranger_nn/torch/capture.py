@@ -168,7 +168,10 @@ class Lower:
         kernel.op, kernel.pointwise = op, rule.pointwise
         if inputs:
             kernel.itemsize = self.values[inputs[0]].itemsize
+            kernel.itemsizes = tuple(self.values[i].itemsize for i in inputs)
             kernel.whole_bytes = self.values[inputs[0]].nbytes
+        if not many:
+            kernel.computes = like.dtype  # type: ignore[union-attr]
         kernel.reads_channels_last = bool(inputs) and before[0][1] != ""
         free = isinstance(kernel, Light) or (isinstance(kernel, Call) and rule.pointwise and op in SAVES_NOTHING)
         every = () if free else tuple(range(len(inputs)))

@@ -659,7 +659,7 @@ def _matmul(op: Operator) -> Any:
     function, inputs = op.call()
     rows, columns = depends_on_input(op, left), depends_on_input(op, right)
     region = contraction.matmul(a, b, op.out, (columns, b[-1]) > (rows, a[-2]))
-    return op.emit(inputs, region, K.Call(function), macs=prod(op.out) * a[-1])
+    return op.emit(inputs, region, K.Product(function), macs=prod(op.out) * a[-1])
 
 
 for _name in ("mm", "mv", "inner", "tensordot", "addmm", "addmv", "baddbmm", "addbmm"):

@@ -322,8 +322,11 @@ class Regional(nn.Module):
                 slots[program.grads[v]] = (
                     grad if grad is not None else torch.zeros(value.shape, dtype=like, device=ready.engine.device)
                 )
-        amp = ready.autocast
-        with torch.no_grad(), torch.autocast(ready.engine.device.type, dtype=amp, enabled=amp is not None):
+        amp, device = ready.autocast, ready.engine.device.type
+        cast = torch.autocast(
+            device, dtype=amp, enabled=amp is not None, cache_enabled=False
+        )  # it would grow by region
+        with torch.no_grad(), cast:
             ready.run("backward", slots)
         found = [program.results.get(v) for v in ready.captured.sources]
         return [None if s is None else slots[s] for s in found]

@@ -1,0 +1,52 @@
+"""The promise for products and what is built of them, in 16 bits and under autocast too: measured <= projected <= allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.memory.test_random import Case, measured_and_plan
+
+DTYPES: tuple[Any, ...] = (torch.bfloat16, "autocast")
+
+
+class Of(nn.Module):
+    """A function of the input and of one layer."""
+
+    def __init__(self, function: Callable[..., Tensor], layer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.function, self.layer = function, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x) if self.layer is None else self.function(x, self.layer)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(12, 64), (2, 500, 12)),
+    "linear, permuted": (lambda: Of(lambda x, m: m(x.transpose(0, 1)), nn.Linear(64, 96)), (200, 2, 64)),
+    "attention": (
+        lambda: Of(lambda x, m: m(x, x, x, need_weights=False)[0], nn.MultiheadAttention(32, 4, batch_first=True)),
+        (2, 200, 32),
+    ),
+    "gram": (lambda: Of(lambda x: x @ x.mT), (2, 4, 96, 48)),
+    "one second factor": (lambda: Of(lambda x, m: x @ m.weight, nn.Linear(7, 48)), (2, 4, 96, 48)),
+    "one first factor": (lambda: Of(lambda x, m: m.weight @ x, nn.Linear(96, 40)), (2, 4, 96, 48)),
+    "einsum": (lambda: Of(lambda x, m: torch.einsum("bchw,cd->bdhw", x, m.weight), nn.Linear(12, 12)), (2, 12, 96, 16)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "autocast"])
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("name", CASES)
+def test_measured_projected_allowed(name: str, mode: str, dtype: Any) -> None:
+    """In this order, with no budget and with the least."""
+    build, shape = CASES[name]
+    for share in (None, 0.01):
+        model = build() if dtype == "autocast" else build().to(dtype)
+        measured, plan = measured_and_plan(Case(model, shape, dtype, mode, {}, share))
+        assert plan.allowed is None or plan.projected <= plan.allowed
+        assert measured <= plan.projected
