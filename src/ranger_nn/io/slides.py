@@ -105,6 +105,7 @@ class RasterSource:
         self.dtype = np.dtype(self._data.dtypes[0])
         self.shape: tuple[int, ...] = (int(self._data.count), int(self._data.height), int(self._data.width))
         self.chunks = tuple(int(n) for n in self._data.block_shapes[0])
+        self.depth = self._depth()
         self._lock = threading.Lock()
 
     def read(self, box: Box) -> Array:
@@ -123,8 +124,7 @@ class RasterSource:
             return None
         return {"crs": self._data.crs, "transform": self._data.transform, "size": self.shape[1:]}
 
-    @property
-    def depth(self) -> int | None:
+    def _depth(self) -> int | None:
         """Of unsigned integers whose bits are not those of their type."""
         bits = max(int(self._data.tags(band, ns=STRUCTURE).get("NBITS", 0)) for band in self._data.indexes)
         return bits if self.dtype.kind == "u" and bits not in (0, 8 * self.dtype.itemsize) else None

@@ -75,6 +75,7 @@ class TiffSource:
         try:
             self._set_layout()
             self.colour = colour_of(self._series.keyframe, self.name, len(self._series.pages))
+            self.depth = self.colour.depth
         except InputError:
             self.close()
             raise
@@ -119,11 +120,6 @@ class TiffSource:
             raise InputError(
                 f"{self.name} has {len(series.pages)} pages of {key.shape} for axes {series.axes} {series.shape}."
             )
-
-    @property
-    def depth(self) -> int | None:
-        """As `colour` says."""
-        return self.colour.depth
 
     @property
     def decodable(self) -> bool:
