@@ -327,8 +327,8 @@ class Walk:
         self._class(cls)
         self._reads.append(lambda: [type(get())])
         for base in (int, float, complex, str, bytes):
-            if isinstance(x, base):
-                self._values.append(token(base.__getnewargs__(x)))  # type: ignore[attr-defined]
+            if issubclass(cls, base):
+                self._values.append(token(base.__getnewargs__(x)))  # type: ignore[union-attr]
         slots = [d for base in cls.__mro__ for d in vars(base).values() if type(d) is types.MemberDescriptorType]
         if slots and _top(cls) != "builtins":
             self._reads.append(lambda: [v for v in _slots(slots, get()) if not (hooking and _gathered(v))])
@@ -587,7 +587,7 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 def _digest(x: Any) -> Any:
     """What is in an array: all of it, of a large one what a thousand places hold."""
     if x.nbytes <= LARGE:
-        return hashlib.blake2b(np.ascontiguousarray(x).reshape(-1).view(np.uint8), digest_size=16).digest()
+        return hashlib.blake2b(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data, digest_size=16).digest()
     step = max(1, x.size // 1024)
     return x.ctypes.data, x.flat[::step].tobytes()
 
