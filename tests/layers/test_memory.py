@@ -237,6 +237,20 @@ def test_norms_inside_the_budget() -> None:
         assert used.peak <= memory
 
 
+def test_many_norms_inside_the_budget() -> None:
+    """The graph of a group is gone when the next one runs in backward."""
+    torch.set_default_dtype(torch.float32)
+    between = [m for _ in range(6) for m in (nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))]
+    layer = RegionalAggregator(Grid(4, 4), "mean", local=cnn(*between), memory=3_000_000)
+    x = torch.rand(2, 2, 96, 96)
+    layer(x).sum().backward()
+    layer.zero_grad()
+    with measure() as used:
+        layer(x).sum().backward()
+    assert next(iter(layer._sizes.values()))[0] < 16
+    assert used.peak <= 3_000_000
+
+
 # ------------------------------------------------------------------------------------- backward
 
 

@@ -255,6 +255,7 @@ class Passes:
                 y = self._once_more(done, k, Norms(done.stats, sums=known) if done.split else None)
                 wrong.append(_wrong(before, _print(y), y.dtype))
                 self._gradients(done.works[k], y, grad, whole, totals)
+                del y
         return wrong
 
     def _sums(self, done: Done, grads: Sequence[Tensor], number: int, known: dict[int, Sums]) -> Sums:
@@ -264,12 +265,13 @@ class Passes:
         for k, grad in enumerate(grads):
             norms = Norms(done.stats, sums=known, watched=number)
             y = self._once_more(done, k, norms)
-            if norms.seen is None or not y.requires_grad:
-                continue
-            (found,) = torch.autograd.grad(y, norms.seen[1], grad, allow_unused=True)
-            if found is not None:
+            found = None
+            if norms.seen is not None and y.requires_grad:
+                (found,) = torch.autograd.grad(y, norms.seen[1], grad, allow_unused=True)
+            if norms.seen is not None and found is not None:
                 a, b = sums(norms.seen, done.stats[number], found)
                 plain, times = plain + a, times + b
+            del y, norms, found  # what lies before the norm is in their graph, and would stay while the next work runs
         return plain, times
 
     def _once_more(self, done: Done, k: int, norms: Norms | None) -> Tensor:
