@@ -26,6 +26,8 @@ from ranger_nn.planning.verify_rolled import verify_loop
 class Kernel:
     """What the planner asks of a kernel."""
 
+    tame = True
+
     generates = False
 
     def __init__(self, fill: float | None = None) -> None:

@@ -114,28 +114,32 @@ class Sweep:
             def segment(n: Any, carry: Any) -> Any:
                 windows, results, states, saved = carry
                 saved = self.checkpoints.add(saved, n, windows)
-                windows, results, states, _ = self._walk(self._segment(n), by_value, (windows, results, states, []))
+                windows, results, states, _ = self._walk(
+                    self._segment(n), by_value, (windows, results, states, []), True
+                )
                 return windows, results, states, saved
 
             _, results, states, saved = on.loop(0, loop.segments, segment, (windows, results, states, saved))
         else:
             saved = self.saved.open(loop.stop - loop.start) if saving else []
             carry = (windows, results, states, saved)
-            _, results, states, saved = self._walk((loop.start, loop.stop), by_value, carry)
+            _, results, states, saved = self._walk((loop.start, loop.stop), by_value, carry, saving)
         found = [
             on.close(r, f.dim or 0, f.rate * f.start + f.ahead, f.size) for r, f in zip(results, sinks, strict=True)
         ]
         return found + [part for state in states for part in state], [on.full(s, not self.training) for s in saved]
 
-    def _walk(self, steps: tuple[Any, Any], by_value: Mapping[int, Any], carry: Any) -> Any:
-        """Steps [first, last); `carry`: windows, and results, states of reductions, stacks: none, where not wanted."""
+    def _walk(self, steps: tuple[Any, Any], by_value: Mapping[int, Any], carry: Any, safe: bool) -> Any:
+        """Steps [first, last); `carry`: windows, and results, states of reductions, stacks: none, where not wanted;
+        `safe`: gradients will follow.
+        """
         on, (first, last) = self.on, steps
         sinks = [self.loop.flows[v] for v in self.loop.sinks]
         wholes = [by_value[v] for v in self.wholes]
 
         def body(t: Any, carry: Any) -> Any:
             windows, results, states, stacks = carry
-            windows, rows, lifted = self.step(t, windows, self.step.fetch(t, by_value), wholes)
+            windows, rows, lifted = self.step(t, windows, self.step.fetch(t, by_value), wholes, safe)
             results = [
                 on.put(r, f.dim or 0, t - f.start, f.stop - f.start, x, f.rate * t + f.ahead)
                 for r, f, x in zip(results, sinks, rows, strict=False)
@@ -160,7 +164,7 @@ class Sweep:
         """What the steps of segment n save, from its checkpoint."""
         windows = self.checkpoints.windows(saved, n)
         stacks = self.saved.begin(self.saved.open(self.loop.segment), windows)
-        *_, stacks = self._walk(self._segment(n), by_value, (windows, [], [], stacks))
+        *_, stacks = self._walk(self._segment(n), by_value, (windows, [], [], stacks), True)
         return [self.on.full(s, False) for s in stacks]
 
     def _open(self, flow: Flow) -> Any:
@@ -241,7 +245,7 @@ class Sweep:
                 for target, places in ((w, moving), (s, cut), (p, whole)):
                     for n in places:
                         target[n] = next(given)
-                after, rows, lifted = self.step(t, w, s, p)
+                after, rows, lifted = self.step(t, w, s, p, True)
                 return [after[n] for n in moving] + [rows[n] for n, _ in sinks] + lifted
 
             found, pull = on.vjp(again, chosen)

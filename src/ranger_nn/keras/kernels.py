@@ -36,12 +36,15 @@ class Kernel:
     positional = False
     """The function of a region takes the keyword `position`."""
 
+    tame = False
+    """Finite rows have finite results and derivatives, with no exception: such as products and sums, not as logarithms and roots."""
+
     given: float | None = None
     """What rows outside of the first input hold; None where they are not used."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], tame: bool = False) -> None:
         """`function`: the untouched operator of its tensor inputs, constants bound."""
-        self.function = function
+        self.function, self.tame = function, tame or type(self).tame
 
     def whole(self, *inputs: Any) -> Any:
         """The untouched operator."""
@@ -78,6 +81,7 @@ class Fused(Kernel):
     def __init__(self, steps: Sequence[tuple[Kernel, tuple[int, ...], int]], inputs: int, result: int) -> None:
         """`steps`: (kernel, argument registers, result register); registers below `inputs` are the inputs."""
         self.steps, self.inputs, self.result = steps, inputs, result
+        self.tame = all(kernel.tame for kernel, _, _ in steps)
 
     def _run(self, functions: Sequence[Local], xs: Sequence[Any]) -> Any:
         registers: dict[int, Any] = dict(enumerate(xs))

@@ -29,6 +29,8 @@ def cut(x: Any, dim: int, start: int, count: int) -> Any:
 class Reshape(Kernel):
     """A view: the group of dimensions that holds the cut one is flattened, cropped and split again."""
 
+    tame = True
+
     def __init__(self, function: Any, shape: Ints, out: Ints, groups: Sequence[Group]) -> None:
         """`groups`: see `ops.movement.view_groups`."""
         super().__init__(function)
@@ -59,6 +61,8 @@ class Reshape(Kernel):
 class Crop(Kernel):
     """Slices with steps, indices and new dimensions; `where[output dimension]` is its place in the key."""
 
+    tame = True
+
     def __init__(self, function: Any, key: Sequence[Any], where: dict[int, int]) -> None:
         """`key`: one entry for each dimension, None for a new one."""
         super().__init__(function)
@@ -76,6 +80,8 @@ class Crop(Kernel):
 class Pad(Kernel):
     """Constants around: on the cut dimension they are border."""
 
+    tame = True
+
     def __init__(self, function: Any, widths: Sequence[tuple[int, int]], value: float) -> None:
         """`widths`: (before, after) for each dimension."""
         super().__init__(function)
@@ -90,7 +96,7 @@ class Pad(Kernel):
 class Mirror(Kernel):
     """Reflected or symmetric padding along the cut dimension: the rows are picked one by one."""
 
-    positional = True
+    tame, positional = True, True
 
     def __init__(self, function: Any, mode: str, shape: Ints, widths: Sequence[tuple[int, int]]) -> None:
         """`mode`: "reflect" or "symmetric"."""
@@ -126,6 +132,8 @@ class Mirror(Kernel):
 class Repeat(Kernel):
     """Each index repeated along `axis`."""
 
+    tame = True
+
     def __init__(self, function: Any, repeats: int, axis: int) -> None:
         """As in `keras.ops.repeat`."""
         super().__init__(function)
@@ -142,6 +150,8 @@ class Repeat(Kernel):
 class Shuffle(Kernel):
     """Depth to space: blocks of `factor` rows, of which those before the first are dropped."""
 
+    tame = True
+
     def __init__(self, function: Any, factor: int, space: Ints) -> None:
         """`space`: the dimensions that grow."""
         super().__init__(function)
@@ -157,6 +167,8 @@ class Shuffle(Kernel):
 
 class Concatenate(Kernel):
     """One after the other; along the cut dimension each row comes from the input that holds it."""
+
+    tame = True
 
     def __init__(self, function: Any, axis: int, offsets: Sequence[int], along: bool) -> None:
         """`offsets`: where each input starts; `along`: the axis is one that may be cut."""
@@ -183,7 +195,7 @@ class Concatenate(Kernel):
 class Resize(Kernel):
     """Nearest or linear resizing, half-pixel centres; the cut dimension by a gather, the other by the operator."""
 
-    positional = True
+    tame, positional = True, True
 
     def __init__(
         self, function: Any, other: Callable[[Any, int], Any], linear: bool, sides: Sequence[tuple[int, int, int]]

@@ -68,7 +68,7 @@ NOISE: dict[type, Callable[[Any, Any, Any], Any]] = {
 class Noise(Kernel):
     """One of these layers; inputs x and a seed that is drawn once for each forward pass."""
 
-    positional = True
+    tame, positional = True, True
 
     def __init__(self, layer: Any, same: Sequence[int]) -> None:
         """`same`: dimensions along which all places share their noise."""

@@ -24,6 +24,8 @@ from ranger_nn.keras.kernels import Kernel
 class Reduce(Kernel):
     """A reduction over `axis` of `shape`. Moments give (mean, variance) stacked in front."""
 
+    tame = True
+
     def __init__(
         self,
         function: Callable[..., Any],

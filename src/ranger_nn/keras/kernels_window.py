@@ -89,6 +89,8 @@ def _on_torch() -> bool:
 class Window(Kernel):
     """A window over `sides`; `valid` is the operator without padding."""
 
+    tame = True
+
     def __init__(self, function: Any, valid: Any, sides: Sequence[Side], border: float) -> None:
         """`border`: what padding holds."""
         super().__init__(function)
@@ -184,7 +186,7 @@ class AveragePool(Window):
 class Transposed(Kernel):
     """Transposed convolution of the rows given, cropped to the rows asked for; `before` is what the layer cuts off."""
 
-    given = 0.0
+    tame, given = True, 0.0
 
     def __init__(self, function: Any, valid: Any, sides: Sequence[Side]) -> None:
         """`valid`: the operator that cuts nothing off."""

@@ -87,7 +87,7 @@ class Lower:
         if self.values[v].dtype == dtype:
             return v
         shape = self.shape(v)
-        kernel = Kernel(lambda x: ops.cast(x, dtype))
+        kernel = Kernel(lambda x: ops.cast(x, dtype), tame=True)
         return self.emit("cast", [v], [(shape, dtype)], pointwise([shape], shape), kernel)[0]
 
     def resolve(self, leaf: Any) -> Any:

@@ -147,6 +147,11 @@ POINTWISE = frozenset(
 )
 
 
+TAME = frozenset(
+    ["Absolute", "Abs", "Add", "BatchNorm", "Cast", "Celu", "Ceil", "Clip", "ConvertToTensor", "Copy", "CountNonzero", "Cos", "Deg2rad", "Diff", "Dot", "DotProductAttention", "Einsum", "Elu", "Equal", "Erf", "Erfc", "Fabs", "Flip", "Floor", "FullLike", "Gelu", "Glu", "Greater", "GreaterEqual", "HardShrink", "HardSigmoid", "HardSilu", "HardTanh", "Inner", "LayerNorm", "LeakyRelu", "Less", "LessEqual", "LogSigmoid", "LogSoftmax", "LogicalAnd", "LogicalNot", "LogicalOr", "LogicalXor", "Matmul", "Maximum", "Minimum", "Moveaxis", "Multiply", "Negative", "NotEqual", "OneHot", "OnesLike", "Rad2deg", "Relu", "ReLU", "Relu6", "RMSNorm", "Roll", "Round", "Selu", "Sigmoid", "Sign", "Silu", "Sin", "Softmax", "Softplus", "SoftShrink", "Softsign", "SpaceToDepth", "Sparsemax", "SparsePlus", "SparseSigmoid", "Square", "Stack", "StopGradient", "Subtract", "Swapaxes", "Take", "Tanh", "TanhShrink", "Tensordot", "Threshold", "Tile", "Transpose", "Trunc", "Where", "ZerosLike"]
+)
+"""Operations that give finite numbers and derivatives wherever their inputs are finite: see `Kernel.tame`."""
+
 SIZED_BY_NUMBERS = frozenset(["Nonzero", "Unique", "Argwhere"])
 """Operations whose result's size depends on what is in their input."""
 
@@ -200,7 +205,17 @@ class Call:
     def emit(self, inputs: Sequence[int], region: Rule, kernel: Kernel, **options: Any) -> list[int]:
         """Add the node."""
         specs = [(o.shape, str(keras.backend.standardize_dtype(o.dtype))) for o in self.outs]
+        kernel.tame = kernel.tame or self.name in TAME or self._by_number()
         return self.lower.emit(self.name.lower(), inputs, specs, region, kernel, **options)
+
+    def _by_number(self) -> bool:
+        """Divided by a number that is not zero, or multiplied with itself."""
+        number = self.named.get("x2")
+        if not isinstance(number, (int, float)):
+            return False
+        return (self.name in {"Divide", "TrueDivide"} and number != 0) or (
+            self.name == "Power" and number >= 1 and number == int(number)
+        )
 
     def channels_last(self) -> bool:
         """Where the channels of the first input are."""

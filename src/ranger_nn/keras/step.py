@@ -4,6 +4,9 @@
         -> the calls, group by group (groups that have nothing to do in a step are left out: `Loops.branch`)
         -> windows after step t, new rows of each result, rows that each reduction takes
 
+Where a gradient may follow, rows outside are made safe around every operator that could make them infinite (`_safe`): the
+gradient of what lies outside is zero, but zero times an infinite derivative is not a number.
+
 Everything that depends on shapes is decided when a `Step` is made; it is traced once, whatever the number of steps, and once
 more in backward, where it is differentiated. Enter at `Step`.
 """
@@ -14,14 +17,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import keras
 from keras import ops
 
 from ranger_nn.core.graph import Graph
 from ranger_nn.keras.guard import held
-from ranger_nn.keras.loops import Loops
+from ranger_nn.keras.loops import Loops, inside
 from ranger_nn.keras.pieces import Pieces, cut
 from ranger_nn.keras.saved import block
 from ranger_nn.planning.rolled import SLICE, WHOLE, WINDOW, Call, Flow, Group, Loop, Take
+
+ORDINARY = 0.7306
+"""What rows outside hold where no row inside is at hand: away from 0 and 1, where logarithms, roots and quotients end."""
 
 Made = Callable[[], list[Any]]
 Rows = tuple[int, int, int, int, int]
@@ -77,9 +84,9 @@ class Step:
         return [self.on.take(by_value[v], dim, rate * t + first, length) for v, dim, rate, first, length in self.slices]
 
     def __call__(
-        self, t: Any, windows: Sequence[Any], slices: Sequence[Any], wholes: Sequence[Any]
+        self, t: Any, windows: Sequence[Any], slices: Sequence[Any], wholes: Sequence[Any], safe: bool = False
     ) -> tuple[list[Any], list[Any], list[Any]]:
-        """(windows after step t, new rows of each result, rows that each reduction takes)."""
+        """(windows after step t, new rows of each result, rows that each reduction takes); `safe`: for gradients."""
         before = dict(zip([f.value for f in self.flows], windows, strict=True))
         self.on.used_all(windows)
         outside: dict[Any, Any] = dict(zip(self.slices, slices, strict=True)) | dict(
@@ -88,7 +95,7 @@ class Step:
         after: dict[int, Any] = {}
         shown: dict[int, Any] = {}
         for group, exports in zip(self.groups, self.exports, strict=True):
-            run = partial(self._calls, group, exports, t, before, outside, shown)
+            run = partial(self._calls, group, exports, t, before, outside, shown, safe)
             found = self._group(group, t, run, partial(self._idle, group, exports, before))
             kept = [f.value for f in self._kept(group)]
             after |= zip(kept, found, strict=False)
@@ -125,6 +132,7 @@ class Step:
         before: Mapping[int, Any],
         outside: Mapping[Any, Any],
         shown: Mapping[int, Any],
+        safe: bool,
     ) -> list[Any]:
         """Windows of the group, then what is used beyond it."""
         calls = [c for c in group.calls if not c.lifts]
@@ -135,10 +143,15 @@ class Step:
         for call in calls:
             node = self.graph.nodes[call.node]
             flow = self.loop.flows[node.outputs[0]]
+            wild = safe and not node.kernel.tame
             xs = [self._read(take, t, full, outside) for take in call.takes]
+            if wild:
+                xs = [self._safe_take(x, take, t, group) for x, take in zip(xs, call.takes, strict=True)]
             options = {"position": flow.rate * t + flow.ahead} if node.kernel.positional else {}
             y = held(self.graph, node, flow, t, self.functions[call.node](*xs, **options))
             del xs
+            if wild and flow.dim is not None:
+                y = self._safe(y, flow.dim, flow.rate, flow.ahead, flow.needed, t, group)
             if flow.masked and self._hangs_over(flow, group):
                 y = self.on.mask(y, flow.dim or 0, flow.rate * t + flow.ahead, flow.size, 0.0)
             rows, y = self._at_hand(flow, before, y if flow.kept else self.on.own(y)), None
@@ -192,6 +205,36 @@ class Step:
             return x
         size = self.graph.values[take.value].shape[take.dim]
         return self.on.mask(x, take.dim, take.rate * t + take.first, size, take.fill)
+
+    def _safe_take(self, x: Any, take: Take, t: Any, group: Group) -> Any:
+        """What a node reads, safe; where rows outside hold what the node asks for, they are."""
+        if take.source == WHOLE or take.fill is not None:
+            return x
+        flow = self.loop.flows.get(take.value) if take.source == WINDOW else None
+        if flow is not None and flow.dim is None:
+            return x
+        rows = (0, self.graph.values[take.value].shape[take.dim]) if flow is None else flow.needed
+        return self._safe(x, take.dim, take.rate, take.first, rows, t, group)
+
+    def _safe(self, x: Any, dim: int, rate: int, first: int, rows: tuple[int, int], t: Any, group: Group) -> Any:
+        """x, in whose rows outside of `rows` stands the first row inside, and whose gradient there is zero whatever comes."""
+        (lo, hi), length, place = rows, x.shape[dim], rate * t + first
+        if rate * group.start + first >= lo and rate * (group.stop - 1) + first + length <= hi:
+            return x
+        if "float" not in keras.backend.standardize_dtype(x.dtype):
+            return x
+        there = inside(place - lo, length, hi - lo, dim, len(x.shape))
+        fixed = ops.stop_gradient(x)
+        if isinstance(t, int):
+            if lo <= place and place + length <= hi:
+                return x
+            near = cut(fixed, dim, min(max(lo - place, 0), length - 1), 1)
+            near = near if place < hi and place + length > lo else ops.full_like(near, ORDINARY)
+        else:
+            at = ops.reshape(ops.clip(lo - place, 0, length - 1), (1,))
+            some = ops.logical_and(place < hi, place + length > lo)
+            near = ops.where(some, ops.take(fixed, at, axis=dim), ops.cast(ORDINARY, x.dtype))
+        return ops.where(there, x, near)
 
     @staticmethod
     def _hangs_over(flow: Flow, group: Group) -> bool:

@@ -41,7 +41,7 @@ class Flow:
     """A value that a sweep makes: step t makes its rows [rate*t + ahead, rate*(t+1) + ahead).
 
     `kept`: rows before these that are still to be read; `start`, `stop`: steps that make rows which are needed;
-    `masked`: rows outside of the value must be zero.
+    `masked`: rows outside of the value must be zero; `needed`: the rows on which results depend.
     """
 
     value: int
@@ -53,6 +53,7 @@ class Flow:
     start: int
     stop: int
     masked: bool = False
+    needed: tuple[int, int] = (0, 0)
 
     @property
     def rows(self) -> int:
@@ -307,7 +308,7 @@ class _Roller:
         fills = {self._fill(k, i) for k, i in self._readers(v)} - {None}
         start, stop = (needed[0] - ahead) // rate, -(-(needed[1] - ahead) // rate)
         dim = self.bounds.dim(v, 0)
-        return Flow(v, dim, rate, ahead, kept, self.bounds.size(v, 0), start, stop, fills == {0.0})
+        return Flow(v, dim, rate, ahead, kept, self.bounds.size(v, 0), start, stop, fills == {0.0}, needed)
 
     def _fill(self, k: int, i: int) -> float | None:
         """What rows outside of input i must hold, if node k reads any for a row of its output."""

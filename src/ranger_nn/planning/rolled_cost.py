@@ -234,7 +234,9 @@ def _tape(graph: Graph, call: Call, flows: Mapping[int, Flow]) -> int:
     node = graph.nodes[call.node]
     flow = None if call.lifts else flows[node.outputs[0]]
     out = flow.rate * row_bytes(graph, flow) if flow is not None else 0
-    return int(node.kernel.tape(out, [n for n, _ in _taken(graph, call, flows)]))
+    taken = [n for n, _ in _taken(graph, call, flows)]
+    safe = 0 if node.kernel.tame or call.lifts else out + sum(taken)  # rows at the border once more, made safe
+    return int(node.kernel.tape(out, taken)) + safe
 
 
 def _work(graph: Graph, nodes: Sequence[int], loop: Loop | None) -> int:
