@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import functools
+import itertools
 import os
 import sys
 import threading
@@ -224,6 +225,98 @@ def test_numbers_wherever_they_are_kept(name: str) -> None:
     assert apart(model(x), first) > 0.1
     assert identity(model) != ours
     os.environ.pop("RANGER_TEST_K", None)
+
+
+class Remembers(L.Layer):
+    """What its next call does depends on its last."""
+
+    taken = 0
+
+    def __init__(self, step: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.step, self.n, self.d, self.log, self.ema = step, 0, {"n": 0}, [], np.zeros(())
+        self.it, self.queue, self.draw = itertools.count(1), [float(k) for k in range(1, 12)], np.random.default_rng(3)
+        self.inner = L.ReLU()
+
+    def call(self, x: Any) -> Any:
+        return self.inner(x) * float(self.step(self))
+
+
+def counted(layer: Any) -> Any:
+    layer.n += 1
+    return layer.n
+
+
+def counted_in_class(layer: Any) -> Any:
+    Remembers.taken = Remembers.taken % 4 + 1
+    return Remembers.taken
+
+
+def counted_inside(layer: Any) -> Any:
+    layer.inner.n = getattr(layer.inner, "n", 0) + 1
+    return layer.inner.n
+
+
+def grown(layer: Any) -> Any:
+    layer.log.append(1.0)
+    return len(layer.log)
+
+
+MEMORIES: dict[str, Callable[[Any], Any]] = {
+    "attribute": counted,
+    "dictionary": lambda s: s.d.__setitem__("n", s.d["n"] + 1) or s.d["n"],
+    "list": grown,
+    "array": lambda s: s.ema.__iadd__(1.0),
+    "class": counted_in_class,
+    "inner layer": counted_inside,
+    "iterator": lambda s: next(s.it),
+    "queue": lambda s: s.queue.pop(0),
+    "generator": lambda s: s.draw.random(),
+}
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_layers_that_remember_are_called_as_they_are(name: str) -> None:
+    """Each call counts once, also where it is planned."""
+    x, found = series(), []
+    for regional in (False, True):
+        layer = Remembers(MEMORIES[name])
+        model, Remembers.taken = after(layer), 0
+        model.layers[0].kernel.assign(np.ones((3, 4, 4), "float32"))
+        run = ranger_nn.regionalize(model, regions=(3,)) if regional else model
+        found.append([run(x) for _ in range(3)])
+    assert all(apart(ours, theirs) < 1e-5 for ours, theirs in zip(*found[::-1], strict=True))
+
+
+def test_notes_that_change_nothing_are_traced() -> None:
+    """A cache leaves a layer on regions; a model that counts is refused by name."""
+
+    class Notes(L.Layer):
+        def call(self, x: Any) -> Any:
+            self.size = x.shape
+            if not hasattr(self, "table"):
+                self.table = np.arange(4, dtype="float32")
+            return x * self.table
+
+    model, x = after(Notes()), series()
+    plan = ranger_nn.regionalize(model, regions=(3,)).plan_for(x)
+    assert "depends on its last" not in str(plan)
+
+    class Counts(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.n = L.Conv1D(4, 3, padding="same"), 0
+
+        def call(self, x: Any) -> Any:
+            self.n += 1
+            return self.conv(x) * self.n
+
+    counts = Counts()
+    counts(x)
+    called = counts.n
+    with pytest.raises(ranger_nn.CaptureError, match="changes n of Counts"):
+        ranger_nn.regionalize(counts, regions=(3,))(x)
+    assert counts.n == called
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -24,6 +24,7 @@ from ranger_nn.core.fuse import fuse
 from ranger_nn.core.graph import INPUT, NHWC, Graph
 from ranger_nn.errors import InputError, LayerError, RangerError
 from ranger_nn.keras import private
+from ranger_nn.keras.kept import Kept
 from ranger_nn.keras.kernels import Fused
 from ranger_nn.keras.lower import Lower, Ref
 from ranger_nn.keras.lowering_layers import regularised
@@ -99,13 +100,14 @@ def _lower_model(lower: Lower, model: Any, inputs: Any, training: Any) -> tuple[
     with _explained(model, inputs):
         if not model.built:
             model(inputs)
-    before, drawn = [private.recorded(op) for op in _operations(model)], drawn_so_far()
+    before, drawn, kept = [private.recorded(op) for op in _operations(model)], drawn_so_far(), Kept(model)
     try:
         with private.as_they_were(private.layers_of(model)), _explained(model, inputs):
             return _layer(lower, model, inputs, training)
     finally:
         for each in before:
             private.forget(*each)
+        kept.restore()
         draw_again(drawn)
 
 

@@ -83,27 +83,32 @@ class Same:
 
 def identity(model: Any) -> tuple[Hashable, ...]:
     """Everything that a capture of `model` may read and freeze."""
-    walk = _Walk()
-    walk.visit(model)
+    walk = walked(model)
     walk.found += [keras.config.floatx(), keras.config.epsilon(), keras.config.image_data_format()]
     walk.found += [keras.config.is_flash_attention_enabled(), keras.config.dtype_policy().name]
     return tuple(walk.found)
 
 
+def walked(x: Any) -> _Walk:
+    """A walk through all that x holds."""
+    walk = _Walk()
+    walk.visit(x)
+    return walk
+
+
 class _Walk:
-    """One walk: `found` grows by marks that could not be confused."""
+    """One walk: `found` grows by marks that could not be confused, `places` by what may be written."""
 
     def __init__(self) -> None:
         self.found: list[Any] = []
         self.seen: dict[int, int] = {}
         self.classes: set[type] = set()
+        self.places: list[Any] = []
 
     def visit(self, x: Any) -> None:
         """Add what stands for x."""
         kind = type(x)
-        if kind is dict and not x:
-            self.found.append("pairs")
-        elif x is None or kind is str:
+        if x is None or kind is str:
             self.found.append(x)
         elif kind is float:
             self.found.append(x.hex())
@@ -121,6 +126,7 @@ class _Walk:
 
     def _array(self, x: Any) -> None:
         """By its bytes: it may be written in place."""
+        self.places.append(x)
         x = np.asarray(x)
         if x.dtype.hasobject:
             self.found.append(Same(x))
@@ -129,6 +135,7 @@ class _Walk:
 
     def _object(self, x: Any) -> None:
         self.seen[id(x)] = len(self.seen)
+        self.places.append(x)
         if isinstance(x, keras.Variable):
             self.found += (Same(x), x.trainable, str(x.dtype), tuple(x.shape))
         elif isinstance(x, (list, tuple, deque)):
@@ -212,7 +219,8 @@ class _Walk:
             return
         held, slots = getattr(x, "__dict__", None), _slots(type(x))
         if isinstance(held, dict):
-            self._pairs(list(held.items()))
+            skipped = private.bookkeeping(type(x), bool(_users(type(x))))
+            self._pairs([(k, v) for k, v in list(held.items()) if k not in skipped])
         for name in slots:
             self.visit(getattr(x, name, None))
         if not isinstance(held, dict) and not slots:
@@ -249,6 +257,7 @@ class _Walk:
             if each in self.classes:
                 continue
             self.classes.add(each)
+            self.places.append(each)
             if _users(type(each)):
                 self._class(type(each))
             for name, value in list(vars(each).items()):
@@ -263,6 +272,7 @@ class _Walk:
         for held in (f.__defaults__, f.__kwdefaults__):
             self.visit(held)
         for cell in f.__closure__ or ():
+            self.places.append(cell)
             self.visit(_content(cell))
         if not _library(f):
             if f.__dict__:

@@ -247,7 +247,7 @@ _OF_MODELS = frozenset(
 @functools.cache
 def bookkeeping(cls: type, users: bool) -> frozenset[str]:
     """Attributes of a layer of this class that no `call` reads; `users`: whether some of its code is not a library's."""
-    if not issubclass(cls, keras.Layer):
+    if not issubclass(cls, keras.Operation):
         return frozenset()
     found = (BOOKKEEPING if issubclass(cls, keras.Model) else BOOKKEEPING - _OF_MODELS) - {"name"}
     return found - {"training"} if users else found

@@ -21,6 +21,7 @@ import numpy as np
 from keras import KerasTensor, ops, tree
 
 from ranger_nn.keras import private
+from ranger_nn.keras.kept import Kept, mark
 from ranger_nn.keras.private import get_mask
 
 
@@ -120,6 +121,9 @@ class _Scope(keras.StatelessScope):
         raise Untraceable("adds a loss")
 
 
+_BUILT = (keras.Layer, keras.Variable)
+"""What a first call may make for good."""
+
 _TRACKED = {"_trainable_variables", "_non_trainable_variables", "_tracker", "_torch_params", "_metrics", "_parameters"}
 """Where Keras keeps Variables beside the attributes that a layer reads."""
 
@@ -154,18 +158,100 @@ def trace(layer: Any, args: Any, kwargs: Any, training: Any, known: Container[in
 
     Raises Untraceable, or what the layer itself raises, where the trace would not be what the layer does.
     """
+    kept = Kept(layer)
+    try:
+        first, left = _once(layer, args, kwargs, training, known, kept, {})
+        _refuse_memory(layer, kept, first, left, lambda: _once(layer, args, kwargs, training, known, kept, left))
+    finally:
+        kept.restore()
+    return first
+
+
+def _refuse_memory(layer: Any, kept: Kept, first: Traced, left: Any, again: Callable[[], Any]) -> None:
+    """A call that writes in Python is traced a second time, from what the first one left: notes and caches leave the same
+    again and change nothing.
+    """
+    names = kept.changed()
+    names |= {k: mark(v) for k, v in left.items()}
+    if not names:
+        return
+    try:
+        second, left_then = again()
+    except Exception:
+        second, left_then = None, {}
+    after = kept.changed()
+    after |= {k: mark(v) for k, v in (left | left_then).items()}
+    if second is None or after != names or _doing(first) != _doing(second):
+        named = ", ".join(dict.fromkeys(n.partition("#")[0] for n in names))
+        raise Untraceable(
+            f"changes {named} of {type(layer).__name__} or of what it reads: its next call depends on its last; keep it in a "
+            "Variable (add_weight(trainable=False)), which call assigns"
+        )
+
+
+def _doing(traced: Traced) -> Any:
+    """What two traces alike have in common: their calls with all arguments, symbolic tensors by where they come from."""
+    numbers: dict[int, int] = {}
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, Parameter):
+            return "weight", id(x.variable), x.seen
+        if isinstance(x, KerasTensor):
+            return "tensor", numbers.get(id(x), x if private.history(x) is None else "unknown")
+        return mark(x)
+
+    found = []
+    for node, mode in traced.calls:
+        op = node.operation
+        held = (
+            {} if isinstance(op, keras.Layer) else {k: v for k, v in vars(op).items() if k not in private.BOOKKEEPING}
+        )
+        kind = id(op) if isinstance(op, keras.Layer) else type(op)
+        given = [leaf(x) for x in tree.flatten((node.arguments.args, node.arguments.kwargs))]
+        found.append((kind, [(k, mark(v)) for k, v in held.items() if not k.startswith("_")], given, mode))
+        for t in node.outputs:
+            numbers[id(t)] = len(numbers)
+    return found, [leaf(x) for x in tree.flatten(traced.result)], [(id(v), leaf(x)) for v, x in traced.updates]
+
+
+def _once(
+    layer: Any, args: Any, kwargs: Any, training: Any, known: Container[int], kept: Kept, left: dict[str, Any]
+) -> tuple[Traced, dict[str, Any]]:
+    """One trace of a layer in whose attributes an earlier one left something, and what this one leaves there."""
     updates: list[tuple[Any, Any]] = []
-    context = private.Context(training, drawn_so_far, draw_again)
+
+    def before() -> Any:
+        return drawn_so_far(), kept.now()
+
+    def after(found: Any) -> None:
+        draw_again(found[0])
+        kept.restore(found[1])
+
+    context = private.Context(training, before, after)
     drawn = drawn_so_far()
     cast_scope = private.cast_to(layer.compute_dtype) if _mixed(layer) else contextlib.nullcontext()
     with _Scope(), private.calling(context), cast_scope:
         if private.converts_inputs(layer):
             args, kwargs = tree.map_structure(lambda leaf: _converted(layer, leaf), (args, kwargs))
         kwargs = with_training(layer, kwargs, training)
-        result = _symbolic(layer, updates).call(*args, **kwargs)
+        double = _symbolic(layer, updates)
+        vars(double).update(left)
+        held = dict(vars(double))
+        result = double.call(*args, **kwargs)
     if not _as_drawn(drawn):
         draw_again(drawn)
         raise Untraceable("draws from a generator of Python's or NumPy's, which a graph would do once and for all")
+    written = {
+        k: v for k, v in vars(double).items() if v is not held.get(k, held) and not isinstance(held.get(k), Parameter)
+    }
+    written = {k: v for k, v in written.items() if k not in private.BOOKKEEPING and not isinstance(v, _BUILT)}
+    return _traced(context, args, kwargs, known, updates, result), written
+
+
+def _traced(
+    context: Any, args: Any, kwargs: Any, known: Container[int], updates: list[tuple[Any, Any]], result: Any
+) -> Traced:
+    """The calls that made the result, each checked."""
     leaves = tree.flatten(result)
     for leaf in tree.flatten((args, kwargs)):
         if id(leaf) in known and private.history(leaf) is not None:
