@@ -160,8 +160,8 @@ class _Walk:
     def _layer(self, layer: Any) -> None:
         self.found += (Same(layer), Same(type(layer).call))
         self._class(type(layer))
-        users = bool(_users(type(layer)))
-        skipped = private.bookkeeping(type(layer), users)
+        users = bool(_users(layer.__class__))
+        skipped = private.bookkeeping(layer.__class__, users)
         for name, value in list(vars(layer).items()):
             if name in skipped or (not users and isinstance(value, keras.initializers.Initializer)):
                 continue
@@ -194,7 +194,7 @@ class _Walk:
             self._module(x)
         elif isinstance(x, functools._lru_cache_wrapper):
             self._referents(x)
-        elif isinstance(x, BuiltinFunctionType) or (isinstance(x, APART) and not _users(type(x))):
+        elif isinstance(x, BuiltinFunctionType) or (isinstance(x, APART) and not _users(x.__class__)):
             self.found.append(Same(x))
         elif ops.is_tensor(x):  # what a trained one holds is read when the plan runs
             trained = bool(getattr(x, "requires_grad", False))
@@ -217,9 +217,9 @@ class _Walk:
         self._class(type(x))
         if isinstance(x, _PARAMETERS):
             return
-        held, slots = getattr(x, "__dict__", None), _slots(type(x))
+        held, slots = getattr(x, "__dict__", None), _slots(x.__class__)
         if isinstance(held, dict):
-            skipped = private.bookkeeping(type(x), bool(_users(type(x))))
+            skipped = private.bookkeeping(x.__class__, bool(_users(x.__class__)))
             self._pairs([(k, v) for k, v in list(held.items()) if k not in skipped])
         for name in slots:
             self.visit(getattr(x, name, None))
@@ -282,7 +282,7 @@ class _Walk:
 
 
 @functools.cache
-def _slots(cls: type) -> tuple[str, ...]:
+def _slots(cls: Any) -> tuple[str, ...]:
     """Names of its slots, those of the classes above it too."""
     found = []
     for each in cls.__mro__:
@@ -313,7 +313,7 @@ def _content(cell: Any) -> Any:
 
 
 @functools.cache
-def _users(cls: type) -> tuple[type, ...]:
+def _users(cls: Any) -> tuple[type, ...]:
     """The classes in its line that are not a library's."""
     return tuple(c for c in cls.__mro__ if not _library(c))
 

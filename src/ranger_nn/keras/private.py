@@ -245,7 +245,7 @@ _OF_MODELS = frozenset(
 
 
 @functools.cache
-def bookkeeping(cls: type, users: bool) -> frozenset[str]:
+def bookkeeping(cls: Any, users: bool) -> frozenset[str]:
     """Attributes of a layer of this class that no `call` reads; `users`: whether some of its code is not a library's."""
     if not issubclass(cls, keras.Operation):
         return frozenset()
