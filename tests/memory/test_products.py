@@ -39,6 +39,25 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "root mean square": lambda x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6),
+    "norm": lambda x: x.norm(dim=1),
+    "normalize": lambda x: nn.functional.normalize(x, dim=1),
+    "power": lambda x: x**3,
+    "erf": torch.erf,
+    "two formulas": lambda x: torch.atan2(x, x.square()),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_backward_of_formulas(name: str) -> None:
+    """What autograd makes on the way counts as well."""
+    for share in (None, 0.01):
+        case = Case(Of(FORMULAS[name]), (2, 16, 64, 48), torch.float32, "training", {}, share)
+        measured, plan = measured_and_plan(case)
+        assert measured <= plan.projected
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "autocast"])
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("name", CASES)
