@@ -1,4 +1,4 @@
-"""The promise for products and what is built of them, in 16 bits and under autocast too: measured <= projected <= allowed."""
+"""The promise for products (in 16 bits and under autocast too), formulas and resizing: measured <= projected <= allowed."""
 
 from __future__ import annotations
 
@@ -47,6 +47,15 @@ FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "erf": torch.erf,
     "two formulas": lambda x: torch.atan2(x, x.square()),
 }
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear"])
+def test_resizing_several_samples(mode: str) -> None:
+    """Rows of several samples are no block of memory: the framework copies them."""
+    for share in (0.5, 0.01):
+        case = Case(nn.Upsample(scale_factor=2, mode=mode), (2, 12, 100, 32), torch.float32, "inference", {}, share)
+        measured, plan = measured_and_plan(case)
+        assert measured <= plan.projected
 
 
 @pytest.mark.parametrize("name", FORMULAS)
