@@ -1,4 +1,4 @@
-"""The promise for products and what is built of them, in 16 bits and under autocast too: measured <= projected <= allowed."""
+"""The promise for products (in 16 bits and under autocast too), formulas and resizing: measured <= projected <= allowed."""
 
 from __future__ import annotations
 
@@ -37,6 +37,34 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "one first factor": (lambda: Of(lambda x, m: m.weight @ x, nn.Linear(96, 40)), (2, 4, 96, 48)),
     "einsum": (lambda: Of(lambda x, m: torch.einsum("bchw,cd->bdhw", x, m.weight), nn.Linear(12, 12)), (2, 12, 96, 16)),
 }
+
+
+FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "root mean square": lambda x: x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6),
+    "norm": lambda x: x.norm(dim=1),
+    "normalize": lambda x: nn.functional.normalize(x, dim=1),
+    "power": lambda x: x**3,
+    "erf": torch.erf,
+    "two formulas": lambda x: torch.atan2(x, x.square()),
+}
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear"])
+def test_resizing_several_samples(mode: str) -> None:
+    """Rows of several samples are no block of memory: the framework copies them."""
+    for share in (0.5, 0.01):
+        case = Case(nn.Upsample(scale_factor=2, mode=mode), (2, 12, 100, 32), torch.float32, "inference", {}, share)
+        measured, plan = measured_and_plan(case)
+        assert measured <= plan.projected
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_backward_of_formulas(name: str) -> None:
+    """What autograd makes on the way counts as well."""
+    for share in (None, 0.01):
+        case = Case(Of(FORMULAS[name]), (2, 16, 64, 48), torch.float32, "training", {}, share)
+        measured, plan = measured_and_plan(case)
+        assert measured <= plan.projected
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "autocast"])

@@ -24,6 +24,57 @@ Local = Callable[..., Any]
 
 SAVES_RESULT = {"relu", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "reciprocal", "softmax"}
 SAVES_NOTHING = {"add", "sub", "rsub", "neg", "to", "clone", "dropout"}
+LEAN = (
+    SAVES_RESULT
+    | SAVES_NOTHING
+    | {
+        *(
+            "mul",
+            "div",
+            "addcmul",
+            "where",
+            "masked_fill",
+            "clamp",
+            "batch_norm",
+            "prelu",
+            "threshold",
+            "relu6",
+            "hardtanh",
+        ),
+        *(
+            "silu",
+            "gelu",
+            "mish",
+            "elu",
+            "selu",
+            "celu",
+            "leaky_relu",
+            "hardswish",
+            "hardsigmoid",
+            "softplus",
+            "affine",
+        ),
+        *(
+            "clamp_min",
+            "clamp_max",
+            "abs",
+            "mask",
+            "detach",
+            "native_dropout",
+            "group_norm",
+            "instance_norm",
+            "layer_norm",
+            "log_softmax",
+            "fill",
+            "full_like",
+        ),
+    }
+)
+"""Operators whose backward is one kernel, or a product of what is there: it makes the gradient and nothing on the way."""
+
+SHORT = {"pow", "square", "sin", "cos", "log", "log2", "log10", "log1p"}
+"""Those whose formula is a power or a function of the input, and its multiple."""
+
 PRODUCTS = {"matmul", "bmm", "mm", "addmm", "baddbmm", "einsum"}
 MAGNITUDES = {"abs", "angle"}
 BLOCKS = 1 << 20
@@ -176,14 +227,21 @@ class Call(Kernel):
             return super().vjp_scratch(at)
         if self.op in SAVES_NOTHING:
             return SMALL_TENSORS
-        return at.out_bytes * (1 + _products(self, len(at.in_bytes)) + (self.op == "batch_norm")) + SMALL_TENSORS
+        held = 1 + _products(self, len(at.in_bytes)) + (self.op == "batch_norm") + _on_the_way(self)
+        return at.out_bytes * held + SMALL_TENSORS
+
+
+def _on_the_way(kernel: Kernel) -> int:
+    """Tensors as large as the output that a formula of backward makes beside the gradient: a power, and its multiple."""
+    return 0 if kernel.op in LEAN else 2 if kernel.op in SHORT else 4
 
 
 def _products(kernel: Kernel, arguments: int) -> int:
     """Products as large as the output of which a scale's gradient is the sum."""
     if kernel.sums:
         return 2
-    return int(arguments > 1 and kernel.op not in SAVES_NOTHING and kernel.op != "batch_norm")
+    several = arguments > 1 and kernel.op not in SAVES_NOTHING and kernel.op != "batch_norm"
+    return int(several) * (2 if kernel.op == "div" else 1)  # of a divisor: the quotient, divided again
 
 
 class ChannelNorm(Call):
@@ -419,7 +477,7 @@ class Fused(Kernel):
             elif kernel.op not in SAVES_NOTHING and not (kernel.op in {"mul", "div"} and len(args) == 1):
                 saved.update(a for a in args if a >= self.inputs)
             broadcast = max(broadcast, _products(kernel, len(args)))
-        held = len(saved) + (self.members > 1) + broadcast
+        held = len(saved) + (self.members > 1) + broadcast + max(_on_the_way(kernel) for kernel, _, _ in self.steps)
         if any(kernel.op == "batch_norm" for kernel, _, _ in self.steps):
             held = max(held, 3)  # its backward takes as much again as the gradient
         return at.out_bytes * held + SMALL_TENSORS
@@ -489,7 +547,15 @@ class Attention(Opaque):
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward's result and its blocks, and those of backward."""
-        return 2 * at.out_bytes + 2 * sum(at.in_bytes) + 2 * max(BLOCKS, self._blocks(at.reads[0].box, at.reads[1].box))
+        return 2 * at.out_bytes + 2 * sum(at.in_bytes) + 2 * self._backward_blocks(at.reads[0].box, at.reads[1].box)
+
+    def _backward_blocks(self, queries: Box, keys: Box) -> int:
+        """Scores of backward's blocks, no more than there are of them where these are few."""
+        batch, heads, rows, columns = 1, 1, *(lengths(box)[-2] if len(box) > 1 else 1 for box in (queries, keys))
+        if len(queries) > 2:
+            batch, heads = prod(lengths(queries)[:-3]), lengths(queries)[-3]
+        scores = 4 * batch * heads * rows * columns + SMALL_TENSORS
+        return max(min(BLOCKS, scores), self._blocks(queries, keys))
 
 
 class Dropout(Kernel):

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import numpy as np
 import torch
@@ -20,9 +21,14 @@ from torch.nn import functional as F
 
 from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box, Interval
-from ranger_nn.torch.kernels import Kernel, Local, table
+from ranger_nn.torch.kernels import Kernel, Local, lengths, table
+from ranger_nn.torch.layout import dense
 
 PERIOD = 8
+
+PLANE = 128 * 128
+"""Places of an output below which the framework resizes images channels-last, whatever order they are in."""
+
 MODES = {
     "nearest": ("nearest", "nearest", "nearest"),
     "nearest-exact": ("nearest-exact", "nearest-exact", "nearest-exact"),
@@ -131,9 +137,17 @@ class Resample(Kernel):
 
     def scratch(self, at: Extent) -> int:
         """The result before it is cropped, or taps of a gather; a copy of what is not in order."""
-        parts = at.reads[0].parts
-        copied = at.in_bytes[0] if len(parts) == 1 and parts[0][1] and not self.channels_last else 0
-        return (self._uncropped(at) if self.native else self._gathered(at)) + copied
+        return (self._uncropped(at) if self.native else self._gathered(at)) + self._copied(at)
+
+    def _copied(self, at: Extent) -> int:
+        """Bytes of the input made contiguous, and of small planes that the framework resizes channels-last and copies back."""
+        if self.channels_last and dense(at.reads[0]):
+            return 0
+        whole = self.dense and at.in_bytes[0] == self.whole_bytes
+        factor = prod(axis.exact_factor or 1 for axis in self.axes)
+        small = len(self.axes) == 2 and prod(lengths(at.reads[0].box)[-2:]) * factor <= PLANE
+        again = at.in_bytes[0] * (1 + factor) if small else 0
+        return max(again, 0 if whole else at.in_bytes[0])
 
     @property
     def _wide(self) -> int:
@@ -147,7 +161,7 @@ class Resample(Kernel):
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again and the gradient before the crop."""
         if self.native:
-            return at.out_bytes + self._uncropped(at)
+            return at.out_bytes + self._uncropped(at) + self._copied(at)
         return (8 * at.out_bytes + 2 * at.in_bytes[0]) * self._wide + at.out_bytes + self._gathered(at) // 4
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
