@@ -39,6 +39,9 @@ class Kernel:
     tame = False
     """Finite rows have finite results and derivatives, with no exception: such as products and sums, not as logarithms and roots."""
 
+    single = False
+    """An input that has one row in all may come as it is, whatever window is asked for."""
+
     given: float | None = None
     """What rows outside of the first input hold; None where they are not used."""
 

@@ -168,7 +168,7 @@ class Shuffle(Kernel):
 class Concatenate(Kernel):
     """One after the other; along the cut dimension each row comes from the input that holds it."""
 
-    tame = True
+    tame, single = True, True
 
     def __init__(self, function: Any, axis: int, offsets: Sequence[int], along: bool) -> None:
         """`offsets`: where each input starts; `along`: the axis is one that may be cut."""
@@ -195,7 +195,7 @@ class Concatenate(Kernel):
 class Resize(Kernel):
     """Nearest or linear resizing, half-pixel centres; the cut dimension by a gather, the other by the operator."""
 
-    tame, positional = True, True
+    tame, single, positional = True, True, True
 
     def __init__(
         self, function: Any, other: Callable[[Any, int], Any], linear: bool, sides: Sequence[tuple[int, int, int]]

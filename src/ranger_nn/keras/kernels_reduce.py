@@ -74,3 +74,35 @@ class Reduce(Kernel):
     def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """On PyTorch deviations, and the gradient of the rows."""
         return 2 * in_bytes[0] if keras.backend.backend() == "torch" else 0
+
+
+class Spread(Reduce):
+    """Variance, or with `root` standard deviation."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        shape: Sequence[int],
+        axis: Sequence[int],
+        keepdims: bool,
+        dtype: str,
+        wide: str,
+        root: bool,
+    ) -> None:
+        """As for any reduction."""
+        super().__init__(function, Moments(), shape, axis, keepdims, dtype, wide)
+        self.root, self.tame = root, not root
+
+    def finish(self, state: State) -> Any:
+        """The second moment, or its root."""
+        found = self.monoid.finish(xp, state, self.total)[1]
+        found = _root(found) if self.root else found
+        return ops.cast(found if self.keepdims else ops.squeeze(found, self.axis), self.dtype)
+
+
+def _root(x: Any) -> Any:
+    """The root of a variance; at zero its gradient is what the back end's own standard deviation has: none on PyTorch."""
+    if keras.backend.backend() != "torch":
+        return ops.sqrt(x)
+    none = x == 0
+    return ops.where(none, ops.zeros_like(x), ops.sqrt(ops.where(none, ops.ones_like(x), x)))

@@ -11,7 +11,7 @@ from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link
 from ranger_nn.keras.kernels import Kernel
-from ranger_nn.keras.kernels_reduce import Reduce
+from ranger_nn.keras.kernels_reduce import Reduce, Spread
 from ranger_nn.keras.lowering import Call, rule
 from ranger_nn.ops import reduction
 from ranger_nn.ops.pointwise import local_except
@@ -39,15 +39,15 @@ def _reduction(call: Call) -> Any:
 
 @rule("Var", "Std")
 def _spread(call: Call) -> Any:
-    """From moments, as far as the dtype allows."""
+    """The operator itself; from moments of regions where a reduced axis is cut."""
     x = call.arg("x")
     if call.lower.values[x].dtype != call.dtype or not call.dtype.startswith(("float", "bfloat")):
         return _over(call)
     axes, keepdims = _axes(call.op.axis, len(call.shape(x))), call.op.keepdims
-    function = lambda t: ops.moments(t, axes, keepdims)  # noqa: E731
-    both = _both_moments(call, x, axes, _reduce(call, x, Moments(), axes, keepdims, function))
-    root = ops.sqrt if call.name == "Std" else ops.copy
-    return _one_moment(call, both, "spread", lambda t: root(t[1]))
+    shape, dtype = call.shape(x), call.lower.values[x].dtype
+    wide = "float32" if dtype in {"float16", "bfloat16"} else dtype
+    kern = Spread(call.function()[0], shape, axes, bool(keepdims), call.dtype, wide, call.name == "Std")
+    return call.emit([x], reduction.reduction(shape, axes, keepdims), kern)
 
 
 def _axes(axis: Any, rank: int) -> tuple[int, ...]:
@@ -56,10 +56,10 @@ def _axes(axis: Any, rank: int) -> tuple[int, ...]:
     return tuple(sorted(a % rank for a in ([axis] if isinstance(axis, int) else axis)))
 
 
-def _reduce(call: Call, x: int, monoid: Any, axes: tuple[int, ...], keepdims: bool, function: Any = None) -> Reduce:
+def _reduce(call: Call, x: int, monoid: Any, axes: tuple[int, ...], keepdims: bool) -> Reduce:
     dtype = call.lower.values[x].dtype
     wide = "float32" if dtype in {"float16", "bfloat16"} else dtype
-    function = function or call.function()[0]
+    function = call.function()[0]
     if isinstance(monoid, Moments):
         moments = function
         function = lambda t: ops.stack(moments(t))  # noqa: E731

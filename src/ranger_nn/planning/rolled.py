@@ -22,7 +22,7 @@ from math import lcm
 
 from ranger_nn.bounds.infer import Bounds
 from ranger_nn.core.graph import Graph, Node
-from ranger_nn.core.reach import Border, Link
+from ranger_nn.core.reach import IDENTITY, Border, Link
 from ranger_nn.ops.pointwise import opaque
 from ranger_nn.planning.forward import Sweep, sweep_users
 from ranger_nn.planning.stages import REDUCE, Stages
@@ -207,6 +207,8 @@ def _scale(bounds: Bounds, node: Node) -> Fraction:
 
 
 def _uneven(bounds: Bounds, node: Node) -> str:
+    if _from_one(bounds, node):
+        return "it makes rows of one row, of which no region could take a part"
     for link in links(bounds, node):
         if link is None:
             continue
@@ -215,6 +217,21 @@ def _uneven(bounds: Bounds, node: Node) -> str:
         if link.reach.num == 0 or Fraction(link.reach.num, link.reach.den).denominator > MOST_PARTS:
             return f"{link.reach.num}/{link.reach.den} input rows to an output row: no even step"
     return ""
+
+
+def _from_one(bounds: Bounds, node: Node) -> bool:
+    """Whether rows that are cut come from a dimension of length one, which lies on no axis, and the kernel asks for a window
+    of it.
+    """
+    values, out = bounds.graph.values, node.outputs[0]
+    if bounds.size(out, 0) == 1:
+        return False
+    found = any(
+        link is not None and link.out_dim == bounds.dim(out, 0) and values[v].shape[d] == 1 and link.reach != IDENTITY
+        for v, row in zip(node.inputs, node.rule.links, strict=True)
+        for d, link in enumerate(row)
+    )
+    return found and not node.kernel.single
 
 
 def _whole(graph: Graph, node: Node, reason: str) -> Node:
