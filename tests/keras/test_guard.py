@@ -13,6 +13,7 @@ from keras import ops
 import ranger_nn
 from ranger_nn.errors import LayerError, PlanError, VerificationError
 from ranger_nn.keras import kernels_movement, kernels_window
+from ranger_nn.keras.kernels import Kernel
 from tests.keras.nets import chain, functional
 
 SHAPE = (1, 17, 4)
@@ -98,3 +99,22 @@ def test_a_condition_reads_tensors_of_its_functions() -> None:
     for sign in (1.0, -1.0):
         x = np.full(SHAPE, sign, "float32")
         np.testing.assert_array_equal(ops.convert_to_numpy(small(x)), 1.0)
+
+
+def test_a_shape_that_the_back_end_gives_and_keras_does_not_declare() -> None:
+    """Such an operator runs whole: Keras on PyTorch transposes a count along an axis."""
+    inputs = keras.Input((17, 7, 4), batch_size=2)
+    model = keras.Model(inputs, ops.count_nonzero(inputs > 0, axis=1))
+    x = np.random.default_rng(0).standard_normal((2, 17, 7, 4)).astype("float32")
+    for regions in ((5,), (17,)):
+        found = ranger_nn.regionalize(model, regions=regions)(x)
+        np.testing.assert_array_equal(ops.convert_to_numpy(found), ops.convert_to_numpy(model(x)))
+
+
+def test_the_way_out_is_none_that_fails_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a whole operator gives does not hang on the regions."""
+    inputs = keras.Input((17, 4), batch_size=2)
+    model = keras.Model(inputs, ops.flip(inputs, 1))
+    monkeypatch.setattr(Kernel, "whole", lambda self, x: x[:, 1:])
+    with pytest.raises(PlanError, match="for the whole.*call the untouched model meanwhile"):
+        ranger_nn.regionalize(model, regions=(17,))(np.zeros((2, 17, 4), "float32"))

@@ -447,6 +447,51 @@ def test_activity_regularisers_count_in_training_and_evaluation() -> None:
     assert losses[0][0] > 0.1
 
 
+def held_tensors() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any]]]:
+    """Tensors that are no Variables: made, used and written past what counts writes."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        made = lambda: tf.Variable([2.0, 3.0, 4.0, 5.0])  # noqa: E731
+        return {"variable": (made, lambda t: t * 2, lambda t: t.assign(t * 2))}
+    if BACKEND == "torch":
+        import torch
+
+        plain = lambda: torch.tensor([2.0, 3.0, 4.0, 5.0])  # noqa: E731
+        twice = lambda t: t.data.mul_(2)  # noqa: E731
+        shared = lambda: torch.from_numpy(np.ones(4, "float32"))  # noqa: E731
+        return {
+            "derived": (plain, lambda t: t * 2, twice),
+            "one number": (lambda: torch.tensor(2.0), lambda t: t, twice),
+            "float": (plain, lambda t: float(t.sum()), twice),
+            "shared with NumPy": (shared, lambda t: t + 1, lambda t: t.numpy().__imul__(2)),
+            "trained": (lambda: plain().requires_grad_(), lambda t: (t * 2).detach(), twice),
+        }
+    return {}
+
+
+@pytest.mark.parametrize("name", held_tensors())
+def test_numbers_computed_from_tensors_follow_them(name: str) -> None:
+    """In a plan as in the model: nothing that may change is frozen."""
+    made, use, write = held_tensors()[name]
+
+    class Uses(L.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = SimpleNamespace(t=made())
+
+        def call(self, x: Any) -> Any:
+            return x * use(self.held.t)
+
+    layer, x = Uses(), series()
+    model = after(layer)
+    small = ranger_nn.regionalize(model, regions=(3,))
+    for _ in range(2):
+        assert apart(small(x), model(x)) < 1e-5
+        write(layer.held.t)
+    assert apart(small(x), model(x)) < 1e-5
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="tensors that are trained and no Variables")
 def test_tensors_of_the_back_end_get_their_gradient() -> None:
     """Prompts in a list, and parameters that Keras does not track."""

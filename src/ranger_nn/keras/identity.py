@@ -54,11 +54,15 @@ LIBRARIES = frozenset(sys.stdlib_module_names) | {
 APART = (keras.optimizers.Optimizer, keras.Metric)
 """Objects of Keras's own that no capture reads, or whose state is in Variables."""
 
+LARGEST = 1 << 20
+"""Bytes of a tensor above which its numbers are not looked at in each call."""
+
 HANDLES = frozenset(["tensorflow", "jax", "jaxlib", "torch", "logging", "threading", "concurrent", "asyncio", "optree"])
 """Packages whose objects, but for modules of layers and what belongs to a thread, hold nothing that a `call` reads."""
 
 
 _TORCH = sys.modules["torch"].nn if "torch" in sys.modules else None
+_TORCH_BYTES: Any = sys.modules["torch"].uint8 if _TORCH else None
 _MODULE: Any = _TORCH.Module if _TORCH else ()
 _PARAMETERS: Any = (_TORCH.ParameterDict, _TORCH.ParameterList) if _TORCH else ()
 """PyTorch's modules, where PyTorch is about, and those that only hold parameters, which are read when a plan runs."""
@@ -89,21 +93,27 @@ def identity(model: Any) -> tuple[Hashable, ...]:
     return tuple(walk.found)
 
 
-def walked(x: Any) -> _Walk:
-    """A walk through all that x holds."""
+def walked(x: Any, alone: bool = False) -> _Walk:
+    """A walk through all that x holds; `alone`: not through the layers inside."""
     walk = _Walk()
+    walk.root = x if alone else None
     walk.visit(x)
     return walk
 
 
 class _Walk:
-    """One walk: `found` grows by marks that could not be confused, `places` by what may be written."""
+    """One walk: `found` grows by marks that could not be confused, `places` by what may be written, `tensors` by
+    those of the back end, and `loose` by those of them whose numbers are no part of the identity.
+    """
 
     def __init__(self) -> None:
         self.found: list[Any] = []
         self.seen: dict[int, int] = {}
         self.classes: set[type] = set()
         self.places: list[Any] = []
+        self.root: Any = None
+        self.tensors: list[Any] = []
+        self.loose: list[Any] = []
 
     def visit(self, x: Any) -> None:
         """Add what stands for x."""
@@ -158,6 +168,8 @@ class _Walk:
             self.visit(value)
 
     def _layer(self, layer: Any) -> None:
+        if self.root is not None and layer is not self.root:
+            return
         self.found += (Same(layer), Same(type(layer).call))
         self._class(type(layer))
         users = bool(_users(layer.__class__))
@@ -196,11 +208,19 @@ class _Walk:
             self._referents(x)
         elif isinstance(x, BuiltinFunctionType) or (isinstance(x, APART) and not _users(x.__class__)):
             self.found.append(Same(x))
-        elif ops.is_tensor(x):  # what a trained one holds is read when the plan runs
-            trained = bool(getattr(x, "requires_grad", False))
-            self.found += (Same(x), trained, 0 if trained else getattr(x, "_version", 0))
+        elif ops.is_tensor(x) or hasattr(x, "handle"):
+            self._tensor(x)
         else:
             self._held(x)
+
+    def _tensor(self, x: Any) -> None:
+        """What a trained one holds is read when the plan runs; small ones that are not may be written past any count."""
+        self.tensors.append(x)
+        trained, written = bool(getattr(x, "requires_grad", False)), hasattr(x, "_version")
+        small = written and not trained and x.nbytes <= LARGEST
+        if trained or (written and not small) or hasattr(x, "handle"):
+            self.loose.append(x)
+        self.found += (Same(x), trained, 0 if trained else getattr(x, "_version", 0), _bytes(x) if small else None)
 
     def _module(self, module: ModuleType) -> None:
         """Of users' modules, the values: what is kept there for many to read."""
@@ -279,6 +299,15 @@ class _Walk:
                 self.visit(f.__dict__)
             for value in _globals(f):
                 self.visit(value)
+
+
+def _bytes(tensor: Any) -> Any:
+    """Of a tensor of PyTorch's, by what it holds; None for one that stands for others."""
+    try:
+        found = tensor.detach().cpu().contiguous().flatten()
+        return hashlib.blake2b(found.view(_TORCH_BYTES).numpy().tobytes()).digest()
+    except Exception:
+        return None
 
 
 @functools.cache

@@ -21,6 +21,7 @@ import numpy as np
 from keras import KerasTensor, ops, tree
 
 from ranger_nn.keras import private
+from ranger_nn.keras.identity import walked
 from ranger_nn.keras.kept import Kept, mark
 from ranger_nn.keras.private import get_mask
 
@@ -162,9 +163,23 @@ def trace(layer: Any, args: Any, kwargs: Any, training: Any, known: Container[in
     try:
         first, left = _once(layer, args, kwargs, training, known, kept, {})
         _refuse_memory(layer, kept, first, left, lambda: _once(layer, args, kwargs, training, known, kept, left))
+        _refuse_derived(layer, first)
     finally:
         kept.restore()
     return first
+
+
+def _refuse_derived(layer: Any, traced: Traced) -> None:
+    """What is computed while tracing is frozen: not from a tensor that may be another at the next call."""
+    if hasattr(layer, "operations"):  # a functional model computes nothing of its own
+        return
+    walk = walked(layer, alone=True)
+    held = set(map(id, walk.tensors))
+    for node, _ in traced.calls if walk.loose else ():
+        for leaf in tree.flatten((node.arguments.args, node.arguments.kwargs)):
+            own = isinstance(leaf, (KerasTensor, keras.Variable)) or id(leaf) in held
+            if ops.is_tensor(leaf) and not own:
+                raise Untraceable("computes from a tensor that is no Variable: keep it in one (add_weight)")
 
 
 def _refuse_memory(layer: Any, kept: Kept, first: Traced, left: Any, again: Callable[[], Any]) -> None:
