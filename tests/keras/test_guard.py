@@ -116,5 +116,5 @@ def test_the_way_out_is_none_that_fails_as_well(monkeypatch: pytest.MonkeyPatch)
     inputs = keras.Input((17, 4), batch_size=2)
     model = keras.Model(inputs, ops.flip(inputs, 1))
     monkeypatch.setattr(Kernel, "whole", lambda self, x: x[:, 1:])
-    with pytest.raises(PlanError, match="for the whole.*call the untouched model meanwhile"):
+    with pytest.raises(PlanError, match=r"for the whole.*call the untouched model meanwhile"):
         ranger_nn.regionalize(model, regions=(17,))(np.zeros((2, 17, 4), "float32"))

@@ -22,6 +22,10 @@ standardised = functools.cache(keras.backend.standardize_dtype)
 """A back end's dtype by the name that all have."""
 
 
+WHOLE = "the whole"
+"""What a node gives all of its rows for, whatever the regions."""
+
+
 def matches(x: Any, shape: Sequence[int], dtype: str) -> bool:
     """Whether an array has this shape and dtype; lengths that a trace leaves open are none of its faults."""
     if len(x.shape) != len(shape) or standardised(x.dtype) != dtype:
@@ -46,16 +50,17 @@ def held_whole(graph: Graph, node: Node, found: Sequence[Any]) -> Sequence[Any]:
         value = graph.values[v]
         if not matches(y, value.shape, value.dtype):
             raise (_undeclared if isinstance(node.kernel, Opaque) else _mismatch)(
-                node, y, "the whole", value.shape, value.dtype
+                node, y, WHOLE, value.shape, value.dtype
             )
     return found
 
 
 def _mismatch(node: Node, found: Any, region: str, shape: Sequence[int], dtype: str) -> PlanError:
     where = f", in {node.where}" if node.where else ""
+    way = "call the untouched model" if region == WHOLE else "regionalize with regions= of the whole size"
     return PlanError(
         f"{node.name} ({node.op}{where}) gave {tuple(found.shape)} {standardised(found.dtype)} for {region}, which asks "
-        f"for {tuple(shape)} {dtype}: please report this network; regionalize with regions= of the whole size meanwhile"
+        f"for {tuple(shape)} {dtype}: please report this network; {way} meanwhile"
     )
 
 

@@ -171,7 +171,7 @@ class Lower:
         call, inputs = bound(self, function, args, kwargs)
         kernel = Opaque(lambda *xs: _one(tree.flatten(call(*xs))))
         rule = opaque([self.shape(i) for i in inputs], reason)
-        known = self.specs(function, args, kwargs, outs) if random else self._inferred(function, args, kwargs, outs)
+        known = self.specs(function, args, kwargs, outs) if random else self.inferred(function, args, kwargs, outs)
         specs = [(o.shape, keras.backend.standardize_dtype(o.dtype)) for o in known]
         return self.emit(name, inputs, specs, rule, kernel, random=random)
 
@@ -186,7 +186,7 @@ class Lower:
         found = tree.flatten(inferred(function, *a, **kw))
         return [KerasTensor(f.shape, dtype=f.dtype) for f in found]
 
-    def _inferred(self, function: Any, args: Any, kwargs: Any, outs: Sequence[Any]) -> Sequence[Any]:
+    def inferred(self, function: Any, args: Any, kwargs: Any, outs: Sequence[Any]) -> Sequence[Any]:
         """Shapes and dtypes as the back end infers them: what Keras declares is at times another."""
         try:
             a, kw = tree.map_structure(self._like, (args, kwargs))

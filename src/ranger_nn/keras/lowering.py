@@ -291,6 +291,14 @@ class Call:
         """The operation with constants bound, and its tensors."""
         return bound(self.lower, self.op.call, self.args, self.kwargs)
 
+    def as_declared(self) -> bool:
+        """Whether the back end gives the shapes and dtypes that Keras declares."""
+
+        def specs(outs: Sequence[Any]) -> list[Any]:
+            return [(tuple(o.shape), keras.backend.standardize_dtype(o.dtype)) for o in outs]
+
+        return specs(self.lower.inferred(self.op.call, self.args, self.kwargs, self.outs)) == specs(self.outs)
+
     def emit(self, inputs: Sequence[int], region: Rule, kernel: Kernel, **options: Any) -> list[int]:
         """Add the node."""
         specs = [(o.shape, str(keras.backend.standardize_dtype(o.dtype))) for o in self.outs]

@@ -177,7 +177,7 @@ OVER = (
 @rule(*ALONG)
 def _along(call: Call) -> Any:
     function, inputs = call.function()
-    if len(inputs) != 1 or call.op.axis is None:
+    if len(inputs) != 1 or call.op.axis is None or not call.as_declared():
         return None
     axes = _axes(call.op.axis, len(call.out))
     return call.emit(inputs, local_except([call.shape(inputs[0])], call.out, set(axes)), Kernel(function))
@@ -186,7 +186,7 @@ def _along(call: Call) -> Any:
 @rule(*OVER)
 def _over(call: Call) -> Any:
     function, inputs = call.function()
-    if len(inputs) != 1 or call.op.axis is None:
+    if len(inputs) != 1 or call.op.axis is None or not call.as_declared():
         return None
     shape = call.shape(inputs[0])
     axes = _axes(call.op.axis, len(shape))
