@@ -16,12 +16,12 @@ import ranger_nn
 from ranger_nn.cli import bench, plan, run
 from ranger_nn.cli.streams import say, silence, usable_streams
 from ranger_nn.errors import InputError, RangerError
+from ranger_nn.io.naming import shown
 
 FAILURE = 1
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + 13  # SIGPIPE, which not every system names
 TERMINATED = 128 + signal.SIGTERM
-LONGEST_NAME = 200  # characters of a path in an error
 _COMMANDS = (plan, run, bench)
 
 
@@ -98,16 +98,11 @@ def _explain(error: Exception) -> str:
     if isinstance(error, RangerError):
         return _one_line(str(error))
     if isinstance(error, OSError) and error.strerror:
-        place = "" if error.filename is None else f": {_shortened(error.filename)!r}"
+        place = "" if error.filename is None else f": {shown(error.filename)!r}"
         return _one_line(f"{error.strerror}{place} (give --debug to see where)")
     lines = str(error).strip().splitlines()
     first = lines[0] if lines else "no message"
     return f"{type(error).__name__}: {_one_line(first)} (give --debug to see where)"
-
-
-def _shortened(name: str | bytes | int) -> str:
-    text = str(name)
-    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
 
 
 def _one_line(text: str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from ranger_nn.errors import InputError
 from ranger_nn.io.image import DEFAULT_LIMIT, READABLE, Array, read_image
+from ranger_nn.io.naming import shown
 
 _SHAPE = re.compile(r"[0-9]{1,12}(x[0-9]{1,12})+", re.IGNORECASE)
 
@@ -34,9 +35,9 @@ def parse_input(text: str) -> tuple[int, ...] | Path:
     if _SHAPE.fullmatch(text):
         return tuple(int(length) for length in text.lower().split("x"))
     if path.suffix.lower() in READABLE:
-        raise InputError(f"cannot read {text!r}: there is no such file.")
+        raise InputError(f"cannot read {shown(text)!r}: there is no such file.")
     raise InputError(
-        f"{text!r} is neither a file nor a shape. Give the path of an image ({', '.join(READABLE)}) "
+        f"{shown(text)!r} is neither a file nor a shape. Give the path of an image ({', '.join(READABLE)}) "
         "or a shape such as 1x3x4096x4096."
     )
 

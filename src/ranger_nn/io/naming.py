@@ -27,6 +27,8 @@ MARK = "made by ranger_nn"
 """Attribute of a Zarr result: such a folder may be replaced."""
 NAME_MAX = 255
 """Bytes of a name, where the file system does not say."""
+LONGEST_SHOWN = 200
+"""Characters of a name that an error repeats: one line of a terminal, or a few."""
 LONGEST = len("..00000000.partial")
 """What is put around a name while its file is in the making."""
 UNSAFE = re.compile(r"[^\w.+=@-]+|^\.+")
@@ -172,3 +174,9 @@ def _link(made: Path, path: Path) -> None:
         os.replace(made, path)  # no hard links here: the name was free a moment ago
         return
     made.unlink()
+
+
+def shown(name: object) -> str:
+    """A name as an error repeats it: cut where it is long."""
+    text = str(name)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

@@ -19,6 +19,7 @@ from ranger_nn.io.arrays import ArraySource, FileArraySource
 from ranger_nn.io.colour import seen
 from ranger_nn.io.extras import import_extra
 from ranger_nn.io.image import read_image
+from ranger_nn.io.naming import shown
 from ranger_nn.io.protocol import Source
 from ranger_nn.io.slides import SLIDES, RasterSource, SlideSource
 from ranger_nn.io.tiff import DamagedError, TiffSource
@@ -56,7 +57,7 @@ def open_source(given: Any, axes: str | None = None, level: int = 0, limit: int 
     except (OSError, ValueError) as error:  # an over-long name, a folder that may not be entered
         raise InputError(f"cannot read {text[:80]!r}: {getattr(error, 'strerror', None) or error}.") from error
     if not there:
-        raise InputError(f"cannot read {text!r}: there is no such file.")
+        raise InputError(f"cannot read {shown(text)!r}: there is no such file.")
     suffix = path.suffix.lower()
     if suffix in HDF5:
         return _hdf5(path, None, axes)
