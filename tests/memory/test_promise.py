@@ -127,7 +127,7 @@ class Spectrum(nn.Module):
     """Every output depends on every input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.fft.fft2(torch.fft.fft2(x).abs().mean(1)).abs()
+        return torch.fft.fftn(torch.fft.fftn(x, dim=(1, 2, 3)).abs(), dim=(1, 2, 3)).abs()
 
 
 WHOLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
