@@ -153,7 +153,8 @@ def test_what_is_lost_is_said() -> None:
     """In the table, and as a number in the JSON."""
     spectrum = lambda x: torch.fft.ifft2(torch.fft.fft2(x)).real  # noqa: E731
     layers = [layer for _ in range(6) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())]
-    plan = ranger_nn.plan(nn.Sequential(between(spectrum)[:2], nn.Conv2d(6, 4, 3, padding=1), *layers), (1, 3, 16, 16))
+    model = nn.Sequential(between(spectrum)[:2], nn.Conv2d(6, 4, 3, padding=1), *layers)
+    plan = ranger_nn.plan(model, (1, 3, 16, 16), regions=(8,))
     assert "fft_fft2_0" in plan.whole[0]
     assert "14 operators after it are not cut" in str(plan)
     assert Plan.from_json(plan.to_json()).uncut == 14
