@@ -406,7 +406,7 @@ def _traced_line(node: FxNode) -> str:
 
 def _lower_program(model: nn.Module, program: Any, lower: Lower, folding: Folding) -> Captured:
     aliases = find_aliases(program.graph_module)
-    lower.writes = Writes(lower, aliases, type(model).__name__, partial(_lower_again, lower))
+    lower.writes = Writes(lower, aliases, type(model).__name__, partial(lower_again, lower))
     inputs = _lower_placeholders(model, program, lower, folding)
     lower_nodes(model, program.graph, lower, program.graph_module)
     leaves = _leaves(program, lower)
@@ -586,7 +586,7 @@ def _lower_inplace_view(model: nn.Module | None, node: FxNode, lower: Lower, tar
     _lower_plain(lower, node, plain)
 
 
-def _lower_again(lower: Lower, node: FxNode) -> None:
+def lower_again(lower: Lower, node: FxNode) -> None:
     """A view of a value that has been written since."""
     inplace = torch.Tag.inplace_view in getattr(node.target, "tags", ())
     _lower_plain(lower, node, functional(node.target) if inplace else node.target)

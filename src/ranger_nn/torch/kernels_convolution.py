@@ -395,7 +395,10 @@ class TransposedConvolution(Convolving):
         """Gradients of input, weight and bias; the gradient is zero where the output was cropped."""
         padding, extra, fills, crops = self._geometry(out_box, in_boxes[0])
         stride, dilation, groups, bias = list(self.stride), list(self.dilation), self.groups, self.bias
-        mask, zeros = [wanted[0], wanted[1], False], [0] * len(stride)
+        mask = [wanted[0], wanted[1], False]
+        # Rows added past what the padding took off are reached by no window, and oneDNN may write past its end there.
+        beyond = [max(0, more - p) for more, p in zip(extra, padding, strict=True)]
+        reached = [more - none for more, none in zip(extra, beyond, strict=True)]
         pads = [0] * (2 * len(out_box))
         for dim, start, length, total in crops:
             place = 2 * (len(out_box) - 1 - dim)
@@ -410,10 +413,10 @@ class TransposedConvolution(Convolving):
             if fills or torch.is_autocast_enabled(grad.device.type):
                 return generic(*args)
             padded = F.pad(grad, pads) if crops else grad
-            for i, more in enumerate(extra):  # no window reaches them, and oneDNN may write past its end there
+            for i, more in enumerate(beyond):
                 padded = padded.narrow(2 + i, 0, padded.shape[2 + i] - more)
             gx, gw, _ = pull(
-                order(padded), order(xs[0]), xs[1], None, stride, padding, dilation, True, zeros, groups, mask
+                order(padded), order(xs[0]), xs[1], None, stride, padding, dilation, True, reached, groups, mask
             )
             gx = back(gx) if wanted[0] else gx
             gw = self._weight_gradient(gw)

@@ -6,6 +6,7 @@ and memory stay. Where a part has no region rule the operator is left as it is. 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,11 +44,11 @@ def _composite(target: Any) -> bool:
 
 
 def _lowered(op: Operator, traced: torch.fx.GraphModule, inputs: list[int]) -> Any:
-    from ranger_nn.torch.capture import lower_nodes
+    from ranger_nn.torch.capture import lower_again, lower_nodes
 
     lower, writes = op.lower, op.lower.writes
     before = len(lower.values), len(lower.nodes), dict(lower.names), dict(lower.sources)
-    lower.writes = Writes(lower, find_aliases(traced), op.name, lambda node: None)  # names of these parts alone
+    lower.writes = Writes(lower, find_aliases(traced), op.name, partial(lower_again, lower))  # names of these parts alone
     found = iter(inputs)
     for node in traced.graph.nodes:
         if node.op == "placeholder":
