@@ -376,12 +376,18 @@ def functional(target: Any) -> Any:
     """The operator that gives the result of an in-place one, or None."""
     name, space = target._schema.name.split("::")[1], target.namespace
     packet = getattr(getattr(torch.ops, space), name[:-1], None) if name.endswith("_") else None
-    wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
+    wanted = _signature(target)
     for overload in packet.overloads() if packet is not None else ():
         found = getattr(packet, overload)
-        if [(a.name, str(a.type)) for a in found._schema.arguments] == wanted and not found._schema.is_mutable:
+        if _signature(found) == wanted and not found._schema.is_mutable:
             return found
     return None
+
+
+def _signature(target: Any) -> list[tuple[str, str]]:
+    """Names and types; what is written is `self`, which the functional form may call otherwise (`dropout`: input)."""
+    first, *rest = target._schema.arguments
+    return [("", str(first.type)), *((a.name, str(a.type)) for a in rest)]
 
 
 def same_result(plain: Any, node: FxNode) -> bool:
@@ -423,6 +429,8 @@ def on_copies(lower: Lower, node: FxNode, targets: list[FxNode]) -> tuple[Callab
 
 def lower_on_a_copy(lower: Lower, node: FxNode, plain: Any) -> int:
     """An in-place operator whose functional form, if any, does not fit: by regions if it is pointwise, else whole."""
+    from ranger_nn.torch.lowering import seeded
+
     function, inputs = on_copies(lower, node, written(node))
     shapes = [lower.shape(i) for i in inputs]
     like, name = node.meta["val"], op_name(node)
@@ -432,8 +440,16 @@ def lower_on_a_copy(lower: Lower, node: FxNode, plain: Any) -> int:
     random = torch.Tag.nondeterministic_seeded in tags
     if torch.Tag.pointwise in tags and not random and all(len(s) <= len(out) for s in shapes):
         return int(lower.emit(name, inputs, like, pointwise(shapes, out), Call(lambda *xs: function(*xs)[0])))
-    rule, kernel = opaque(shapes, f"{name} has no region rule"), Opaque(lambda *xs: function(*xs)[0])
-    return int(lower.emit(name, inputs, like, rule, kernel, random=random, differentiable=not random))
+
+    def whole(*xs: Tensor) -> Tensor:
+        return function(*xs)[0]
+
+    kernel: Callable[..., Any] = whole
+    if random and any(lower.values[i].differentiable for i in inputs):
+        kernel, inputs = seeded(lower, whole, inputs)
+    drawn = random and kernel is whole
+    rule = opaque([lower.shape(i) for i in inputs], f"{name} has no region rule")
+    return int(lower.emit(name, inputs, like, rule, Opaque(kernel), random=drawn, differentiable=not drawn))
 
 
 def lower_many_on_copies(lower: Lower, node: FxNode, targets: list[FxNode]) -> None:

@@ -173,7 +173,8 @@ def _whole(op: Operator, reason: str) -> Any:
     function, inputs = op.call()
     random = _draws(op) and op.name not in RECURRENT
     if random and any(op.lower.values[i].differentiable for i in inputs):
-        function, inputs, random = _seeded(op, function, inputs)
+        function, inputs = seeded(op.lower, function, inputs)
+        random = False
     shapes = [op.shape(i) for i in inputs]
     like = op.like
     if isinstance(like, (list, tuple)):
@@ -196,9 +197,7 @@ def _draws(op: Operator) -> bool:
     return tagged and op.arg("training", True) is not False and op.arg("dropout_p", 1.0) != 0.0
 
 
-def _seeded(
-    op: Operator, function: Callable[..., Any], inputs: list[int]
-) -> tuple[Callable[..., Any], list[int], bool]:
+def seeded(lower: Lower, function: Callable[..., Any], inputs: list[int]) -> tuple[Callable[..., Any], list[int]]:
     """The operator drawing from a seed of this forward, so that backward, which runs it again, meets the same numbers."""
 
     def call(*args: Any) -> Any:
@@ -207,7 +206,7 @@ def _seeded(
             torch.manual_seed(int(seed))
             return function(*xs)
 
-    return call, [*inputs, _emit_seed(op.lower)], False
+    return call, [*inputs, _emit_seed(lower)]
 
 
 def _emit_seed(lower: Lower) -> int:
