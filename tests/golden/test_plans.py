@@ -7,6 +7,7 @@ write the new texts with `RANGER_UPDATE_GOLDEN=1 pytest tests/golden`.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,15 @@ def planned(entry: Entry) -> str:
     except errors.BudgetError as error:
         plan = ranger_nn.plan(model, x, memory=error.least)
     return f"{entry.name} on {'x'.join(map(str, x.shape))}\n{plan}\n"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Workspace grows with the threads of a machine; the texts are of one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)

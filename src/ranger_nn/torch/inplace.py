@@ -95,8 +95,11 @@ class Writes:
             self.lower.env[node] = self.lower.tuples[source][node.args[1]]  # type: ignore[index]
         else:
             self._renew(self.aliases.parent[node], version)
+            before: Any = self.lower.env.get(node)
             with _Grad(self.lower, node not in self.silent):
                 self.lower_again(node)
+            if self._is_silent(node) and isinstance(before, int):  # of others its memory has the numbers alone
+                self.lower.env[node] = self._overwrite(before, self.lower.env[node], node)
         self.seen[node] = version
 
     # ---- writing ------------------------------------------------------------------------------------------

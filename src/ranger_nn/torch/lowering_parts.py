@@ -48,7 +48,9 @@ def _lowered(op: Operator, traced: torch.fx.GraphModule, inputs: list[int]) -> A
 
     lower, writes = op.lower, op.lower.writes
     before = len(lower.values), len(lower.nodes), dict(lower.names), dict(lower.sources)
-    lower.writes = Writes(lower, find_aliases(traced), op.name, partial(lower_again, lower))  # names of these parts alone
+    lower.writes = Writes(
+        lower, find_aliases(traced), op.name, partial(lower_again, lower)
+    )  # names of these parts alone
     found = iter(inputs)
     for node in traced.graph.nodes:
         if node.op == "placeholder":
