@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 from keras import ops
 
 from ranger_nn.core.reach import Link, Reach
@@ -234,3 +235,21 @@ class Resize(Kernel):
             return low + (high - low) * weight
 
         return local
+
+    def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """On PyTorch the input and the result in its own order, the input resized along the other dimension, both neighbours
+        of each row and their difference.
+        """
+        if keras.backend.backend() != "torch":
+            return 0
+        return in_bytes[0] + 2 * self._between(in_bytes[0]) + (4 if self.linear else 2) * out_bytes
+
+    def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """On PyTorch a gradient of the input resized along the other dimension, and of each neighbour."""
+        if keras.backend.backend() != "torch":
+            return 0
+        return self._between(in_bytes[0]) + 2 * out_bytes
+
+    def _between(self, given: int) -> int:
+        """Bytes of the input resized along whichever dimension makes it larger."""
+        return max(given * out // max(1, size) for _, size, out in self.sides)

@@ -117,13 +117,40 @@ class Window(Kernel):
         return 2 * out_bytes + in_bytes[0] if _on_torch() else 0
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What PyTorch unfolds a convolution's input to on the CPU: a column for each output place, where oneDNN is not called.
+
+    `share`: bytes of columns to one of output, `most`: bytes of input up to which it unfolds.
+    """
+
+    share: float
+    most: float
+
+    FEW = 20480
+    """PyTorch's own number (`ConvParams::use_mkldnn`): float32 calls of one sample with fewer elements, the last dimension
+    not counted, are unfolded."""
+
+    @classmethod
+    def of(cls, window: int, channels: int, last: int, batch: int, groups: int, dtype: str) -> Columns:
+        """`window`: products that are summed to one element; `last`: size of the last dimension."""
+        if groups > 1 or dtype not in ("float32", "float64", "float16"):
+            return cls(0.0, 0.0)
+        few = 4 * cls.FEW * last if batch == 1 else 0
+        return cls(window / channels, few if dtype == "float32" else float("inf"))
+
+    def bytes(self, out_bytes: int, in_bytes: int) -> int:
+        """Bytes of columns of one call."""
+        return int(self.share * out_bytes) if in_bytes <= self.most and _on_torch() else 0
+
+
 class Convolution(Window):
     """A convolution: the call pads the other dimensions itself."""
 
-    def __init__(self, function: Any, padded: Any, sides: Sequence[Side]) -> None:
+    def __init__(self, function: Any, padded: Any, sides: Sequence[Side], columns: Columns) -> None:
         """`padded(x, weights, pads)`: the convolution with (before, after) zeros along each dimension."""
         super().__init__(function, None, sides, 0.0)
-        self.padded = padded
+        self.padded, self.columns = padded, columns
 
     def region(self, dim: int | None, rows: int, start: int = 0) -> Local:
         """No padding along the cut dimension."""
@@ -133,12 +160,13 @@ class Convolution(Window):
         return lambda x, w: self.padded(x, w, pads)
 
     def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
-        """What the back end reorders: input and weights."""
-        return in_bytes[0] + 2 * sum(in_bytes[1:])
+        """What the back end reorders, input and weights, or unfolds; PyTorch makes a new result of columns."""
+        columns = self.columns.bytes(out_bytes, in_bytes[0])
+        return in_bytes[0] + 2 * sum(in_bytes[1:]) + columns + (out_bytes if columns else 0)
 
     def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
-        """On PyTorch the input in order, padded where its padding is uneven."""
-        return in_bytes[0] if _on_torch() else 0
+        """On PyTorch the input in order, padded where its padding is uneven; columns are made again for backward."""
+        return in_bytes[0] + self.columns.bytes(out_bytes, in_bytes[0]) if _on_torch() else 0
 
 
 class AveragePool(Window):

@@ -81,10 +81,13 @@ def convolution(call: Call, x: int, weight: int, operator: Any, out: Sequence[in
     def padded(inputs: Any, weights: Any, pads: Any) -> Any:
         return convolve(inputs, weights, ints(stride, rank), ints(dilation, rank), pads, last, depthwise)
 
-    kern = W.Convolution(whole, padded, sides)
+    work = prod(kernel) if depthwise else prod(call.shape(weight)[:-1])
+    shape, d = call.shape(x), call.channel(rank + 2)
+    groups = shape[d] if depthwise else shape[d] // call.shape(weight)[-2]
+    columns = W.Columns.of(work, out[d], shape[sides[-1].dim], shape[0], groups, call.dtype)
+    kern = W.Convolution(whole, padded, sides, columns)
     region = windowed(call, x, sides, [s.reach for s in sides], [weight])
     name = "depthwise_conv" if depthwise else "conv"
-    work = prod(kernel) if depthwise else prod(call.shape(weight)[:-1])
     return call.lower.emit(name, [x, weight], [(tuple(out), call.dtype)], region, kern, macs=prod(out) * work)
 
 

@@ -595,13 +595,15 @@ def _digest(x: Any) -> Any:
 def _facts(t: Tensor | None) -> Any:
     if t is None:
         return None
+    if t.is_nested:  # has neither shape nor strides
+        return t.dtype, t.numel(), t.device, t.requires_grad, t.layout
     strides = t.stride() if t.layout == torch.strided else t.layout
     return t.dtype, t.shape, t.device, t.requires_grad, strides
 
 
 def _content(t: Tensor | None) -> Any:
     """What a small tensor holds, which forward may have read as numbers; elsewhere than on the CPU, how often it changed."""
-    if t is None or type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided:
+    if t is None or type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or t.is_nested:
         return None
     if t.device.type != "cpu":
         return None if t.is_inference() else t._version
