@@ -177,7 +177,11 @@ def thick() -> keras.Model:
 
 def enlarged() -> keras.Model:
     """Bilinear resizing, up and down."""
-    steps = [L.Conv2D(12, 3, padding="same"), L.UpSampling2D(2, interpolation="bilinear"), L.Conv2D(4, 3, padding="same")]
+    steps = [
+        L.Conv2D(12, 3, padding="same"),
+        L.UpSampling2D(2, interpolation="bilinear"),
+        L.Conv2D(4, 3, padding="same"),
+    ]
     return keras.Sequential([keras.Input((128, 48, 8)), *steps, L.Resizing(160, 40)], name="enlarged")
 
 

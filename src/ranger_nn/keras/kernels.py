@@ -69,6 +69,10 @@ class Kernel:
         """Bytes that the back end's autodiff keeps of one call for backward, beyond inputs and output."""
         return 0
 
+    def backward(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """Bytes of workspace of one call's backward, beyond what is kept and the gradients."""
+        return 0
+
 
 class Opaque(Kernel):
     """An operator or layer without a region rule: it always sees whole inputs."""

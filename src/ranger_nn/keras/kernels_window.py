@@ -161,12 +161,16 @@ class Convolution(Window):
 
     def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """What the back end reorders, input and weights, or unfolds; PyTorch makes a new result of columns."""
+        return in_bytes[0] + 2 * sum(in_bytes[1:]) + self.backward(out_bytes, in_bytes)
+
+    def backward(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
+        """Columns, and input and result in the order that they ask for."""
         columns = self.columns.bytes(out_bytes, in_bytes[0])
-        return in_bytes[0] + 2 * sum(in_bytes[1:]) + columns + (out_bytes if columns else 0)
+        return columns + in_bytes[0] + out_bytes if columns else 0
 
     def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
-        """On PyTorch the input in order, padded where its padding is uneven; columns are made again for backward."""
-        return in_bytes[0] + self.columns.bytes(out_bytes, in_bytes[0]) if _on_torch() else 0
+        """On PyTorch the input in order, padded where its padding is uneven."""
+        return in_bytes[0] if _on_torch() else 0
 
 
 class AveragePool(Window):

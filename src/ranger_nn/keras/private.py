@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -104,7 +105,9 @@ def as_they_were(layers: Sequence[Any]) -> Iterator[None]:
                 else:
                     del held[name]
             for now, content in lists:
-                if not any(isinstance(x, (keras.Layer, keras.Variable)) for x in now[len(content) :]):
+                same = len(now) == len(content) and all(map(operator.is_, now, content))
+                # TensorFlow saves no list of layers that was ever assigned to
+                if not same and not any(isinstance(x, (keras.Layer, keras.Variable)) for x in now[len(content) :]):
                     now[:] = content
 
 

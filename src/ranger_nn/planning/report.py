@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ranger_nn.bounds.axes import SPATIAL, Axis
 from ranger_nn.core.graph import Graph
@@ -188,6 +188,20 @@ def describe(
         _made_again(graph, lowering),
         len(set().union(*after.values())),
     )
+
+
+def in_one(plan: Plan, cut: Plan, as_it_is: bool) -> Plan:
+    """The plan of one region, with what stayed whole in the one by regions that it needs no more than, `cut`.
+
+    `as_it_is`: the network is called itself, and no region is made.
+    """
+    if not cut.axes:
+        said, rest = cut.whole[:1], cut.whole[1:]
+    else:
+        less = "the network as it is, which is called" if as_it_is else "one region"
+        said, rest = (f"everything: no plan by regions needs less than {less}",), cut.whole
+    found = replace(plan, whole=(*said, *rest), uncut=cut.uncut)
+    return replace(found, sweeps=(), timeline=(plan.projected,), extra_macs=0.0, again=()) if as_it_is else found
 
 
 def _whole(graph: Graph, k: int, reason: str, after: int) -> str:

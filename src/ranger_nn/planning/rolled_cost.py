@@ -215,28 +215,37 @@ def _segment(graph: Graph, loop: Loop) -> int:
 
 
 def _all_rows(graph: Graph, nodes: Sequence[int], loop: Loop | None) -> int:
-    """Backward of one step: every value's rows, and the gradients of the largest."""
+    """Backward of one step: every value's rows, the gradients of the largest, and what one call takes beside them."""
     if loop is None:
         sizes = [graph.values[v].nbytes for k in nodes for v in graph.nodes[k].outputs]
+        calls = []
         for k in nodes:
             out = sum(graph.values[v].nbytes for v in graph.nodes[k].outputs)
-            sizes.append(graph.nodes[k].kernel.tape(out, [graph.values[v].nbytes for v in graph.nodes[k].inputs]))
+            calls.append((graph.nodes[k].kernel, out, [graph.values[v].nbytes for v in graph.nodes[k].inputs]))
+            sizes.append(graph.nodes[k].kernel.tape(*calls[-1][1:]))
     else:
+        calls = [(graph.nodes[c.node].kernel, *_called(graph, c, loop.flows)) for c in loop.calls]
         sizes = [f.rows * row_bytes(graph, f) for f in loop.flows.values()]
         sizes += [n for c in loop.calls for n, copied in _taken(graph, c, loop.flows) if copied]
         sizes.append(sum(f.kept * row_bytes(graph, f) for f in loop.flows.values()))
         sizes.append(sum(_tape(graph, c, loop.flows) for c in loop.calls))
-    return sum(sizes) + 2 * max(sizes, default=0)
+    workspace = max((kernel.backward(out, taken) for kernel, out, taken in calls), default=0)
+    return sum(sizes) + 2 * max(sizes, default=0) + workspace
 
 
 def _tape(graph: Graph, call: Call, flows: Mapping[int, Flow]) -> int:
     """What the back end's autodiff keeps of one node, beyond its inputs and output."""
     node = graph.nodes[call.node]
-    flow = None if call.lifts else flows[node.outputs[0]]
-    out = flow.rate * row_bytes(graph, flow) if flow is not None else 0
-    taken = [n for n, _ in _taken(graph, call, flows)]
+    out, taken = _called(graph, call, flows)
     safe = 0 if node.kernel.tame or call.lifts else out + sum(taken)  # rows at the border once more, made safe
     return int(node.kernel.tape(out, taken)) + safe
+
+
+def _called(graph: Graph, call: Call, flows: Mapping[int, Flow]) -> tuple[int, list[int]]:
+    """Bytes that one call gives, and those that it takes."""
+    flow = None if call.lifts else flows[graph.nodes[call.node].outputs[0]]
+    out = flow.rate * row_bytes(graph, flow) if flow is not None else 0
+    return out, [n for n, _ in _taken(graph, call, flows)]
 
 
 def _work(graph: Graph, nodes: Sequence[int], loop: Loop | None) -> int:

@@ -17,7 +17,7 @@ same that runs. The first schedule that fits wins; while none does, these are tr
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ranger_nn.bounds.axes import Axis, find_axes
@@ -30,7 +30,7 @@ from ranger_nn.planning.along import input_size, slide_first
 from ranger_nn.planning.backward import lower_backward
 from ranger_nn.planning.budget import format_bytes
 from ranger_nn.planning.forward import FOREVER, ForwardLowering, Schedule, lower_forward
-from ranger_nn.planning.report import Plan, describe
+from ranger_nn.planning.report import Plan, describe, in_one
 from ranger_nn.planning.stages import REGIONAL, Stages, stage
 from ranger_nn.planning.verify import verify_program
 from ranger_nn.planning.weights import sink
@@ -40,6 +40,10 @@ STEP_BYTES = 6 << 20
 MARGIN = 1.02
 SEARCH_WORK = 70_000
 """Instructions that one search may write: bounds the planning time, the same on every machine."""
+LOOSER = 1.5
+"""Where no memory is stated: times the bytes of one region that the network as it is may be said to need, and is called.
+It is as fast as it can be, and takes less than is said of it: what convolutions take is a bound for all of their kernels.
+"""
 COARSE_SLACK = 1.5
 """Times the budget that a candidate on few steps may need to be tried on more."""
 COARSE_STEPS = 16
@@ -82,12 +86,13 @@ class Options:
 
 @dataclass
 class Planned:
-    """A plan and the programs it was lowered to."""
+    """A plan and the programs it was lowered to; `untouched`: the network is to be called as it is, not by them."""
 
     plan: Plan
     forward: Program
     backward: Program | None
     graph: Graph
+    untouched: bool = False
 
 
 @dataclass
@@ -465,28 +470,47 @@ def search(graph: Graph, axes: Sequence[Axis], options: Options, training: bool)
             gc.enable()
 
 
-def make_plan(graph: Graph, options: Options, training: bool) -> Planned:
-    """Plan and programs for a graph; raises BudgetError where nothing fits."""
+def make_plan(
+    graph: Graph, options: Options, training: bool, untouched_peak: Callable[[], int | None] = lambda: None
+) -> Planned:
+    """Plan and programs for a graph; raises BudgetError where nothing fits.
+
+    `untouched_peak`: bytes that the network takes as it is at most, if that can be told: where they are the fewest, it is
+    called as it is.
+    """
     axes = find_axes(graph)
     if not options.disk and options.schedule != "tile":  # files are read and written by rows
         axes, regions = slide_first(graph, axes, options.regions)
         options = replace(options, regions=regions)
-    best = search(graph, axes, options, training)
+    cut = best = search(graph, axes, options, training)
     whole = lower(unchunked(graph), [], Schedule(0, ()), training)
     if options.free and whole.peak <= best.peak:
         best = replace(whole, schedule=Schedule(0, (1,) * len(axes)))
     projected = with_margin(best.peak)
+    fits = options.allowed is None or projected <= options.allowed
+    one = best is not cut or (best.schedule.steps <= 1 and set(best.schedule.tiles) <= {1})
+    told = untouched_peak() if training or one or not fits else None
+    untouched = min(FOREVER if told is None else told, max(whole.peak, _saved(graph) if training else 0))
+    looser = LOOSER if one and options.allowed is None else 1.0
+    as_it_is = told is not None and options.free and with_margin(told) <= looser * projected
+    if as_it_is:
+        best, projected = replace(whole, schedule=Schedule(0, (1,) * len(axes))), with_margin(told or 0)
     if options.allowed is not None and projected > options.allowed:
-        raise _too_small(graph, options.allowed, with_margin(whole.peak), *_least(graph, axes, options, training, best))
-    untouched = whole.peak if not training else max(whole.peak, _saved_by_untouched(graph))
-    graph = best.bounds.graph
-    verify_program(best.forward, graph)
+        least, found = (projected, best) if as_it_is else _least(graph, axes, options, training, best)
+        raise _too_small(graph, options.allowed, with_margin(min(whole.peak, untouched)), least, found)
+    verify_program(best.forward, best.bounds.graph)
     if best.backward is not None:
-        verify_program(best.backward, graph, best.forward)
-    plan = describe(
-        graph, axes, best.schedule, best.lowering, best.forward, best.backward, options.allowed, projected, untouched
-    )
-    return Planned(plan, best.forward, best.backward, graph)
+        verify_program(best.backward, best.bounds.graph, best.forward)
+
+    def described(found: Candidate) -> Plan:
+        programs = found.forward, found.backward
+        lowered = found.bounds.graph, axes, found.schedule, found.lowering
+        return describe(*lowered, *programs, options.allowed, projected, untouched)
+
+    plan = described(best)
+    if best is not cut:
+        plan = in_one(plan, described(cut), as_it_is)
+    return Planned(plan, best.forward, best.backward, best.bounds.graph, as_it_is)
 
 
 def _least(
@@ -505,7 +529,7 @@ def _least(
     return with_margin(first.peak), first
 
 
-def _saved_by_untouched(graph: Graph) -> int:
+def _saved(graph: Graph) -> int:
     """Activations that plain autograd keeps: every member's output of every differentiable node."""
     return sum(
         graph.values[v].nbytes * getattr(n.kernel, "members", 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ranger_nn.torch.identity import Identity, autocast_dtype, settings
 from ranger_nn.torch.inputs import check_call, check_gradient_hooks, check_model, example_leaves, leaf_key, stand_in
 from ranger_nn.torch.layout import in_strides
 from ranger_nn.torch.recent import Recent
+from ranger_nn.torch.untouched import untouched_peak
 from ranger_nn.torch.verification import verify_small
 
 Memory = int | str | None
@@ -136,7 +138,7 @@ def plan(
     options = Options.checked(parse_memory(memory), regions, schedule)
     args = example_inputs(model, x, training)
     captured = capture(model, args, grad=training)
-    return make_plan(captured.graph, options, training).plan
+    return make_plan(captured.graph, options, training, lambda: untouched_peak(model, args, {}, training)).plan
 
 
 def example_inputs(model: nn.Module, x: Any, grad: bool = False) -> tuple[Any, ...]:
@@ -268,7 +270,8 @@ class Regional(nn.Module):
             check_gradient_hooks(self.module)
         args, kwargs = pytree.tree_unflatten([stand_in(x, grad) for x in leaves], spec)
         captured = capture(self.module, args, kwargs, grad=grad)
-        planned = make_plan(captured.graph, self._options, grad)
+        untouched = partial(untouched_peak, self.module, args, kwargs, grad)
+        planned = make_plan(captured.graph, self._options, grad, untouched)
         engine = TorchEngine(planned.graph, device, captured.strides)
         backward = bind(planned.backward.instructions, engine) if planned.backward is not None else None
         forward = bind(planned.forward.instructions, engine)
@@ -336,6 +339,11 @@ class Regional(nn.Module):
 def _by_regions(regional: Regional, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of the wrapper. `torch.compile` must not look into it: it would trace every region."""
     ready, inputs = regional._prepare(args, kwargs)
+    if ready.planned.untouched:
+        result = regional.module(*args, **kwargs)
+        if regional.on_region is not None:
+            regional.on_region(1, 1)
+        return result
     tensors = regional._gather(ready, inputs)
     graph, found = ready.captured.graph, ready.planned.forward.results
     if ready.backward is None:

@@ -229,7 +229,8 @@ class Convolved:
         odd = wanted[0] and deep and not self.transposed and self.channels[0] % 8 and self.channels[1] % 8 == 0
         if not self._nhwc():
             return total + (2 if low else 1) * (x + y) + (x if wanted[0] else 0)
-        return total + (x + y if odd else 0)  # there may be no plain gradient for these
+        total += y if wanted[1] and self.channels[1] % 8 else 0
+        return total + (x + 2 * y if odd else 0)  # there may be no plain gradient for these
 
     def _odd(self, what: str) -> int:
         """Bytes where oneDNN may have no kernel for a form: it unfolds a sample at a time, each thread for itself."""
