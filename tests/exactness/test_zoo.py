@@ -13,13 +13,15 @@ from tests.support import FLOAT32_FORWARD, FLOAT32_GRADIENT, Entry, Gradients, c
 from tests.zoo import ZOO
 
 SCHEDULES = ("tile", "slide")
+PLANNED_LONG = ("swin_tiny", "efficientnet_b0", "segformer", "unet2d")
+"""Networks for which a search inside a budget takes ten seconds and more."""
 SINGLE = ("basicunet_batch", "segresnet_padded", "mobilenetv2", "convnextv2", "unet_3d", "tcn", "tagger")
 
 
-def entries(names: tuple[str, ...] = ()) -> list[object]:
-    """The zoo, or a part of it, as pytest parameters; the heavy ones are marked slow."""
+def entries(names: tuple[str, ...] = (), slow: tuple[str, ...] = ()) -> list[object]:
+    """The zoo, or a part of it, as pytest parameters; the heavy ones, and those of `slow`, are marked slow."""
     return [
-        pytest.param(entry, id=entry.name, marks=[pytest.mark.slow] if entry.heavy else [])
+        pytest.param(entry, id=entry.name, marks=[pytest.mark.slow] if entry.heavy or entry.name in slow else [])
         for entry in ZOO
         if not names or entry.name in names
     ]
@@ -56,7 +58,7 @@ def test_along_the_last_axis(entry: Entry) -> None:
     check(run(small, entry.inputs(), entry.pick), reference(entry))
 
 
-@pytest.mark.parametrize("entry", entries(), indirect=True)
+@pytest.mark.parametrize("entry", entries(slow=PLANNED_LONG), indirect=True)
 def test_inside_a_budget(entry: Entry) -> None:
     """Regions and schedules of the planner's choice, at six tenths of what the fastest plan needs."""
     model, inputs = entry.make(), entry.inputs()

@@ -51,7 +51,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+@pytest.mark.parametrize(
+    "entry",
+    [pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.name in ("densenet121", "unet2d") else []) for e in ZOO],
+)
 def test_plan(entry: Entry) -> None:
     """The text of the plan is what it was."""
     if entry.needs is not None:

@@ -77,7 +77,14 @@ def test_fit_with_a_last_batch_that_is_smaller(source: str) -> None:
 
 
 @ON_TENSORFLOW
-@pytest.mark.parametrize("options", [{}, {"jit_compile": True}, {"steps_per_execution": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
+        pytest.param({"steps_per_execution": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_fit_on_a_tensorflow_dataset(options: dict[str, Any]) -> None:
     """Of batches of unknown size, with sample weights; evaluated and predicted from such a dataset too."""
     import tensorflow as tf

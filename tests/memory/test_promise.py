@@ -7,6 +7,7 @@ so that no loss is counted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ NAMES = (
     "convnextv2",
     "autoencoderkl_decoder",
 )
+HEAVIER = ("mobilenetv2", "autoencoderkl_decoder")
 SHARES = (1.0, 0.5)  # of the fastest plan's memory, or the least that fits where half is too little
 
 
@@ -74,9 +76,17 @@ def work_of(net: nn.Module, x: Tensor, training: bool) -> Callable[[], Tensor]:
     return work
 
 
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("entry", [e for e in ZOO if e.name in NAMES], ids=lambda e: e.name)
+def promises() -> list[object]:
+    """Each network, mode and share; training of the heavier ones is marked slow."""
+    found = []
+    for entry, training, share in product([e for e in ZOO if e.name in NAMES], (False, True), SHARES):
+        name = f"{entry.name}-{'training' if training else 'inference'}-{share}"
+        slow = training and (entry.name in HEAVIER or share == max(SHARES))
+        found.append(pytest.param(entry, training, share, id=name, marks=[pytest.mark.slow] if slow else []))
+    return found
+
+
+@pytest.mark.parametrize(("entry", "training", "share"), promises())
 def test_measured_projected_allowed(entry: Entry, training: bool, share: float) -> None:
     """In this order, and the projection at most 15 % (and one small workspace) above what was measured."""
     if entry.needs is not None:

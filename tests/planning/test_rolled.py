@@ -42,6 +42,9 @@ class Kernel:
     def tape(self, out_bytes: int, in_bytes: object) -> int:
         return 0
 
+    def backward(self, out_bytes: int, in_bytes: object) -> int:
+        return 0
+
 
 class Net:
     """A graph put together node by node; values are (1, rows, columns, 8). Columns are read whole, unless `both` axes are

@@ -1,0 +1,220 @@
+"""What the untouched network takes on these inputs, found without running it: where no plan saves, it is the plan.
+
+Its own Python runs forward and, in training, backward on fake tensors (shapes without numbers), in a twin of the module
+tree. Every operator that reaches the dispatcher below autograd is seen, with the memory that it gives, and every
+storage says when the last tensor lets it go: what autograd saves, what locals hold and what backward adds are counted as
+they are. To it comes what an operator takes inside of itself: known for convolutions (`torch/workspace.py`), nothing for
+those that only write their results, else copies of all that it reads. Enter at `untouched_peak`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ranger_nn.torch.alone import alone
+from ranger_nn.torch.kernels import packed
+from ranger_nn.torch.twin import Twin
+from ranger_nn.torch.workspace import Convolved
+
+PLAIN = {
+    *(
+        "native_batch_norm",
+        "native_batch_norm_backward",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+    ),
+    *("native_layer_norm", "native_layer_norm_backward", "native_group_norm", "native_group_norm_backward"),
+    *("_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data"),
+    *("gelu_backward", "threshold_backward", "silu_backward", "sigmoid_backward", "tanh_backward", "hardtanh_backward"),
+    *("leaky_relu_backward", "elu_backward", "hardswish_backward", "hardsigmoid_backward", "native_dropout"),
+    *("cat", "stack", "sum", "mean", "clone", "copy_", "_to_copy", "fill_", "zero_", "constant_pad_nd", "embedding"),
+    *("zeros_like", "ones_like", "empty_like", "zeros", "ones", "empty", "full", "new_zeros", "new_empty", "arange"),
+    *("empty_strided", "new_empty_strided", "scalar_tensor", "full_like", "native_dropout_backward", "mul", "add"),
+    *("max_pool2d_with_indices", "max_pool2d_with_indices_backward", "avg_pool2d", "avg_pool2d_backward"),
+    *("slice_backward", "select_backward", "new_full", "new_ones", "index_select", "amax", "amin", "argmax"),
+}
+"""Operators that write their results and take nothing beside them (a few bytes for each thread aside)."""
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot"}
+"""Products copy those of their operands that do not lie in order of rows or of columns."""
+HIDDEN = {"_transformer_encoder_layer_fwd", "_native_multi_head_attention", "mkldnn_rnn_layer", "_thnn_fused_lstm_cell"}
+"""Operators that are whole networks inside: nothing is said of what they take."""
+
+
+def untouched_peak(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool) -> int | None:
+    """Bytes that a call of the untouched module takes at most, forward and (`grad`) backward, outputs not counted.
+
+    None where it cannot be told: an operator that hides a network, a device other than the CPU, a regional module inside
+    (its plan is of its own), a forward that does not run without numbers.
+    """
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if any(x.device.type != "cpu" for x in tensors) or any(hasattr(m, "NOT_IN_TWINS") for m in model.modules()):
+        return None
+    try:
+        with alone(), torch.random.fork_rng(devices=[]):
+            return _run(Twin(model).module, args, kwargs, grad)
+    except Exception:  # whatever forward and fake tensors do not get on with
+        return None
+    finally:
+        torch.clear_autocast_cache()  # of fake weights
+
+
+def _run(twin: nn.Module, args: Any, kwargs: Any, grad: bool) -> int | None:
+    from torch._subclasses import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    faked: dict[int, Tensor] = {}
+    alive: list[Tensor] = []  # so that no id is given out again
+
+    def fake(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if id(x) not in faked:
+            with mode:
+                found = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            faked[id(x)] = found.requires_grad_(x.requires_grad and grad)
+            alive.append(x)
+        return faked[id(x)]
+
+    state = {n: fake(t) for n, t in (*twin.named_parameters(), *twin.named_buffers())}
+    args, kwargs = pytree.tree_map(fake, (args, kwargs))
+    used = _Used(faked.values())
+    with mode, torch.set_grad_enabled(grad):
+        with used:
+            result = torch.func.functional_call(twin, state, args, kwargs)
+        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        used.leave_out(outputs)
+        flowing = [t for t in outputs if t.requires_grad]
+        grads = [torch.empty_like(t) for t in flowing]
+        leaves = [t for t in faked.values() if t.requires_grad]
+        if _others(flowing, leaves):
+            return None
+        if flowing:
+            with used:
+                found = torch.autograd.grad(flowing, leaves, grads, allow_unused=True)
+                del found
+    return None if used.hidden else used.peak()
+
+
+def _others(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
+    """Whether anything else is trained: a tensor that no module registers."""
+    known = {id(t) for t in leaves}
+    todo = [t.grad_fn for t in outputs]
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and id(node.variable) not in known:
+            return True
+        todo += [following for following, _ in node.next_functions]
+    return False
+
+
+class _Used(TorchDispatchMode):
+    """Bytes of storages that operators make, from when they are made until nothing holds them."""
+
+    def __init__(self, known: Any) -> None:
+        """`known`: tensors that the caller owns."""
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self._events: list[tuple[int, int]] = []
+        self._left_out: set[int] = set()
+        self._next = 0
+        self._alive: dict[int, int] = {}
+        self.hidden = False
+        for t in known:
+            self._alive[t.untyped_storage()._cdata] = -1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operator; what it made is counted from here on."""
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        self.hidden |= name in HIDDEN
+        made = [self._meet(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        self._events.append((-1, workspace(func, name, args, result, any(made))))
+        return result
+
+    def _meet(self, t: Tensor) -> bool:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return False
+        self._alive[key] = number = self._next
+        self._next += 1
+        self._events.append((number, storage.nbytes()))
+        weakref.finalize(storage, self._drop, key, number, storage.nbytes())
+        return True
+
+    def _drop(self, key: int, number: int, size: int) -> None:
+        if self._alive.get(key) == number:
+            del self._alive[key]
+        self._events.append((number, -size))
+
+    def leave_out(self, tensors: Sequence[Tensor]) -> None:
+        """Do not count the storages of these."""
+        self._left_out |= {self._alive.get(t.untyped_storage()._cdata, -1) for t in tensors}
+
+    def peak(self) -> int:
+        """Most bytes at one time."""
+        live = most = 0
+        for number, size in self._events:
+            if number < 0:
+                most = max(most, live + size)
+            elif number not in self._left_out:
+                live += size
+                most = max(most, live)
+        return most
+
+
+def workspace(func: Any, name: str, args: Any, result: Any, makes: bool) -> int:
+    """Bytes that one call takes beside what it reads and gives. `makes`: it gave memory of its own, no view."""
+    if name in ("convolution", "_convolution", "convolution_backward"):
+        return _convolution(name, args, result)
+    if not makes or name in PLAIN or torch.Tag.pointwise in func.tags:
+        return 0
+    reads = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+    if name in PRODUCTS and all(t.dtype in (torch.float32, torch.float64) for t in reads):
+        return sum(_bytes(t) for t in reads if not _in_order(t))
+    gives = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+    side = max((int(n) for t in reads for n in t.shape[-2:]), default=1) if name in PRODUCTS else 0
+    blocks = packed(side, side, side, reads[0].dtype, gradient=True) if side else 0
+    return sum(map(_bytes, reads)) + sum(map(_bytes, gives)) + blocks
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def _in_order(t: Tensor) -> bool:
+    """By rows or by columns."""
+    return t.is_contiguous() or (t.dim() > 1 and t.transpose(-1, -2).is_contiguous())
+
+
+def _convolution(name: str, args: Any, result: Any) -> int:
+    back = name == "convolution_backward"
+    grad, (x, w) = (args[0], args[1:3]) if back else (None, args[:2])
+    stride, padding, dilation, transposed, extra, groups = args[4:10] if back else args[3:9]
+    y = grad if grad is not None else result
+    rank = w.dim() - 2
+
+    def ints(given: Sequence[int]) -> tuple[int, ...]:
+        return tuple(int(n) for n in (given if len(given) == rank else list(given) * rank))
+
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    turned = last is not None and any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, w))
+    called = Convolved(
+        int(x.shape[0]), (int(x.shape[1]), int(y.shape[1])), tuple(map(int, x.shape[2:])), tuple(map(int, y.shape[2:])),
+        tuple(map(int, w.shape[2:])), ints(stride), ints(padding), ints(dilation), int(groups), bool(transposed),
+        ints(extra) if transposed else (), x.dtype, turned,
+    )  # fmt: skip
+    order = torch.contiguous_format if not turned or last is None else last
+    copied = sum(_bytes(t) for t in (x, w, grad) if t is not None and not t.is_contiguous(memory_format=order))
+    return copied + (called.backward(args[10][:2]) if back else called.forward())

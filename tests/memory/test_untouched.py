@@ -1,0 +1,130 @@
+"""What the untouched network takes: found on fake tensors, held against the counter; where no plan saves, it is the plan.
+
+RANGER_EXAMPLES sets the number of random cases, RANGER_SEED the first of them, as in `test_random.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ranger_nn
+from ranger_nn import errors
+from ranger_nn.planning.search import with_margin
+from ranger_nn.torch.untouched import untouched_peak
+from tests.memory.test_promise import peak
+from tests.memory.test_random import cases, draw
+from tests.support import leaves
+
+
+def used(model: Any, x: Tensor, grad: bool) -> int:
+    """Bytes of a call of `model`, and of backward; the result is left out, and its gradient was there before."""
+    with torch.no_grad():
+        weights = torch.ones_like(leaves(model(x))[0])
+
+    def work() -> Tensor:
+        with torch.set_grad_enabled(grad):
+            y = leaves(model(x))[0]
+        if grad and y.requires_grad:
+            model.zero_grad(set_to_none=True)
+            x.grad = None
+            y.backward(weights)
+        return y.detach()
+
+    work()
+    model.zero_grad(set_to_none=True)
+    x.grad = None
+    return peak(work)
+
+
+@pytest.mark.parametrize("seed", cases())
+def test_of_random_layers(seed: int) -> None:
+    """Never less than what is measured."""
+    case = draw(seed)
+    assert case is not None
+    x, model = case.input(), case.model
+    grad = case.mode != "inference" and (x.requires_grad or any(p.requires_grad for p in model.parameters()))
+    with case.context():
+        try:
+            measured = used(model, x, grad)
+        except NotImplementedError as error:  # of some types on the CPU
+            pytest.skip(str(error))
+        found = untouched_peak(model, (x,), {}, grad)
+    assert found is not None and measured <= with_margin(found)
+
+
+class Block(nn.Module):
+    """Attention and an MLP, with what surrounds them: nothing here is cut with a gain in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.read, self.write = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.mlp = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.read(self.norm(x)).view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
+        scores = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, -1)
+        x = x + self.write((scores @ v).transpose(1, 2).reshape(x.shape))
+        return x + self.mlp(x)
+
+
+def test_a_step_of_training_takes_no_more_than_untouched() -> None:
+    """The network is called as it is: the very bytes, and the numbers, with gradients of gradients."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(), Block()), torch.randn(2, 96, 32, requires_grad=True)
+    small = ranger_nn.regionalize(model)
+    plan = small.plan_for(x)
+    assert plan.sweeps == () and "as it is" in plan.whole[0]
+    untouched = used(model, x, True)
+    assert used(small, x, True) == untouched <= plan.projected <= 1.1 * untouched
+    (first,) = torch.autograd.grad(small(x).sum(), x, create_graph=True)
+    (wanted,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    torch.testing.assert_close(first, wanted, rtol=0, atol=0)
+    assert "as it is" in str(plan)
+
+
+def test_a_budget_of_what_it_takes_untouched_is_enough() -> None:
+    """And one byte less is refused, or met by a plan."""
+    model, x = nn.Sequential(Block(), Block()), torch.randn(2, 96, 32, requires_grad=True)
+    projected = ranger_nn.plan(model, x, training=True).projected
+    assert ranger_nn.regionalize(model, projected).plan_for(x).projected <= projected
+    with pytest.raises(errors.BudgetError) as error:
+        ranger_nn.plan(model, x, 1000, training=True)
+    assert (error.value.least or 0) <= projected
+
+
+def test_nothing_is_left_behind() -> None:
+    """Generators, running statistics, gradients and the modules' fields are as before."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 36, 5))
+    x = torch.randn(2, 3, 8, 8)
+    before, state = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
+    fields = [dict(m.__dict__) for m in model.modules()]
+    assert untouched_peak(model, (x,), {}, True)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert fields == [dict(m.__dict__) for m in model.modules()]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_where_it_cannot_be_told() -> None:
+    """A kernel that is a network inside, a tensor that no module registers, a regional module inside."""
+    fast = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    with torch.no_grad():
+        assert untouched_peak(fast, (torch.randn(2, 8, 16),), {}, False) is None
+
+    class Prompt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.given = [torch.randn(8, requires_grad=True)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.given[0]
+
+    prompt = Prompt()
+    assert untouched_peak(prompt, (torch.randn(2, 8),), {}, True) is None
+    assert prompt.given[0].grad is None
+    inside = nn.Sequential(ranger_nn.regionalize(nn.Conv2d(3, 3, 3)))
+    assert untouched_peak(inside, (torch.randn(1, 3, 8, 8),), {}, False) is None
