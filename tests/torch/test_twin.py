@@ -89,7 +89,7 @@ def test_nothing_stays_behind() -> None:
     model.conv.register_forward_hook(hook)
     model.conv.register_forward_hook(lambda module, args, y: gathered.append(y))
     fields = set(model.__dict__)
-    ranger_nn.regionalize(model)(torch.rand(1, 3, 8, 8))
+    ranger_nn.regionalize(model, regions=(4,))(torch.rand(1, 3, 8, 8))
     assert set(model.__dict__) == fields
     assert not model.seen
     assert not gathered
@@ -140,7 +140,7 @@ def test_other_threads_see_no_capture() -> None:
             return x * (2 if torch.compiler.is_exporting() else 3)
 
     x = torch.ones(1, 3, 8, 8)
-    assert torch.equal(ranger_nn.regionalize(Looked())(x), 2 * x)
+    assert torch.equal(ranger_nn.regionalize(Looked(), regions=(4,))(x), 2 * x)
     assert set(found) == {(True, True, False, False, float, torch.backends.mkldnn.enabled, Tensor)}
 
 

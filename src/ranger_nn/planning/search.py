@@ -41,8 +41,8 @@ MARGIN = 1.02
 SEARCH_WORK = 70_000
 """Instructions that one search may write: bounds the planning time, the same on every machine."""
 LOOSER = 1.5
-"""Where no memory is stated: times the bytes of one region that the network as it is may be said to need, and is called.
-It is as fast as it can be, and takes less than is said of it: what convolutions take is a bound for all of their kernels.
+"""In training, where no memory is stated: times the bytes of one region that the network as it is may be said to need, and is
+called. It runs nothing twice, and takes less than is said of it: what convolutions take is a bound for all of their kernels.
 """
 COARSE_SLACK = 1.5
 """Times the budget that a candidate on few steps may need to be tried on more."""
@@ -491,7 +491,7 @@ def make_plan(
     one = best is not cut or (best.schedule.steps <= 1 and set(best.schedule.tiles) <= {1})
     told = untouched_peak() if training or one or not fits else None
     untouched = min(FOREVER if told is None else told, max(whole.peak, _saved(graph) if training else 0))
-    looser = LOOSER if one and options.allowed is None else 1.0
+    looser = LOOSER if one and training and options.allowed is None else 1.0
     as_it_is = told is not None and options.free and with_margin(told) <= looser * projected
     if as_it_is:
         best, projected = replace(whole, schedule=Schedule(0, (1,) * len(axes))), with_margin(told or 0)

@@ -58,7 +58,19 @@ _SCALARS = {
 _SIGNATURE = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _END = object()
 """After the last of what a container or an object holds; in the place of what is not there."""
-_LIBRARY = {*sys.stdlib_module_names, "torch", "numpy", "functorch", "torchgen", "triton", "sympy", "ranger_nn"}
+_LIBRARY = {
+    *sys.stdlib_module_names,
+    *("torch", "numpy", "functorch", "torchgen", "triton", "sympy", "ranger_nn"),
+    *(
+        "hypothesis",
+        "pytest",
+        "_pytest",
+        "pluggy",
+        "IPython",
+        "ipykernel",
+        "matplotlib",
+    ),  # around networks, not of them
+}
 """Code of these is not the user's: its globals are not looked at."""
 _OPAQUE = {
     *("torch", "numpy", "builtins", "threading", "_thread", "multiprocessing", "asyncio", "logging", "concurrent"),

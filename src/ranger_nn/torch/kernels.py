@@ -528,13 +528,35 @@ class Opaque(Kernel):
 
 
 class Attention(Opaque):
-    """Scaled dot-product attention: the CPU kernel works in blocks of queries and keys."""
+    """Scaled dot-product attention: the CPU kernel works in blocks of queries and keys; what it does not take is formed.
+
+    All scores are: with dropout, with a mask that is trained, with heads of two sizes or of no usual rank
+    (`sdp_utils_cpp.h` of ATen). Fitted to `ranger_nn.measure` on PyTorch 2.13.
+    """
+
+    def __init__(self, function: Any, *, drops: bool = False, trained: bool = False) -> None:
+        """`drops`: with dropout; `trained`: the mask takes a gradient."""
+        super().__init__(function)
+        self.drops, self.trained = drops, trained
+
+    def _forms(self, at: Extent) -> bool:
+        queries, _, values = (r.box for r in at.reads[:3])
+        return self.drops or self.trained or len(queries) != 4 or lengths(queries)[-1] != lengths(values)[-1]
+
+    def _formed(self, at: Extent, times: int) -> int:
+        """So many matrices of scores (in 16 bits computed in 32, and cast), and scaled copies of the inputs."""
+        queries, keys = (lengths(r.box) for r in at.reads[:2])
+        scores = prod(queries[:-1]) * keys[-2] * self.itemsize
+        wide = 1 if self.itemsize >= 4 else 2
+        return (times * wide + wide - 1) * scores + 3 * wide * sum(at.in_bytes[:3])
 
     def scratch(self, at: Extent) -> int:
         """Blocks of scores for each thread, their sums, and a mask in numbers; copies too where that kernel may not run."""
-        queries, keys, values = (r.box for r in at.reads[:3])
-        if self.itemsize != 4 or len(queries) != 4 or lengths(queries)[-1] != lengths(values)[-1]:
-            return sum(at.in_bytes) + self._blocks(queries, keys)
+        queries, keys, _ = (r.box for r in at.reads[:3])
+        if self._forms(at):
+            return self._formed(at, 2 + self.drops + (len(at.reads) > 3))
+        if self.itemsize != 4:
+            return sum(at.in_bytes) + sum(at.in_bytes[3:]) * self.itemsize + self._blocks(queries, keys)
         sums = at.out_bytes // max(1, lengths(queries)[-1])
         return sums + sum(at.in_bytes[3:]) * self.itemsize + self._blocks(queries, keys)
 
@@ -547,6 +569,8 @@ class Attention(Opaque):
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward's result and its blocks, and those of backward."""
+        if self._forms(at):
+            return 2 * at.out_bytes + self._formed(at, 3 + 2 * self.drops + (len(at.reads) > 4))
         return 2 * at.out_bytes + 2 * sum(at.in_bytes) + 2 * self._backward_blocks(at.reads[0].box, at.reads[1].box)
 
     def _backward_blocks(self, queries: Box, keys: Box) -> int:

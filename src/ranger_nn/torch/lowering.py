@@ -169,7 +169,7 @@ def _empty(op: Operator) -> bool:
     return op.name not in NORMS and any(0 in shape for shape in shapes)
 
 
-def _whole(op: Operator, reason: str) -> Any:
+def _whole(op: Operator, reason: str, **attention: bool) -> Any:
     function, inputs = op.call()
     random = _draws(op) and op.name not in RECURRENT
     if random and any(op.lower.values[i].differentiable for i in inputs):
@@ -184,7 +184,7 @@ def _whole(op: Operator, reason: str) -> Any:
         inputs,
         like,
         opaque(shapes, reason),
-        K.Opaque(function),
+        K.Attention(function, **attention) if attention else K.Opaque(function),
         random=random,
         differentiable=not random,
         macs=_guess_macs(op, shapes),
@@ -668,12 +668,15 @@ RULES["einsum"], RULES["bilinear"] = lower_einsum, lower_bilinear
 
 @rule("scaled_dot_product_attention")
 def _attention(op: Operator) -> Any:
-    if op.arg("is_causal") or op.arg("dropout_p", 0.0):
-        return None
+    mask = op.arg("attn_mask")
+    trained = isinstance(mask, int) and op.lower.values[mask].differentiable
+    drops = bool(op.arg("dropout_p", 0.0))
+    if op.arg("is_causal") or drops:
+        return _whole(op, "this form of scaled_dot_product_attention has no region rule", drops=drops, trained=trained)
     function, inputs = op.call()
     shapes = [op.shape(i) for i in inputs]
     macs = prod(op.out) * shapes[1][-2] * 2
-    return op.emit(inputs, contraction.attention(shapes, op.out), K.Attention(function), macs=macs)
+    return op.emit(inputs, contraction.attention(shapes, op.out), K.Attention(function, trained=trained), macs=macs)
 
 
 @rule("embedding")

@@ -138,7 +138,8 @@ def plan(
     options = Options.checked(parse_memory(memory), regions, schedule)
     args = example_inputs(model, x, training)
     captured = capture(model, args, grad=training)
-    return make_plan(captured.graph, options, training, lambda: untouched_peak(model, args, {}, training)).plan
+    untouched = partial(untouched_peak, model, args, {}, training, captured.graph)
+    return make_plan(captured.graph, options, training, untouched).plan
 
 
 def example_inputs(model: nn.Module, x: Any, grad: bool = False) -> tuple[Any, ...]:
@@ -270,7 +271,7 @@ class Regional(nn.Module):
             check_gradient_hooks(self.module)
         args, kwargs = pytree.tree_unflatten([stand_in(x, grad) for x in leaves], spec)
         captured = capture(self.module, args, kwargs, grad=grad)
-        untouched = partial(untouched_peak, self.module, args, kwargs, grad)
+        untouched = partial(untouched_peak, self.module, args, kwargs, grad, captured.graph)
         planned = make_plan(captured.graph, self._options, grad, untouched)
         engine = TorchEngine(planned.graph, device, captured.strides)
         backward = bind(planned.backward.instructions, engine) if planned.backward is not None else None

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ranger_nn.core.graph import Graph
 from ranger_nn.torch.alone import alone
 from ranger_nn.torch.kernels import packed
+from ranger_nn.torch.kernels_recurrent import FUNCTIONS
 from ranger_nn.torch.twin import Twin
 from ranger_nn.torch.workspace import Convolved
 
@@ -43,16 +45,22 @@ PLAIN = {
 """Operators that write their results and take nothing beside them (a few bytes for each thread aside)."""
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot"}
 """Products copy those of their operands that do not lie in order of rows or of columns."""
+MOST = 2000
+"""Operators of a graph that is looked at: a second or two."""
 HIDDEN = {"_transformer_encoder_layer_fwd", "_native_multi_head_attention", "mkldnn_rnn_layer", "_thnn_fused_lstm_cell"}
 """Operators that are whole networks inside: nothing is said of what they take."""
 
 
-def untouched_peak(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool) -> int | None:
+def untouched_peak(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: bool, graph: Graph | None = None
+) -> int | None:
     """Bytes that a call of the untouched module takes at most, forward and (`grad`) backward, outputs not counted.
 
     None where it cannot be told: an operator that hides a network, a device other than the CPU, a regional module inside
-    (its plan is of its own), a forward that does not run without numbers.
+    (its plan is of its own), a forward that does not run without numbers, more than `MOST` operators in its `graph`, or a recurrence, which is a loop over steps.
     """
+    if graph is not None and (len(graph.nodes) > MOST or any(node.op in FUNCTIONS for node in graph.nodes)):
+        return None
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if any(x.device.type != "cpu" for x in tensors) or any(hasattr(m, "NOT_IN_TWINS") for m in model.modules()):
         return None
