@@ -195,12 +195,8 @@ def in_one(plan: Plan, cut: Plan, as_it_is: bool) -> Plan:
 
     `as_it_is`: the network is called itself, and no region is made.
     """
-    if not cut.axes:
-        said, rest = cut.whole[:1], cut.whole[1:]
-    else:
-        less = "the network as it is, which is called" if as_it_is else "one region"
-        said, rest = (f"everything: no plan by regions needs less than {less}",), cut.whole
-    found = replace(plan, whole=(*said, *rest), uncut=cut.uncut)
+    said = ("everything: the network is called as it is, and needs no more than by regions",) if as_it_is else ()
+    found = replace(plan, whole=(*said, *cut.whole), uncut=cut.uncut)
     return replace(found, sweeps=(), timeline=(plan.projected,), extra_macs=0.0, again=()) if as_it_is else found
 
 
