@@ -70,6 +70,7 @@ def work_of(net: nn.Module, x: Tensor, training: bool) -> Callable[[], Tensor]:
             y = leaves(net(x))[0]
         if training:
             net.zero_grad(set_to_none=True)
+            x.grad = None
             y.backward(weights)
         return y.detach()
 

@@ -5,8 +5,6 @@ RANGER_EXAMPLES sets the number of random cases, RANGER_SEED the first of them, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,29 +13,8 @@ import ranger_nn
 from ranger_nn import errors
 from ranger_nn.planning.search import with_margin
 from ranger_nn.torch.untouched import untouched_peak
-from tests.memory.test_promise import peak
+from tests.memory.test_promise import peak, work_of
 from tests.memory.test_random import cases, draw
-from tests.support import leaves
-
-
-def used(model: Any, x: Tensor, grad: bool) -> int:
-    """Bytes of a call of `model`, and of backward; the result is left out, and its gradient was there before."""
-    with torch.no_grad():
-        weights = torch.ones_like(leaves(model(x))[0])
-
-    def work() -> Tensor:
-        with torch.set_grad_enabled(grad):
-            y = leaves(model(x))[0]
-        if grad and y.requires_grad:
-            model.zero_grad(set_to_none=True)
-            x.grad = None
-            y.backward(weights)
-        return y.detach()
-
-    work()
-    model.zero_grad(set_to_none=True)
-    x.grad = None
-    return peak(work)
 
 
 @pytest.mark.parametrize("seed", cases())
@@ -49,7 +26,7 @@ def test_of_random_layers(seed: int) -> None:
     grad = case.mode != "inference" and (x.requires_grad or any(p.requires_grad for p in model.parameters()))
     with case.context():
         try:
-            measured = used(model, x, grad)
+            measured = peak(work_of(model, x, grad))
         except NotImplementedError as error:  # of some types on the CPU
             pytest.skip(str(error))
         found = untouched_peak(model, (x,), {}, grad)
@@ -78,8 +55,8 @@ def test_a_step_of_training_takes_no_more_than_untouched() -> None:
     small = ranger_nn.regionalize(model)
     plan = small.plan_for(x)
     assert plan.sweeps == () and "as it is" in plan.whole[0]
-    untouched = used(model, x, True)
-    assert used(small, x, True) == untouched <= plan.projected <= 1.1 * untouched
+    untouched = peak(work_of(model, x, True))
+    assert peak(work_of(small, x, True)) == untouched <= plan.projected <= 1.1 * untouched
     (first,) = torch.autograd.grad(small(x).sum(), x, create_graph=True)
     (wanted,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     torch.testing.assert_close(first, wanted, rtol=0, atol=0)

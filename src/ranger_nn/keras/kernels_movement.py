@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 from keras import ops
 
 from ranger_nn.core.reach import Link, Reach
 from ranger_nn.keras.kernels import Kernel, Local
-from ranger_nn.keras.kernels_window import inside, pad
+from ranger_nn.keras.kernels_window import inside, on_torch, pad
 from ranger_nn.ops.movement import Group, inner, leading
 
 Ints = tuple[int, ...]
@@ -240,13 +239,13 @@ class Resize(Kernel):
         """On PyTorch the input and the result in its own order, the input resized along the other dimension, both neighbours
         of each row and their difference.
         """
-        if keras.backend.backend() != "torch":
+        if not on_torch():
             return 0
         return in_bytes[0] + 2 * self._between(in_bytes[0]) + (4 if self.linear else 2) * out_bytes
 
     def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """On PyTorch a gradient of the input resized along the other dimension, and of each neighbour."""
-        if keras.backend.backend() != "torch":
+        if not on_torch():
             return 0
         return self._between(in_bytes[0]) + 2 * out_bytes
 

@@ -82,7 +82,8 @@ def _shares(side: Side) -> np.ndarray:
     return side.kernel / np.maximum(inside, 1)
 
 
-def _on_torch() -> bool:
+def on_torch() -> bool:
+    """Whether Keras runs on PyTorch."""
     return bool(keras.backend.backend() == "torch")
 
 
@@ -110,11 +111,11 @@ class Window(Kernel):
 
     def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """The padded input, and as much again where the back end reorders it; PyTorch's maxima come with indices."""
-        return 2 * in_bytes[0] + 2 * sum(in_bytes[1:]) + (2 * out_bytes if _on_torch() else 0)
+        return 2 * in_bytes[0] + 2 * sum(in_bytes[1:]) + (2 * out_bytes if on_torch() else 0)
 
     def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """On PyTorch the indices of maxima, in 64 bits, and the padded input."""
-        return 2 * out_bytes + in_bytes[0] if _on_torch() else 0
+        return 2 * out_bytes + in_bytes[0] if on_torch() else 0
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Columns:
 
     def bytes(self, out_bytes: int, in_bytes: int) -> int:
         """Bytes of columns of one call."""
-        return int(self.share * out_bytes) if in_bytes <= self.most and _on_torch() else 0
+        return int(self.share * out_bytes) if in_bytes <= self.most and on_torch() else 0
 
 
 class Convolution(Window):
@@ -170,7 +171,7 @@ class Convolution(Window):
 
     def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """On PyTorch the input in order, padded where its padding is uneven."""
-        return in_bytes[0] if _on_torch() else 0
+        return in_bytes[0] if on_torch() else 0
 
 
 class AveragePool(Window):
@@ -252,4 +253,4 @@ class Transposed(Kernel):
 
     def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """On PyTorch the input in order, and the result before it is cropped."""
-        return in_bytes[0] + out_bytes if _on_torch() else 0
+        return in_bytes[0] + out_bytes if on_torch() else 0

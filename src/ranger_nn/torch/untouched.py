@@ -57,7 +57,8 @@ def untouched_peak(
     """Bytes that a call of the untouched module takes at most, forward and (`grad`) backward, outputs not counted.
 
     None where it cannot be told: an operator that hides a network, a device other than the CPU, a regional module inside
-    (its plan is of its own), a forward that does not run without numbers, more than `MOST` operators in its `graph`, or a recurrence, which is a loop over steps.
+    (its plan is of its own), a forward that does not run without numbers, more than `MOST` operators in its `graph`, or a
+    recurrence, which is a loop over steps.
     """
     if graph is not None and (len(graph.nodes) > MOST or any(node.op in FUNCTIONS for node in graph.nodes)):
         return None
@@ -132,7 +133,6 @@ class _Used(TorchDispatchMode):
     def __init__(self, known: Any) -> None:
         """`known`: tensors that the caller owns."""
         super().__init__()
-        self._sizes: dict[int, int] = {}
         self._events: list[tuple[int, int]] = []
         self._left_out: set[int] = set()
         self._next = 0
