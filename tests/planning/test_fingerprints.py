@@ -99,27 +99,25 @@ def _box(by: int, longer: int) -> Damage:
     return damage
 
 
-def _leave_out(*ops: str) -> Damage:
+def _of(ops: tuple[str, ...], change: Callable[[list[Instruction], Instruction], None]) -> Damage:
+    """`change` to one of the instructions `ops`."""
+
     def damage(p: Program, r: random.Random) -> bool:
         i = _pick(p, r, lambda i: i.op in ops)
         if i is None:
             return False
-        p.instructions.remove(i)
+        change(p.instructions, i)
         return True
 
     return damage
+
+
+def _leave_out(*ops: str) -> Damage:
+    return _of(ops, lambda instructions, i: instructions.remove(i))
 
 
 def _twice(*ops: str) -> Damage:
-    def damage(p: Program, r: random.Random) -> bool:
-        i = _pick(p, r, lambda i: i.op in ops)
-        if i is None:
-            return False
-        again = replace(i, frees=[])
-        p.instructions.insert(p.instructions.index(i), again)
-        return True
-
-    return damage
+    return _of(ops, lambda instructions, i: instructions.insert(instructions.index(i), replace(i, frees=[])))
 
 
 def _freed_early(p: Program, r: random.Random) -> bool:
