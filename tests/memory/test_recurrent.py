@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import ranger_nn
 from tests.memory.test_promise import CLOSE, WORKSPACE, peak, work_of
+from tests.memory.test_random import EXAMPLES, SEED, Case, measured_and_plan
 from tests.nets import Tagger
 
 STEPS, BATCH, WIDTH = 1024, 8, 64
@@ -80,3 +82,45 @@ def test_memory_grows_as_the_root_of_time() -> None:
             ranger_nn.plan(model, (steps, BATCH, WIDTH), training=True, memory=1)
         least.append(error.value.least)
     assert 1.5 * least[0] < least[1] < 2.3 * least[0]
+
+
+def draw(seed: int) -> Case:
+    """A recurrent network of any kind, type, size and way of use."""
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    kind: Any = r.choice([nn.LSTM, nn.GRU, nn.RNN])
+    features, hidden = r.choice([1, 3, 16, 20, 50, 64, 96, 130, 256]), r.choice([1, 4, 16, 24, 50, 64, 100, 128, 256])
+    samples, steps = r.choice([1, 1, 2, 5, 8, 32]), r.choice([1, 7, 64, 200, 600])
+    options: dict[str, Any] = {
+        "num_layers": r.choice([1, 1, 2, 3]),
+        "bidirectional": r.random() < 0.3,
+        "batch_first": r.random() < 0.5,
+        "bias": r.random() < 0.8,
+    }
+    if kind is nn.LSTM and hidden > 1 and r.random() < 0.25:
+        options["proj_size"] = max(1, hidden // r.choice([2, 4]))
+    if options["num_layers"] > 1 and r.random() < 0.3:
+        options["dropout"] = 0.2
+    if kind is nn.RNN:
+        options["nonlinearity"] = r.choice(["tanh", "relu"])
+    dtype = r.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64, *2 * ["autocast"]])
+    model = Output(kind(features, hidden, **options), last=r.random() < 0.2)
+    mode = r.choice(["inference", "training", "training", "frozen"])
+    model.requires_grad_(mode != "frozen")
+    shape = (samples, steps, features) if options["batch_first"] else (steps, samples, features)
+    share = r.choice((None, 1.0, 0.7, 0.5, 0.3, 0.05))
+    return Case(model if dtype == "autocast" else model.to(dtype), shape, dtype, mode, {}, share)
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + EXAMPLES // 4))
+def test_at_random(seed: int) -> None:
+    """Measured <= projected <= allowed: all kinds, types (autocast too), layers, directions, projections, lengths."""
+    measured, plan = measured_and_plan(draw(seed))
+    assert plan.allowed is None or plan.projected <= plan.allowed
+    assert measured <= plan.projected
+
+
+@pytest.mark.parametrize("seed", [16, 33, 85, 481])
+def test_kinds_that_broke_it(seed: int) -> None:
+    """Weights copied for every step in 16 bits, cast in every step under autocast, a projected state, blocks of masks."""
+    test_at_random(seed)

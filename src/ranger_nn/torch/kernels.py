@@ -594,8 +594,13 @@ class Dropout(Kernel):
         self.p, self.shape, self.dim, self.block = p, shape, dim, block
 
     def scratch(self, at: Extent) -> int:
-        """The mask."""
-        return 2 * at.out_bytes
+        """The mask, and a block of it as it is drawn, whole along all other dimensions."""
+        place = at.out_bytes // max(1, prod(lengths(at.out_box)))
+        return at.out_bytes + self.block * prod(n for d, n in enumerate(self.shape) if d != self.dim) * place
+
+    def vjp_scratch(self, at: Extent) -> int:
+        """The same, and the product that autograd differentiates."""
+        return self.scratch(at) + at.out_bytes + SMALL_TENSORS
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Multiply by the mask of this box."""

@@ -21,13 +21,21 @@ from torch import Tensor
 from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box
 from ranger_nn.ops.recurrence import borders, chunk_length, least_chunk
-from ranger_nn.torch.kernels import SMALL_TENSORS, Kernel, Local, fresh
+from ranger_nn.torch.kernels import SMALL_TENSORS, Kernel, Local, fresh, packed
 
 GATES = {"lstm": 4, "gru": 3}
 FUNCTIONS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 
-FUSED_BYTES = 48 << 10
+FUSED_BYTES = 72 << 10
 """What oneDNN takes besides, whatever the sizes."""
+
+BLOCK = 16
+"""Elements to which oneDNN pads a width, as its vectors are with AVX-512."""
+
+
+def padded(width: int) -> int:
+    """A width as oneDNN lays it out."""
+    return -(-width // BLOCK) * BLOCK
 
 
 class Sizes:
@@ -45,10 +53,10 @@ class Sizes:
         loop = {"lstm": 12, "gru": 11}.get(mode, 3) * hidden + (0 if out == hidden else 2 * out)
         self.saved = max(loop, features + (gates + 1) * hidden)
         if fused:
-            wide = -(-max(features, hidden) // 16) * 16
-            wide += 0 if wide % 256 else 16
+            wide = padded(max(features, hidden))
+            wide += 0 if wide % 256 else BLOCK
             alone = 4 * hidden + 16 if samples == 1 else 0
-            self.forward = 3 * hidden + 2 * wide + alone * (4 // fused)
+            self.forward = 3 * padded(hidden) + 2 * wide + alone * (4 // fused)
             self.saved = (14 * hidden + 6 * wide + 32 + features) * (2 if fused == 4 else 3) // 2
 
 
@@ -70,10 +78,18 @@ class Recurrence(Kernel):
         self.hidden = weights[1][0] // GATES.get(mode, 1)
         self.count, self.weights = len(weights), sum(torch.Size(w).numel() for w in weights)
         self.reverse, self.saves, self.gives, self.fused = False, False, True, False
+        self.cast: torch.dtype | None = None
 
-    def planned(self, itemsize: int, *, reverse: bool, saves: bool, gives: bool, fused: bool) -> Recurrence:
-        """`reverse`: from the last step to the first; `saves`: for backward; `fused`: oneDNN runs it."""
-        self.reverse, self.saves, self.gives, self.fused, self.itemsize = reverse, saves, gives, fused, itemsize
+    def planned(
+        self, given: torch.dtype, cast: torch.dtype | None, *, reverse: bool, saves: bool, gives: bool, fused: bool
+    ) -> Recurrence:
+        """`given`: the input's type, `cast`: autocast's; `reverse`: from the last step to the first; `saves`: for backward;
+        `fused`: oneDNN runs it.
+        """
+        self.reverse, self.saves, self.gives, self.fused, self.cast = reverse, saves, gives, fused, cast
+        self.input_size = given.itemsize
+        self.itemsize = itemsize = 4 if cast else self.input_size  # some of it stays in 32 bits
+        self.computes = cast or given
         self.sizes = Sizes(self.mode, self.features, self.hidden, self.out, self.samples, itemsize if fused else 0)
         self.members = max(1, self.sizes.saved // self.out)
         one = self.samples * itemsize
@@ -108,12 +124,24 @@ class Recurrence(Kernel):
         return [(steps - a - n, n) for a, n in spans] if self.reverse else spans
 
     def _call(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-        """PyTorch's operator on one chunk: y and the state behind it."""
+        """PyTorch's operator on one chunk: y and the state behind it.
+
+        Its loop multiplies by weights once for all steps, and once in each. In 16 bits that copies the weights for every
+        step where the input is not in order, and autocast casts them in every step where they need no gradient: here the
+        input is put in order, and the weights are cast once.
+        """
         function: Any = FUNCTIONS[self.mode]
         before = tuple(states) if self.states > 1 else states[0]
         x = x.flip(self.time) if self.reverse else x
+        batch_first = self.time == 1
+        if batch_first and not self.fused:
+            x = x.transpose(0, 1).flatten().view(x.shape[1], x.shape[0], x.shape[2])  # strides of length 1 as well
+        if torch.is_autocast_enabled(x.device.type):
+            cast = torch.get_autocast_dtype(x.device.type)
+            weights = [w.to(cast) if w.dtype == torch.float32 else w for w in weights]
         train = torch.is_grad_enabled()
-        y, *after = function(x, before, weights, self.biases, 1, 0.0, train, False, self.time == 1)
+        y, *after = function(x, before, weights, self.biases, 1, 0.0, train, False, batch_first and self.fused)
+        y = y.transpose(0, 1) if batch_first and not self.fused else y
         return [y.flip(self.time) if self.reverse else y, *after]
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
@@ -214,16 +242,38 @@ class Recurrence(Kernel):
         steps = at.out_box[self.time][1] - at.out_box[self.time][0] if self.gives else self.steps
         result = self.out if steps <= self.chunk and self.gives else 0  # one chunk: its output is the node's
         copies = max(self.features, self.out) * (int(self.time == 1) + int(self.reverse))
-        one = self.samples * (self.sizes.forward - result + copies) * self.itemsize
+        one = self.samples * ((self.sizes.forward + copies) * self.itemsize + self._casts - result * self.input_size)
         return min(self.chunk, steps) * one + self._reordered(1)
 
     def vjp_scratch(self, at: Extent) -> int:
         """What autograd saves of a chunk, copies of what is not in order, and the weights' gradients of a chunk."""
         copies = (self.features + self.out) * (int(self.time == 1) + 2 * int(self.reverse))
-        one = self.samples * (self.sizes.saved + copies) * self.itemsize
+        copies += self.features if self.chunk < self.steps else 0  # the gradient of a chunk, before it is put in place
+        one = self.samples * ((self.sizes.saved + copies) * self.itemsize + 3 * self._casts)
         return min(self.chunk, self.steps) * one + self._reordered(2)
 
+    @property
+    def _casts(self) -> int:
+        """Bytes of one step of one sample's input in autocast's type."""
+        return self.features * self.cast.itemsize if self.cast else 0
+
     def _reordered(self, times: int) -> int:
-        """Weights: as oneDNN wants them, and gradients; with the few vectors that do not grow with time."""
-        own = times * (self.weights * self.itemsize + 8 * self.samples * self.hidden * self.itemsize) + SMALL_TENSORS
-        return own + (self.weights * self.itemsize + times * FUSED_BYTES if self.fused else 0)
+        """Weights: as oneDNN wants them, cast, and gradients; with the few vectors that do not grow with time.
+
+        oneDNN sums the gradients of weights in 32 bits, whatever their type; a chunk's are added to those before it.
+        """
+        wide = max(4, self.itemsize) if self.fused and times > 1 else self.itemsize
+        own = times * (self.weights * wide + 8 * self.samples * self.hidden * self.itemsize) + SMALL_TENSORS
+        blocks = 4 * padded(self.hidden) * (padded(self.features) + padded(self.hidden)) * wide
+        own += max(blocks, self.weights * wide) + times * FUSED_BYTES if self.fused else 0
+        own += times * self.weights * self.cast.itemsize if self.cast else 0
+        own += self.weights * self.itemsize if times > 1 and self.chunk < self.steps else 0
+        own += self.weights * self.itemsize if times > 1 and not self.biases else 0  # the product's copy
+        return own + self._packed
+
+    @property
+    def _packed(self) -> int:
+        """Blocks of the factors of a product in 16 bits."""
+        rows, wide = self.chunk * self.samples, GATES.get(self.mode, 1) * self.hidden
+        sides = max(self.features, self.out, wide)
+        return max(packed(rows, sides, sides, self.computes), packed(wide, sides, rows, self.computes, gradient=True))

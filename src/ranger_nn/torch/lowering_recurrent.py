@@ -20,7 +20,9 @@ from torch import Tensor
 from ranger_nn.ops import movement
 from ranger_nn.ops.recurrence import borders, carried, in_chunks
 from ranger_nn.torch import kernels_movement as M
+from ranger_nn.torch.identity import autocast_dtype
 from ranger_nn.torch.kernels_recurrent import Recurrence
+from ranger_nn.torch.workspace import available
 
 if TYPE_CHECKING:
     from ranger_nn.torch.lowering import Operator
@@ -84,7 +86,8 @@ class _Layers:
         saves = trains and any(lower.values[v].differentiable for v in inputs)
         kernel = Recurrence(self.op.name, shape, self.time, [lower.shape(w) for w in weights], self.biases, out)
         kernel.planned(
-            lower.values[x].itemsize,
+            getattr(torch, lower.values[x].dtype),
+            autocast_dtype(self.op.like[0].device),
             reverse=way == 1,
             saves=saves,
             gives=gives or not (trains or way),
@@ -108,10 +111,9 @@ class _Layers:
 
     def _fused(self, kernel: Recurrence) -> bool:
         """Whether oneDNN runs this layer: PyTorch's own condition."""
-        dtype = self.op.like[0].dtype
-        narrow = dtype in (torch.float32, torch.bfloat16, torch.float16)
+        like = self.op.like[0]
         plain = kernel.mode == "lstm" and kernel.out == kernel.hidden
-        return bool(plain and narrow and self.op.like[0].device.type == "cpu" and torch.backends.mkldnn.enabled)
+        return plain and like.device.type == "cpu" and available(like.dtype)
 
     def _state(self, h: int, index: int) -> int:
         """Layer and direction `index` of the states before the first step."""
@@ -136,4 +138,4 @@ class _Layers:
         from ranger_nn.torch.lowering import emit_dropout
 
         like = torch.empty(self.made.shape(x), dtype=getattr(torch, self.made.values[x].dtype), device="meta")
-        return emit_dropout(self.made, x, self.dropout, like, self.time, MASK_STEPS)
+        return emit_dropout(self.made, x, self.dropout, like, self.time, min(MASK_STEPS, like.shape[self.time]))

@@ -31,11 +31,12 @@ def _shapes(name: str) -> Callable[..., tuple[Tensor, ...]]:
         bidirectional: bool,
         batch_first: bool,
         dtype: torch.dtype,
+        cell: torch.dtype,
     ) -> tuple[Tensor, ...]:
         states: list[Tensor] = [hx] if isinstance(hx, Tensor) else list(hx)
         width = states[0].shape[-1] * (2 if bidirectional else 1)
         y = input.new_empty((*input.shape[:2], width), dtype=dtype)
-        return (y, *(torch.empty_like(h, dtype=dtype) for h in states))
+        return (y, *(torch.empty_like(h, dtype=d) for h, d in zip(states, (dtype, cell), strict=False)))
 
     return fake
 
@@ -43,19 +44,23 @@ def _shapes(name: str) -> Callable[..., tuple[Tensor, ...]]:
 for _name in NAMES:
     _LIBRARY.define(
         f"{_name}(Tensor input, {_STATES.get(_name, 'Tensor hx')}, Tensor[] params, bool has_biases, int num_layers, "
-        "float dropout, bool train, bool bidirectional, bool batch_first, ScalarType dtype) -> "
+        "float dropout, bool train, bool bidirectional, bool batch_first, ScalarType dtype, ScalarType cell) -> "
         + ("(Tensor, Tensor, Tensor)" if _name == "lstm" else "(Tensor, Tensor)")
     )
     torch.library.register_fake(f"ranger_nn::{_name}", _shapes(_name), lib=_LIBRARY)
 
 
 class whole_recurrences(TorchFunctionMode):  # noqa: N801 (used as a function)
-    """Context: `torch.lstm` and the like become `ranger_nn::lstm`, in the dtype that they would give."""
+    """Context: `torch.lstm` and the like become `ranger_nn::lstm`, in the dtypes that they would give.
+
+    `dtype` is that of the output and the hidden state, `cell` that of an LSTM's second state: under autocast they differ
+    where the output is projected.
+    """
 
     def __init__(self) -> None:
         """The dtypes under autocast are found by one step of one unit."""
         super().__init__()
-        self.dtypes: dict[tuple[str, bool, torch.dtype], torch.dtype] = {}
+        self.dtypes: dict[tuple[str, bool, torch.dtype], tuple[torch.dtype, torch.dtype]] = {}
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             for name in NAMES:
                 for projected in (False, True)[: 2 if name == "lstm" else 1]:
@@ -69,11 +74,12 @@ class whole_recurrences(TorchFunctionMode):  # noqa: N801 (used as a function)
             return func(*args, **(kwargs or {}))
         states = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
         projected = len(states) > 1 and states[0].shape[-1] != states[1].shape[-1]
-        dtype = self.dtypes.get((name, projected, args[0].dtype), args[0].dtype)
-        return getattr(torch.ops.ranger_nn, name)(*args, dtype)
+        own = args[0].dtype
+        return getattr(torch.ops.ranger_nn, name)(*args, *self.dtypes.get((name, projected, own), (own, own)))
 
 
-def _given(name: str, projected: bool, dtype: torch.dtype) -> torch.dtype:
+def _given(name: str, projected: bool, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the output and of the last state."""
     device = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
     layer: Any = {
         "lstm": lambda: torch.nn.LSTM(2, 2, proj_size=int(projected), device="meta"),
@@ -83,6 +89,7 @@ def _given(name: str, projected: bool, dtype: torch.dtype) -> torch.dtype:
     }[name]()  # without weights: drawing them would move the caller's random numbers
     try:
         with torch.no_grad():
-            return layer.to_empty(device=device).to(dtype)(torch.zeros(1, 1, 2, dtype=dtype, device=device))[0].dtype
+            y, after = layer.to_empty(device=device).to(dtype)(torch.zeros(1, 1, 2, dtype=dtype, device=device))
     except RuntimeError:  # a dtype that this device does not run: no model does either
-        return dtype
+        return dtype, dtype
+    return y.dtype, (after[-1] if isinstance(after, tuple) else after).dtype
