@@ -32,6 +32,7 @@ from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
 from ranger_nn.torch.aliases import block_of, find_aliases, is_block, op_name, running, written
 from ranger_nn.torch.alone import alone
+from ranger_nn.torch.fast_paths import as_called
 from ranger_nn.torch.folding import Folding
 from ranger_nn.torch.frozen import exported
 from ranger_nn.torch.inplace import (
@@ -276,7 +277,8 @@ def export(
 
     def traced(twin: nn.Module) -> torch.export.ExportedProgram:
         folding.model = twin
-        return torch.export.export(twin, args, kwargs, strict=False)
+        with as_called(twin):
+            return torch.export.export(twin, args, kwargs, strict=False)
 
     try:
         with warnings.catch_warnings(), whole_recurrences(), folding:

@@ -7,6 +7,7 @@ arguments in their place, for as long as it is entered. Nothing but an export ev
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,7 +89,8 @@ def _given(name: str, projected: bool, dtype: torch.dtype) -> tuple[torch.dtype,
         "rnn_relu": lambda: torch.nn.RNN(2, 2, nonlinearity="relu", device="meta"),
     }[name]()  # without weights: drawing them would move the caller's random numbers
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a fallback that the model itself will tell of
             y, after = layer.to_empty(device=device).to(dtype)(torch.zeros(1, 1, 2, dtype=dtype, device=device))
     except RuntimeError:  # a dtype that this device does not run: no model does either
         return dtype, dtype
