@@ -133,7 +133,7 @@ def draw(seed: int) -> Case | None:
             x = made.to("meta")(x)
         except RuntimeError:
             return None
-        if x.numel() > LARGEST:
+        if not 0 < x.numel() <= LARGEST:
             return None
         layers.append(made)
     dtype, mode = r.choice(DTYPES), r.choice(MODES)

@@ -156,7 +156,13 @@ class Resample(Kernel):
 
     def _gathered(self, at: Extent) -> int:
         """A tap, its product and the sum so far, beside what the dimension before gave."""
-        return (3 * at.out_bytes + at.in_bytes[0]) * self._wide
+        lead, box = len(at.out_box) - len(self.axes), at.reads[0].box
+        before, most = at.in_bytes[0], 0
+        for d in range(lead, len(at.out_box)):
+            (a, b), (lo, hi) = at.out_box[d], box[d]
+            after = before * (b - a) // max(1, hi - lo)
+            before, most = after, max(most, before + 3 * after)
+        return most * self._wide
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again and the gradient before the crop."""

@@ -233,7 +233,10 @@ def _window(x: Tensor, dim: int, average: bool) -> Tensor:
     """Sum or maximum along `dim`; of nothing, what a border holds."""
     if average:
         return x.sum(dim, keepdim=True)
-    return x.max(dim, keepdim=True).values if x.shape[dim] else x.sum(dim, keepdim=True) - float("inf")
+    if not x.shape[dim]:
+        return x.sum(dim, keepdim=True) - float("inf")
+    # With indices, which take eight bytes each, where a gradient goes to the first of equals.
+    return x.max(dim, keepdim=True).values if torch.is_grad_enabled() else x.amax(dim, keepdim=True)
 
 
 class AdaptivePooling(Kernel):
@@ -277,16 +280,14 @@ class AdaptivePooling(Kernel):
             for o in range(*out_box[lead + i]):
                 start, stop = o * size // out, -(-(o + 1) * size // out)
                 windows.append((start - base, stop - start))
-            plan.append((lead + i, windows))
+            if size != out:  # else each window is its own place
+                plan.append((lead + i, windows))
         average = self.average
 
         def local(x: Tensor) -> Tensor:
             for dim, windows in reversed(plan):  # of equal ones the first in memory is the maximum
                 pieces = [x.narrow(dim, start, length) for start, length in windows]
-                if average:
-                    x = torch.cat([p.mean(dim, keepdim=True) for p in pieces], dim)
-                else:
-                    x = torch.cat([p.max(dim, keepdim=True).values for p in pieces], dim)
-            return x
+                x = torch.cat([p.mean(dim, True) if average else _window(p, dim, False) for p in pieces], dim)
+            return x if plan else x.clone()
 
         return local
