@@ -295,18 +295,53 @@ HELD: dict[str, tuple[Any, Change]] = {
 @pytest.mark.parametrize("case", HELD)
 @pytest.mark.parametrize("how", ["closure", "partial"])
 def test_what_a_hook_reads_is_another_state(case: str, how: str) -> None:
-    """Through its closure and its arguments; tensors that it gathers are not."""
+    """Through its closure and its arguments."""
     held, change = copy.deepcopy(HELD[case][0]), HELD[case][1]
-    outputs: list[Tensor] = []
-    hook = hooked(held, outputs) if how == "closure" else functools.partial(hooked(outputs), held)
+    hook = hooked(held, []) if how == "closure" else functools.partial(hooked([]), held)
     model, identity = layers(), Identity()
     model[0].register_forward_hook(hook)
     before = identity.of(model)
-    for _ in range(2):
-        outputs.append(torch.rand(1))
-        assert identity.of(model) == before
+    assert identity.of(model) == before
     change(held)
     assert identity.of(model) != before
+
+
+class Steering:
+    """A hook that adds a vector."""
+
+    def __init__(self, vector: Tensor) -> None:
+        self.vector, self.several = vector, [vector]
+
+    def attribute(self, module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        return y + self.vector
+
+    def item(self, module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        return y + self.several[0]
+
+
+@pytest.mark.parametrize("how", ["attribute", "item", "closure"])
+def test_a_vector_that_a_hook_adds_is_rebound(how: str) -> None:
+    """The next call reads the new one."""
+    model, (x,) = layers(), random_inputs(((1, 3, 24, 20),), torch.float32)
+    steer, vector = Steering(torch.ones(1, 1, 1)), torch.ones(1, 1, 1)
+
+    def hook(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+        return y + vector
+
+    model[0].register_forward_hook(hook if how == "closure" else getattr(steer, how))
+    small = ranger_nn.regionalize(model, regions=(11, 13))
+    assert difference(small(x), model(x)) <= 1e-5
+    steer.vector = steer.several[0] = vector = torch.full((1, 1, 1), 5.0)
+    assert difference(small(x), model(x)) <= 1e-5
+
+
+def test_tensors_that_a_hook_gathers_are_not_kept() -> None:
+    """They are looked at, and held weakly."""
+    model, identity, outputs = layers(), Identity(), [torch.rand(1)]
+    model[0].register_forward_hook(hooked([], outputs))
+    identity.of(model)
+    gathered = weakref.ref(outputs.pop())
+    assert gathered() is None
 
 
 def test_more_than_can_be_looked_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

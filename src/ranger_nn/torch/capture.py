@@ -47,6 +47,7 @@ from ranger_nn.torch.inputs import misfit
 from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
 from ranger_nn.torch.layout import result_layout
 from ranger_nn.torch.recurrent_ops import whole_recurrences
+from ranger_nn.torch.tracing import Looking, same_input
 
 SAME = {"alias", "contiguous", "lift_fresh_copy", "lift_fresh", "detach_"}
 
@@ -270,18 +271,18 @@ class Ref:
 
 
 def export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], folding: Folding
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], folding: Folding, grad: bool
 ) -> torch.export.ExportedProgram:
     """`torch.export`, with an error that names the line where it fails."""
     _refuse_cumulative(model)
 
     def traced(twin: nn.Module) -> torch.export.ExportedProgram:
         folding.model = twin
-        with as_called(twin):
+        with as_called(twin), same_input(twin, args, kwargs):
             return torch.export.export(twin, args, kwargs, strict=False)
 
     try:
-        with warnings.catch_warnings(), whole_recurrences(), folding:
+        with warnings.catch_warnings(), Looking(model, grad), whole_recurrences(), folding:
             warnings.simplefilter("ignore")
             return exported(model, traced, folding.very)
     except CaptureError:
@@ -359,7 +360,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     kwargs = kwargs or {}
     with alone():
         folding = Folding(model)
-        program = export(model, args, kwargs, folding)
+        program = export(model, args, kwargs, folding, grad)
         _refuse_data_dependent(model, program.graph_module)
         captured = _lower_program(model, program, Lower(grad), folding)
     return replace(captured, strides=_output_strides(program, captured), folded=list(folding.folded.values()))

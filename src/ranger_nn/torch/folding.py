@@ -60,22 +60,22 @@ class Folding(TorchFunctionMode):
             return func(*args, **kwargs)
         tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         for t in tensors:
-            if _is_real(t):
+            if is_real(t):
                 self.constants.setdefault(_place(t), t)
         if func in NUMBERS and (found := self._known(tensors[0])) is not None and self._holds(found):
             return self._fold(func, found)
-        if tensors and _writes(func, kwargs):
+        if tensors and writes(func, kwargs):
             found = self._known(tensors[0])
             self.changed.update(_name(s) for s in (found.sources if found else ()))
         result = func(*args, **kwargs)
-        if tensors and isinstance(result, (Tensor, list, tuple)) and not _writes(func, kwargs):
+        if tensors and isinstance(result, (Tensor, list, tuple)) and not writes(func, kwargs):
             self._follow(func, args, kwargs, tensors, result)
         return result
 
     def _known(self, t: Tensor) -> Known | None:
         if id(t) in self.known:
             return self.known[id(t)][1]
-        if _is_real(t):
+        if is_real(t):
             return Known(lambda: t, (("constant", t),)) if t.numel() <= LARGEST else None
         for name, real in self.state.items():
             if real.numel() <= LARGEST and real.shape == t.shape and self._present(name) is t:
@@ -125,7 +125,7 @@ def _is_small(t: Any) -> bool:
     return isinstance(t, Tensor) and all(type(n) is int for n in t.shape) and t.numel() <= LARGEST
 
 
-def _is_real(t: Tensor) -> bool:
+def is_real(t: Tensor) -> bool:
     """Neither fake nor a wrapper of tracing."""
     return type(t) in (Tensor, nn.Parameter) and not t.is_meta and not torch._is_functional_tensor(t)
 
@@ -141,7 +141,8 @@ def _name(source: Source) -> Any:
     return source[1] if source[0] == "state" else id(source[1])
 
 
-def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
+def writes(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a function of PyTorch writes into its first argument, by its name."""
     name = getattr(func, "__name__", "")
     augmented = name.startswith("__i") and name.endswith("__") and name not in ("__int__", "__index__", "__invert__")
     return augmented or name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs

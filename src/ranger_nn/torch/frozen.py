@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +21,14 @@ from torch.export import ExportedProgram
 
 from ranger_nn.errors import CaptureError
 from ranger_nn.torch.identity import token
-from ranger_nn.torch.twin import Twin, plain
+from ranger_nn.torch.twin import Twin, inside, plain
 
 _OF_MODULES = frozenset(nn.Module().__dict__)
 """Fields that every module has: forward writes none of them."""
 _DICE = (random._inst, np.random.mtrand._rand)
-Fields = dict[tuple[str, str], Any]
+Key = tuple[str, str | int]
+"""Name of a module and of its field, or what is held elsewhere and its number there."""
+Fields = dict[Key, Any]
 
 
 def exported(
@@ -38,25 +41,33 @@ def exported(
         CaptureError: the program of the next call would be another one.
     """
     twin = Twin(model)
-    before, dice = _fields(twin.module), _dice()
+    before, dice, own = _fields(twin), _dice(), _own_dice(twin)
+    buffers = dict(twin.module.named_buffers())
     program = export(twin.module)
+    if _own_dice(twin) != own:
+        _refuse_own_dice(model, program, export)
     if _dice() != dice:
         _refuse_dice(model, program, export)
-    after = _fields(twin.module)
+    moved = [name for name, b in twin.module.named_buffers() if b is not buffers.get(name)]
+    if moved:
+        raise _memory(twin.module, [("", moved[0])])
+    after = _fields(twin)
     written = [key for key in after if after[key] != before.get(key)]
     if written:
-        _refuse_memory(twin.module, written, program, export)
+        _refuse_memory(twin, written, program, export)
     return twin.restored(program, very)
 
 
-def _fields(model: nn.Module) -> Fields:
-    """Attributes of the modules, as they are now."""
-    return {
+def _fields(twin: Twin) -> Fields:
+    """Attributes of the modules, and what closures and the containers and objects that they hold have in them, as of now."""
+    found = {
         (name, field): _now(value)
-        for name, module in model.named_modules()
+        for name, module in twin.module.named_modules()
         for field, value in module.__dict__.items()
         if field not in _OF_MODULES and field not in getattr(type(module), "NOT_IN_TWINS", ())
     }
+    found.update({(f"a value of {type(x).__name__}", i): _now(x) for i, x in enumerate(twin.held())})
+    return found
 
 
 def _now(x: Any, depth: int = 0) -> Any:
@@ -68,36 +79,42 @@ def _now(x: Any, depth: int = 0) -> Any:
         return [_now(v, depth + 1) for v in x]
     if isinstance(x, (set, frozenset)):
         return set(map(token, x))
+    if isinstance(x, types.CellType):
+        return _now(inside(x), depth + 1)
     if plain(x) and not isinstance(x, nn.Module):
         return _now(x.__dict__, depth + 1)
     return token(x)
 
 
 def _refuse_memory(
-    twin: nn.Module,
-    written: list[tuple[str, str]],
+    twin: Twin,
+    written: list[Key],
     first: ExportedProgram,
     export: Callable[[nn.Module], ExportedProgram],
 ) -> None:
     """The second call: what the first one computed and left is there as a tensor of its own."""
-    modules = dict(twin.named_modules())
-    left: dict[int, tuple[str, str]] = {}
+    modules, held = dict(twin.module.named_modules()), twin.held()
+    left: dict[int, Key] = {}
     for name, field in written:
-        modules[name].__dict__[field] = _solid(modules[name].__dict__[field], (name, field), left)
+        if isinstance(field, int):
+            _solid(held[field], (name, field), left)
+        else:
+            modules[name].__dict__[field] = _solid(modules[name].__dict__[field], (name, field), left)
     before = _fields(twin)
     try:
-        second = export(twin)
+        second = export(twin.module)
     except Exception as error:
-        raise _memory(twin, written) from error
-    if _text(first) == _text(second):
+        raise _memory(twin.module, written) from error
+    read = {left[id(c)] for c in second.constants.values() if id(c) in left}
+    same = _text(first) == _text(second)
+    if same and not read:
         return
     after = _fields(twin)
-    read = {left[id(c)] for c in second.constants.values() if id(c) in left}
     if not read or any(after.get(key) != before[key] for key in read):
-        raise _memory(twin, written)
+        raise _memory(twin.module, written)
 
 
-def _solid(x: Any, key: tuple[str, str], left: dict[int, tuple[str, str]]) -> Any:
+def _solid(x: Any, key: Key, left: dict[int, Key]) -> Any:
     """With tensors in the place of fake ones, which belong to the capture that made them."""
     if isinstance(x, FakeTensor):
         with torch._C._DisableTorchDispatch():
@@ -113,6 +130,9 @@ def _solid(x: Any, key: tuple[str, str], left: dict[int, tuple[str, str]]) -> An
         x[:] = [_solid(v, key, left) for v in x]
     elif type(x) is tuple:
         return tuple(_solid(v, key, left) for v in x)
+    elif isinstance(x, types.CellType):
+        if (held := inside(x)) is not None:
+            x.cell_contents = _solid(held, key, left)
     elif isinstance(getattr(x, "__dict__", None), dict) and plain(x):
         _solid(x.__dict__, key, left)
     return x
@@ -123,8 +143,10 @@ def _text(program: ExportedProgram) -> str:
     return "\n".join(str(m.graph) for m in modules if isinstance(m, torch.fx.GraphModule))
 
 
-def _memory(model: nn.Module, written: list[tuple[str, str]]) -> CaptureError:
-    names = ", ".join(".".join(filter(None, key)) for key in written[:3])
+def _memory(model: nn.Module, written: list[Key]) -> CaptureError:
+    names = ", ".join(
+        name if isinstance(field, int) else ".".join(filter(None, (name, field))) for name, field in written[:3]
+    )
     return CaptureError(
         f"{type(model).__name__} writes {names} in forward and reads it in the next call: a plan, made once, would give the "
         "first call's result each time. Keep it in a buffer (register_buffer) that is updated in place, or pass it as an "
@@ -135,6 +157,26 @@ def _memory(model: nn.Module, written: list[tuple[str, str]]) -> CaptureError:
 def _dice() -> Any:
     state: Any = np.random.get_state()
     return random.getstate(), state[1].tobytes(), state[2]
+
+
+def _own_dice(twin: Twin) -> list[Any]:
+    """States of generators that the model holds."""
+    found: list[Any] = []
+    for x in twin.sources:
+        if isinstance(x, random.Random):
+            found.append(x.getstate())
+        elif isinstance(x, (np.random.Generator, np.random.RandomState)):
+            state = x.bit_generator.state if isinstance(x, np.random.Generator) else x.get_state(legacy=False)
+            found.append(repr(state))
+    return found
+
+
+def _refuse_own_dice(model: nn.Module, first: ExportedProgram, export: Callable[[nn.Module], ExportedProgram]) -> None:
+    if any(m.training for m in model.modules()) or _text(first) != _text(export(Twin(model).module)):
+        raise CaptureError(
+            f"{type(model).__name__} draws from a random generator of Python's or NumPy's that it holds: a plan, made once, "
+            "would repeat the first draw for ever. Draw with torch.rand on tensors, or put the module in eval() mode."
+        )
 
 
 def _refuse_dice(model: nn.Module, first: ExportedProgram, export: Callable[[nn.Module], ExportedProgram]) -> None:

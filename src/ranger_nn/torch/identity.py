@@ -245,8 +245,7 @@ class Walk:
         if kind in _SCALARS:
             self._values.append(token(x))
         elif isinstance(x, Tensor):
-            if not self._hooking:  # what a hook gathers changes nothing
-                self._constant(x)
+            self._constant(x)
         elif isinstance(x, np.generic):
             self._values.append((kind, x.tobytes()))
         else:
@@ -275,11 +274,11 @@ class Walk:
 
     def _fields(self, fields: Any, left_out: Container[str] = ()) -> None:
         if self._hooking:
-            self._reads.append(lambda: [v for v in list(fields.values()) if not _gathered(v)])
+            self._reads.append(lambda: list(map(_weakly, list(fields.values()))))
         else:
             self._mappings.append(fields)
         for name, value in list(fields.items()):
-            if name not in left_out and not (self._hooking and _gathered(value)):
+            if name not in left_out:
                 self._values.append(name)
                 self._any(value)
         self._values.append(_END)
@@ -326,7 +325,7 @@ class Walk:
             self._probe(lambda: _content(alive()))
 
     def _hooks(self, hooks: dict[int, Any]) -> None:
-        """Functions, and all that they reach but tensors: what they gather changes nothing."""
+        """Functions, and all that they reach."""
         self._mappings.append(hooks)
         outer, self._hooking = self._hooking, True
         for hook in list(hooks.values()):
@@ -343,8 +342,7 @@ class Walk:
                 self._values.append(token(base.__getnewargs__(x)))  # type: ignore[union-attr]
         slots = [d for base in cls.__mro__ for d in vars(base).values() if type(d) is types.MemberDescriptorType]
         if slots and _top(cls) != "builtins":
-            self._reads.append(lambda: [v for v in _slots(slots, get()) if not (hooking and _gathered(v))])
-            hooking = self._hooking
+            self._reads.append(lambda: list(map(_weakly, _slots(slots, get()))))
             for value in _slots(slots, x):
                 self._any(value)
         fields = getattr(x, "__dict__", None)
@@ -361,17 +359,16 @@ class Walk:
         if keep:
             (self._dicts if mapping else self._sequences).append(x)
         else:
-            self._reads.append(lambda: [v for v in list(x.values() if mapping else x) if not _gathered(v)])
+            self._reads.append(lambda: list(map(_weakly, list(x.values() if mapping else x))))
         if isinstance(x, (set, frozenset)):
             self._values.append(frozenset(map(token, x)))
             items = [(None, v) for v in x if type(v) not in _SCALARS]
         else:
             items = list(x.items()) if mapping else [(None, v) for v in x]
         for key, value in items:
-            if keep or not _gathered(value):
-                if mapping:
-                    self._any(key)
-                self._any(value)
+            if mapping:
+                self._any(key)
+            self._any(value)
         self._values.append(_END)
         if type(x).__module__ not in ("builtins", "collections"):
             self._object(x)
@@ -406,14 +403,13 @@ class Walk:
     # ---- code -----------------------------------------------------------------------------------------------
 
     def _function(self, x: Any) -> None:
-        cells, hooking = x.__closure__ or (), self._hooking
+        cells = x.__closure__ or ()
         self._values += (_Same(x), _Same(x.__code__))
         self._functions.append(x)
         if cells:
-            self._reads.append(lambda: [v for v in map(_inside, cells) if not (hooking and _gathered(v))])
+            self._reads.append(lambda: list(map(_weakly, map(_inside, cells))))
         for part in (x.__defaults__, x.__kwdefaults__, *map(_inside, cells)):
-            if not (hooking and _gathered(part)):
-                self._any(part)
+            self._any(part)
         if x.__dict__:
             self._fields(x.__dict__)
         else:
@@ -425,11 +421,11 @@ class Walk:
         """What the code names: globals, modules' members, and methods of all classes met."""
         names, hooking = _names(code), self._hooking
         if hooking:
-            self._reads.append(lambda: [v for v in map(known.get, names) if not _gathered(v)])
+            self._reads.append(lambda: list(map(_weakly, map(known.get, names))))
         else:
             self._globals_of.setdefault(id(known), (known, {}))[1].update(dict.fromkeys(names))
         for name in names:
-            if name in known and not (hooking and _gathered(known[name])):
+            if name in known:
                 self._values.append(name)
                 self._any(known[name])
         for name in names:
@@ -556,13 +552,9 @@ def _reference(x: Any) -> Callable[[], Any]:
         return lambda: x
 
 
-def _gathered(x: Any) -> bool:
-    """What a hook writes: tensors, shapes, lists of them, lists that wait for them."""
-    if isinstance(x, (Tensor, torch.Size)):
-        return True
-    if type(x) in (list, collections.deque):
-        return all(map(_gathered, x))
-    return isinstance(x, tuple) and any(isinstance(v, (Tensor, torch.Size)) for v in x)
+def _weakly(x: Any) -> Any:
+    """A tensor by its weak reference, of which there is one as long as it lives: what hooks gather is not kept alive."""
+    return weakref.ref(x) if isinstance(x, Tensor) else x
 
 
 def _slots(slots: list[Any], x: Any) -> list[Any]:

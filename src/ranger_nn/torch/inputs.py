@@ -6,6 +6,7 @@ Enter at `check_model`, `check_call` and `check_gradient_hooks`.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,18 @@ def leaf_key(x: Any, grad: bool) -> Any:
     if not isinstance(x, Tensor):
         return token(x)
     return tuple(x.shape), x.dtype, x.device, grad and x.requires_grad, x.stride()
+
+
+def shared(leaves: Sequence[Any]) -> tuple[int, ...]:
+    """Of each leaf, the first place where the very same tensor is given: forward may ask whether two are one."""
+    places: dict[int, int] = {}
+    return tuple(places.setdefault(id(x), i) if isinstance(x, Tensor) else i for i, x in enumerate(leaves))
+
+
+def stand_ins(leaves: Sequence[Any], grad: bool) -> list[Any]:
+    """Tensors like those of a call, with nothing in them; one that is given twice is one."""
+    made = [stand_in(x, grad) for x in leaves]
+    return [made[i] for i in shared(leaves)]
 
 
 def stand_in(x: Any, grad: bool) -> Any:

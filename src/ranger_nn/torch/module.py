@@ -27,7 +27,16 @@ from ranger_nn.torch.capture import Captured, capture
 from ranger_nn.torch.engine import TorchEngine
 from ranger_nn.torch.function import Run
 from ranger_nn.torch.identity import Identity, autocast_dtype, settings
-from ranger_nn.torch.inputs import check_call, check_gradient_hooks, check_model, example_leaves, leaf_key, stand_in
+from ranger_nn.torch.inputs import (
+    check_call,
+    check_gradient_hooks,
+    check_model,
+    example_leaves,
+    leaf_key,
+    shared,
+    stand_in,
+    stand_ins,
+)
 from ranger_nn.torch.layout import in_strides
 from ranger_nn.torch.recent import Recent
 from ranger_nn.torch.untouched import untouched_peak
@@ -261,7 +270,7 @@ class Regional(nn.Module):
 
     def _planned(self, leaves: list[Any], spec: Any, grad: bool, state: int) -> Ready:
         device = next(x.device for x in leaves if isinstance(x, Tensor))
-        key = (spec, tuple(leaf_key(x, grad) for x in leaves), grad, settings(device), state)
+        key = (spec, tuple(leaf_key(x, grad) for x in leaves), shared(leaves), grad, settings(device), state)
         return self._ready.get_or_make(
             key, lambda: self._make(leaves, spec, grad, device), lambda r: r.current and r.captured.holds(self.module)
         )
@@ -269,7 +278,7 @@ class Regional(nn.Module):
     def _make(self, leaves: list[Any], spec: Any, grad: bool, device: torch.device) -> Ready:
         if grad:
             check_gradient_hooks(self.module)
-        args, kwargs = pytree.tree_unflatten([stand_in(x, grad) for x in leaves], spec)
+        args, kwargs = pytree.tree_unflatten(stand_ins(leaves, grad), spec)
         captured = capture(self.module, args, kwargs, grad=grad)
         untouched = partial(untouched_peak, self.module, args, kwargs, grad, captured.graph)
         planned = make_plan(captured.graph, self._options, grad, untouched)

@@ -54,7 +54,8 @@ class Twin:
     def __init__(self, model: nn.Module) -> None:
         """Copies the tree, no tensor."""
         self._memo: dict[int, Any] = {}
-        self._sources: list[Any] = []  # alive, so that no id is given out again meanwhile
+        self.sources: list[Any] = []
+        """All that was gone through: alive, so that no id is given out again meanwhile."""
         self._true: dict[int, Tensor] = {}
         self._registered = {id(p) for p in model.parameters()}
         self.module: nn.Module = self._of(model)
@@ -63,6 +64,16 @@ class Twin:
         """All of the twin's own, also those that plain lists and closures hold."""
         own = (m for key, m in self._memo.items() if isinstance(m, nn.Module) and id(m) != key)
         return list({id(m): m for m in own}.values())
+
+    def held(self) -> list[Any]:
+        """Its own containers, plain objects, and cells of its own functions."""
+        own = [
+            made
+            for key, made in list(self._memo.items())
+            if id(made) != key and not isinstance(made, (Tensor, nn.Module))
+        ]
+        cells = [cell for made in own if isinstance(made, types.FunctionType) for cell in made.__closure__ or ()]
+        return [*(x for x in own if isinstance(x, (list, dict, set, collections.deque)) or plain(x)), *cells]
 
     def restored(
         self, program: torch.export.ExportedProgram, very: Callable[[Tensor], Tensor]
@@ -87,7 +98,7 @@ class Twin:
 
     def _keep(self, x: Any, made: Any) -> Any:
         self._memo[id(x)] = made
-        self._sources.append(x)
+        self.sources.append(x)
         return made
 
     def _kind(self, x: Any) -> Callable[[Any], Any]:
@@ -193,6 +204,14 @@ class Twin:
         self._keep(x, made)
         made.__dict__.update({name: self._of(value) for name, value in list(x.__dict__.items())})
         return made
+
+
+def inside(cell: types.CellType) -> Any:
+    """What a cell of a closure holds, None where nothing was assigned."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def plain(x: Any) -> bool:

@@ -22,6 +22,7 @@ from ranger_nn.core.graph import Graph
 from ranger_nn.torch.alone import alone
 from ranger_nn.torch.kernels import packed
 from ranger_nn.torch.kernels_recurrent import FUNCTIONS
+from ranger_nn.torch.tracing import Looking
 from ranger_nn.torch.twin import Twin
 from ranger_nn.torch.workspace import Convolved
 
@@ -66,7 +67,7 @@ def untouched_peak(
     if any(x.device.type != "cpu" for x in tensors) or any(hasattr(m, "NOT_IN_TWINS") for m in model.modules()):
         return None
     try:
-        with alone(), torch.random.fork_rng(devices=[]):
+        with alone(), torch.random.fork_rng(devices=[]), Looking(model, grad=False):  # capture has looked at gradients
             return _run(Twin(model).module, args, kwargs, grad)
     except Exception:  # whatever forward and fake tensors do not get on with
         return None
