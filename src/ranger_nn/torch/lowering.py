@@ -131,6 +131,14 @@ class Operator:
             kwargs[name] = value
         return closure(self.lower, self.target, tuple(args), kwargs)[0]
 
+    def in_type(self, v: int, dtype: torch.dtype) -> int:
+        """A value in another type, as autocast and type promotion put it before an operator; itself where it is of it."""
+        if self.lower.values[v].dtype == str(dtype)[6:]:
+            return v
+        shape = self.shape(v)
+        like = torch.empty(shape, dtype=dtype, device="meta")
+        return self.lower.emit("to", [v], like, pointwise([shape], shape), K.Call(lambda x: x.to(dtype)))
+
     def emit(self, inputs: Sequence[int], region: Rule, kernel: K.Kernel, **options: Any) -> Any:
         """Add the node."""
         return self.lower.emit(self.name, inputs, self.like, region, kernel, **options)
@@ -257,10 +265,7 @@ def _identity_like(op: Operator) -> Any:
             alias=0,
             differentiable=False,
         )
-    if op.lower.values[source].dtype == str(op.like.dtype)[6:]:
-        return source
-    dtype = op.like.dtype
-    return op.lower.emit("to", [source], op.like, pointwise([op.shape(source)], op.out), K.Call(lambda x: x.to(dtype)))
+    return op.in_type(source, op.like.dtype)
 
 
 def _dropout(op: Operator, source: int) -> Any:
@@ -431,6 +436,7 @@ def _adaptive(op: Operator) -> Any:
     like = op.like if isinstance(op.like, Tensor) else op.like[0]
     if len(shape) != rank + 2 or (not average and not results_read(op) <= {0}):
         return None
+    x = op.in_type(x, like.dtype)
     out = tuple(int(s) for s in like.shape)
     function, _ = op.call()
     one = function if average else (lambda t: function(t)[0])
@@ -700,12 +706,13 @@ def _cat(op: Operator) -> Any:
     if len(tensors) != len(op.arguments["tensors"]) or any(len(op.shape(t)) != len(op.out) for t in tensors):
         return None
     dim = op.dim("dim", len(op.out))
+    tensors = [op.in_type(t, op.like.dtype) for t in tensors]
     return op.emit(tensors, movement.concatenate([op.shape(t) for t in tensors], dim), M.Concatenate(dim), vjp_reads=())
 
 
 @rule("stack")
 def _stack(op: Operator) -> Any:
-    tensors = [t.index for t in op.arguments["tensors"]]
+    tensors = [op.in_type(t.index, op.like.dtype) for t in op.arguments["tensors"]]
     dim = op.dim("dim", len(op.out))
     return op.emit(
         tensors,
@@ -743,6 +750,7 @@ def _pad(op: Operator) -> Any:
     }[mode]
     if border is not Border.FILL and any(p < 0 for p in pads):
         return None
+    x = op.in_type(x, op.like.dtype)
     if not any(pads):
         return x
     kern = M.Pad(before, shape, op.out, border, float(op.arg("value") or 0.0))
