@@ -72,6 +72,13 @@ class Convolving(Kernel):
         small = self.channels_last and self.on_cpu and called.weights > called.x + called.y
         return plain if small and 2 * (called.x + called.y) + plain.forward() < called.forward() else called
 
+    def _called_back(self, out_box: Box, in_box: Box) -> Convolved:
+        """The same for backward: channels-last, oneDNN makes a block of each channel's weights where it has no kernel."""
+        called = self._called(out_box, in_box)
+        known = set(called.kernel) == {3} and called.dtype == torch.float32 and max(called.dilation) == 1
+        known &= min(called.outer) > 2
+        return called if known or not called.depthwise else replace(called, channels_last=False)
+
     def _sizes(self, out_box: Box, in_box: Box) -> Convolved:
         """Sizes of the call for a region."""
         raise NotImplementedError
@@ -145,7 +152,7 @@ class Convolution(Convolving):
 
     def vjp_scratch(self, at: Extent) -> int:
         """Copies of the input and of the output's gradient where they are not in order, and what backward takes."""
-        called = self._called(at.out_box, at.reads[0].box)
+        called = self._called_back(at.out_box, at.reads[0].box)
         if not at.wanted[1]:  # the input is not read: PyTorch copies what stands in for it, and takes its order
             called = replace(called, channels_last=False)
         copied = self._copied(at) if at.reads[0].parts else called.x
@@ -183,7 +190,7 @@ class Convolution(Convolving):
         stride, dilation, groups, bias = list(self.stride), list(self.dilation), self.groups, self.bias
         generic = super().bind_vjp(out_box, in_boxes, wanted)
         reads_input = wanted[1]
-        called = self._called(out_box, in_boxes[0])
+        called = self._called_back(out_box, in_boxes[0])
         order, back = self._orders(called)
         pull = pull_directly(called) if self._directly(called) else torch.ops.aten.convolution_backward
         zeros, mask = [0] * len(stride), [wanted[0], wanted[1], False]

@@ -145,7 +145,7 @@ class Convolved:
     def blocked(self) -> tuple[int, int, int]:
         """Bytes of input, output and weights with the channels of each group padded to whole blocks."""
         c_in, c_out = self.channels
-        if self.depthwise and len(self.kernel) < 3:  # blocks go across the groups
+        if self.depthwise:  # blocks go across the groups
             up = -(-c_in // BLOCK) * BLOCK
             return self.x * up // c_in, self.y * up // c_out, self.weights * up // c_in
         a, b = (c // self.groups for c in self.channels)
@@ -253,6 +253,7 @@ class Convolved:
             total += (x if wanted[0] else min(x, SMALL)) // self.batch
             total += 0 if self._nhwc() else y + 2 * x
         total += w if self.groups > 1 else 0
+        total += 8 * self.weights if low and self.depthwise else 0
         total += max(
             self._odd("down" if self.transposed else "up") if wanted[0] else 0, self._odd("weights") if wanted[1] else 0
         )
@@ -270,7 +271,8 @@ class Convolved:
         wide = 2 if self.dtype != torch.float32 else 1  # sums in 32 bits
         threads = min(torch.get_num_threads(), self.batch * self.groups)
         columns = max(self.columns, self.back.columns) // self.batch * threads
-        w = self.weights * BLOCK * BLOCK if self.depthwise else w  # each channel as a block of its own
+        if self.depthwise:  # channels-last each channel is a block of its own
+            w = self.weights * BLOCK * (BLOCK if self._nhwc() else 1)
         gradients = what != ("up" if self.transposed else "down")
         weights = w * (1 + gradients * (1 + torch.get_num_threads()))
         return wide * (columns + (1 + gradients) * (x + y) + weights) + self._small(3) + FEWEST
