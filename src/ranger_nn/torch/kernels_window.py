@@ -127,7 +127,7 @@ class Pooling(Kernel):
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again: output, indices, padded input and its gradient."""
-        return 2 * at.out_bytes + self._indices(at) + self._padded(at) + self._copied(at) + SMALL_TENSORS
+        return 2 * at.out_bytes + self._indices(at) + 2 * self._padded(at) + self._copied(at) + SMALL_TENSORS
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """The untouched call, or one on a region with its border filled."""

@@ -5,7 +5,7 @@
     `torch.autograd.Function`                                   a plan differentiates the operators of its forward: refused
                                                                 where its backward is another one, on random numbers
 
-Enter at `Looking`; `same_input` keeps one tensor that is given twice one tensor.
+Enter at `Looking`, or `Before` where only writes matter; `same_input` keeps one tensor that is given twice one tensor.
 """
 
 from __future__ import annotations
@@ -33,14 +33,34 @@ SCALES = (0.3, 3.0, 30.0)
 """Of the random numbers that it is differentiated on: within and beyond where clamps and steps usually lie."""
 
 
+class Before:
+    """Values of tensors before they are written into, to be put back."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, tensor: Tensor) -> None:
+        """Of a tensor that is about to be written into."""
+        if id(tensor) not in self._values:
+            with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+                self._values[id(tensor)] = tensor.detach(), tensor.detach().clone()
+
+    def put_back(self) -> None:
+        """The last first: one may be a view of another."""
+        with _disable_current_modes(), torch.no_grad():
+            for tensor, value in reversed(self._values.values()):
+                tensor.copy_(value)
+
+
 class Looking(TorchFunctionMode):
-    """On while forward runs on stand-ins; what it wrote into real tensors is put back behind it."""
+    """On while forward is traced; what it wrote into real tensors is put back behind it."""
 
     def __init__(self, model: nn.Module, grad: bool) -> None:
         """`model`: for errors; `grad`: gradients will be asked for."""
         super().__init__()
         self.name, self.grad = type(model).__name__, grad
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.before = Before()
 
     def __enter__(self) -> Any:
         """Functions of autograd are looked at from here on, in this thread."""
@@ -53,9 +73,7 @@ class Looking(TorchFunctionMode):
         """Puts back."""
         super().__exit__(*error)
         self._stack.close()
-        with _disable_current_modes(), torch.no_grad():
-            for tensor, value in reversed(self.before.values()):
-                tensor.copy_(value)
+        self.before.put_back()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As it is, but for what the module's docstring names."""
@@ -73,13 +91,8 @@ class Looking(TorchFunctionMode):
                 "(buffer.copy_(value))."
             )
         if args and isinstance(args[0], Tensor) and is_real(args[0]) and writes(func, kwargs):
-            self._keep(args[0])
+            self.before.keep(args[0])
         return func(*args, **kwargs)
-
-    def _keep(self, tensor: Tensor) -> None:
-        if id(tensor) not in self.before:
-            with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
-                self.before[id(tensor)] = tensor.detach(), tensor.detach().clone()
 
     def _function(self, function: Any, args: Sequence[Any]) -> None:
         with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.random.fork_rng(devices=[]):

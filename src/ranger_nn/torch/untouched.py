@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranger_nn.core.graph import Graph
 from ranger_nn.torch.alone import alone
+from ranger_nn.torch.folding import is_real
 from ranger_nn.torch.kernels import packed
 from ranger_nn.torch.kernels_recurrent import FUNCTIONS
-from ranger_nn.torch.tracing import Looking
+from ranger_nn.torch.tracing import Before
 from ranger_nn.torch.twin import Twin
 from ranger_nn.torch.workspace import Convolved
 
@@ -67,7 +68,7 @@ def untouched_peak(
     if any(x.device.type != "cpu" for x in tensors) or any(hasattr(m, "NOT_IN_TWINS") for m in model.modules()):
         return None
     try:
-        with alone(), torch.random.fork_rng(devices=[]), Looking(model, grad=False):  # capture has looked at gradients
+        with alone(), torch.random.fork_rng(devices=[]):
             return _run(Twin(model).module, args, kwargs, grad)
     except Exception:  # whatever forward and fake tensors do not get on with
         return None
@@ -95,6 +96,15 @@ def _run(twin: nn.Module, args: Any, kwargs: Any, grad: bool) -> int | None:
     state = {n: fake(t) for n, t in (*twin.named_parameters(), *twin.named_buffers())}
     args, kwargs = pytree.tree_map(fake, (args, kwargs))
     used = _Used(faked.values())
+    try:
+        return _counted(used, mode, twin, state, args, kwargs, grad, list(faked.values()))
+    finally:
+        used.before.put_back()
+
+
+def _counted(
+    used: _Used, mode: Any, twin: nn.Module, state: Any, args: Any, kwargs: Any, grad: bool, fakes: list[Tensor]
+) -> int | None:
     with mode, torch.set_grad_enabled(grad):
         with used:
             result = torch.func.functional_call(twin, state, args, kwargs)
@@ -102,7 +112,7 @@ def _run(twin: nn.Module, args: Any, kwargs: Any, grad: bool) -> int | None:
         used.leave_out(outputs)
         flowing = [t for t in outputs if t.requires_grad]
         grads = [torch.empty_like(t) for t in flowing]
-        leaves = [t for t in faked.values() if t.requires_grad]
+        leaves = [t for t in fakes if t.requires_grad]
         if _others(flowing, leaves):
             return None
         if flowing:
@@ -138,12 +148,14 @@ class _Used(TorchDispatchMode):
         self._left_out: set[int] = set()
         self._next = 0
         self._alive: dict[int, int] = {}
-        self.hidden = False
+        self.hidden, self.before = False, Before()
         for t in known:
             self._alive[t.untyped_storage()._cdata] = -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator; what it made is counted from here on."""
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor) and is_real(args[0]):
+            self.before.keep(args[0])
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         self.hidden |= name in HIDDEN
@@ -195,7 +207,8 @@ def workspace(func: Any, name: str, args: Any, result: Any, makes: bool) -> int:
     gives = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
     side = max((int(n) for t in reads for n in t.shape[-2:]), default=1) if name in PRODUCTS else 0
     blocks = packed(side, side, side, reads[0].dtype, gradient=True) if side else 0
-    return sum(map(_bytes, reads)) + sum(map(_bytes, gives)) + blocks
+    times = 2 if "upsample" in name and len(reads[0].shape) == 3 else 1  # lines are resized as planes, and in 32 bits
+    return times * (sum(map(_bytes, reads)) + sum(map(_bytes, gives))) + blocks
 
 
 def _bytes(t: Tensor) -> int:
@@ -222,7 +235,7 @@ def _convolution(name: str, args: Any, result: Any) -> int:
     called = Convolved(
         int(x.shape[0]), (int(x.shape[1]), int(y.shape[1])), tuple(map(int, x.shape[2:])), tuple(map(int, y.shape[2:])),
         tuple(map(int, w.shape[2:])), ints(stride), ints(padding), ints(dilation), int(groups), bool(transposed),
-        ints(extra) if transposed else (), x.dtype, turned,
+        ints(extra) if transposed else (), x.dtype, turned, ours=False,
     )  # fmt: skip
     order = torch.contiguous_format if not turned or last is None else last
     copied = sum(_bytes(t) for t in (x, w, grad) if t is not None and not t.is_contiguous(memory_format=order))

@@ -47,7 +47,8 @@ UNFOLDED = 256 << 10
 class Convolved:
     """Sizes of one call as PyTorch gets it: `inner` and `outer` are the spatial sizes of its input and its output.
 
-    `plain`: the weights are known to be in their usual order.
+    `plain`: the weights are known to be in their usual order; `ours`: a kernel of Ranger's calls, which may call oneDNN
+    itself.
     """
 
     batch: int
@@ -64,6 +65,7 @@ class Convolved:
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     plain: bool = False
+    ours: bool = True
 
     @property
     def x(self) -> int:
@@ -99,7 +101,7 @@ class Convolved:
         """Whether oneDNN is to be called where PyTorch would unfold."""
         fits = self.dtype == torch.float32 and len(self.kernel) > 1 and available(self.dtype) and self.groups == 1
         extra = all(e < s for e, s in zip(self.extra, self.stride, strict=False))
-        if not (fits and extra and PRIVATE) or self.onednn or self.columns <= UNFOLDED:
+        if not (self.ours and fits and extra and PRIVATE) or self.onednn or self.columns <= UNFOLDED:
             return False
         return self._forward() < self.columns  # not where the weights are what weighs
 
@@ -128,9 +130,11 @@ class Convolved:
         patches = self.kernel == self.stride and not dilated and (not self.transposed or what == "down")
         longest = WINDOW if not volume else VOLUME - 1 if what == "weights" else VOLUME
         window = patches or max(self.kernel) <= longest
-        if not window or (strided and dilated):
+        if not window or (strided and dilated) or (dilated and max(self.kernel) == 1):
             return False
         if what != "down" and not (max(self.stride) <= 2 or self.kernel == self.stride):
+            return False
+        if what != "down" and ((dilated and max(*self.kernel, self.dilation[0] + 1) > 3) or self._wide_border()):
             return False
         heavy = volume or self.dtype != torch.float32
         if what != "down" and dilated and (self.transposed or (heavy and what == "weights")):
@@ -140,6 +144,9 @@ class Convolved:
         if self.depthwise:
             return not dilated and len(self.kernel) == 2 and not self.transposed
         return not dilated and not self.transposed and not any(c // self.groups % 8 for c in self.channels)
+
+    def _wide_border(self) -> bool:
+        return any(p > d * (k // 2) for p, k, d in zip(self.padding, self.kernel, self.dilation, strict=True))
 
     @property
     def blocked(self) -> tuple[int, int, int]:
@@ -177,6 +184,7 @@ class Convolved:
         if not self.columns and self.groups == 1 and len(self.kernel) < 3:
             return 0
         split = self.y + self.x // self.groups if self.groups > 1 else 0
+        split += self.y if max(self.dilation) > 1 else 0
         again = (2 if self.transposed else 1) * self.x if len(self.kernel) == 3 else 0  # put in order again
         return self._unfolded + split + again + (self.x + self.y + self.weights if self.channels_last else 0)
 
@@ -190,6 +198,7 @@ class Convolved:
         if not self.columns and self.groups == 1 and len(self.kernel) < 3:
             return 0
         split = self.x + self.x // self.groups + 2 * (self.y + self.weights) if self.groups > 1 else self.y
+        split += self.x if len(self.kernel) == 3 else 0
         return self._unfolded + split + (self.x + self.y + self.weights if self.channels_last else 0)
 
     @property
