@@ -332,9 +332,17 @@ def test_a_callable_partition_is_called_once() -> None:
     assert layers[0].partition.calls == layers[1].partition.calls == 2
 
 
+def test_backward_draws_what_forward_drew(two: None) -> None:
+    """The masks of dropout."""
+    x = torch.ones(2, 8, 3, requires_grad=True)
+    y = RegionalAggregator(TimeSlices(4), "stitch", local=nn.Dropout(0.5), memory="1MB")(x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach())
+
+
 @pytest.mark.parametrize("source", ["torch", "python", "module"])
-def test_backward_draws_what_forward_drew(source: str, two: None) -> None:
-    """Also from Python's generator, and from one that a module holds."""
+def test_random_numbers_are_refused(source: str, two: None) -> None:
+    """Each group would draw its own: from PyTorch's generator, Python's, or one that a module holds."""
 
     class Drawn(nn.Module):
         def __init__(self) -> None:
@@ -346,10 +354,9 @@ def test_backward_draws_what_forward_drew(source: str, two: None) -> None:
                 return x * random.random()
             return x * torch.rand((), generator=self.generator if source == "module" else None)
 
-    x = torch.ones(2, 8, 3, requires_grad=True)
-    y = RegionalAggregator(TimeSlices(4), "stitch", local=Drawn(), memory="1MB")(x)
-    y.sum().backward()
-    torch.testing.assert_close(x.grad, y.detach())
+    layer = RegionalAggregator(TimeSlices(4), "stitch", local=Drawn(), memory="1MB")
+    with pytest.raises(PartitionError, match="draws random numbers besides dropout"):
+        layer(torch.ones(2, 8, 3))
 
 
 # -------------------------------------------------------------------------------------- refused

@@ -301,3 +301,28 @@ def test_no_gradient_through_copies_under_no_grad() -> None:
     wanted[0].sum().backward()
     given[0].sum().backward()
     torch.testing.assert_close(inner.conv.weight.grad, net.conv.weight.grad)
+
+
+def test_one_norm_under_two_names() -> None:
+    """Refused by both names in training; in eval mode it is only read."""
+    norm = nn.BatchNorm2d(3)
+    net, x = nn.Sequential(norm, nn.ReLU(), norm), torch.randn(2, 3, 23, 17)
+    with pytest.raises(CaptureError, match="two names, 0 and 2"):
+        ranger_nn.regionalize(net, regions=(5,))(x)
+    net.eval()
+    torch.testing.assert_close(ranger_nn.regionalize(net, regions=(5,))(x), net(x))
+
+
+def test_a_generator_of_the_models_own() -> None:
+    """Refused by name."""
+
+    class Noise(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rand((), generator=self.generator)
+
+    with pytest.raises(CaptureError, match=r"torch\.Generator"):
+        ranger_nn.regionalize(Noise(), regions=(5,))(torch.randn(1, 3, 9, 9))

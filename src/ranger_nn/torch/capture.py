@@ -274,7 +274,7 @@ def export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], folding: Folding, grad: bool
 ) -> torch.export.ExportedProgram:
     """`torch.export`, with an error that names the line where it fails."""
-    _refuse_cumulative(model)
+    _refuse_norms(model)
 
     def traced(twin: nn.Module) -> torch.export.ExportedProgram:
         folding.model = twin
@@ -322,9 +322,17 @@ def export(
         ) from error
 
 
-def _refuse_cumulative(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def _refuse_norms(model: nn.Module) -> None:
+    names: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         running = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        first = names.setdefault(id(module), name)
+        if running and module.training and first != name:
+            raise CaptureError(
+                f"{type(model).__name__} registers one batch norm under two names, {first} and {name}, in training mode: "
+                "torch.export makes two of its running statistics. Register it once and call it twice, or put it in eval() "
+                "mode."
+            )
         if running and module.training and module.momentum is None:
             raise CaptureError(
                 f"{name or type(model).__name__} is a batch norm with momentum=None in training mode: its cumulative "
@@ -383,6 +391,12 @@ def _refuse_data_dependent(model: nn.Module, owner: Any) -> None:
     for node in owner.graph.nodes:
         if node.op == "get_attr" and hasattr(body := getattr(owner, str(node.target), None), "graph"):
             _refuse_data_dependent(model, body)
+        if type(node.meta.get("val")).__name__ in ("CustomObjArgument", "FakeScriptObject") and node.users:
+            raise CaptureError(
+                f"{type(model).__name__}{_traced_line(next(iter(node.users)))} uses {node.name}, an object that is no tensor "
+                "(such as a torch.Generator of its own): a plan cannot hold it. Draw from the global generator, or draw "
+                "outside and pass the numbers as an input."
+            )
         likes = [t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)]
         numbers = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), SYMBOLS)]
         if any(isinstance(s, SYMBOLS) for t in likes for s in t.shape) or (likes and numbers):

@@ -108,7 +108,10 @@ class Writes:
         """Refuse a write that cannot be repeated; a buffer that others read is copied before the first one."""
         memory = self.aliases.memory.get(target)
         if memory is None or memory.unclear:
-            raise CaptureError(f"{self.model}: cannot say what {op_name(node)} writes into: {node.format_node()}")
+            raise CaptureError(
+                f"{self.model}: cannot say what {op_name(node)} writes into ({node.format_node()}): it may be two buffers at "
+                "once, as one memory registered under two names is. Register it once, or write out of place."
+            )
         value = self.lower.env.get(memory.root)
         kind = self.lower.values[value].kind if isinstance(value, int) else ""
         if kind == INPUT and memory.root.op == "placeholder":  # a clone of it is memory of its own

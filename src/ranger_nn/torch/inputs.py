@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,10 @@ def _check_leaf(name: str, leaf: Any) -> None:
         raise InputError(f"inputs must be dense (strided) tensors, got layout {leaf.layout}")
 
 
+LARGEST = 1 << 38
+"""Elements of an input that is planned for (a terabyte in single precision): a plan of more steps than a run would end."""
+
+
 def example_leaves(model: nn.Module, x: Any) -> tuple[Any, ...]:
     """Tensors and shapes of a tensor, a shape, or a tuple of them; raises InputError for all else."""
     name = type(model).__name__
@@ -101,6 +106,12 @@ def example_leaves(model: nn.Module, x: Any) -> tuple[Any, ...]:
             )
         if not isinstance(leaf, Tensor) and min(leaf, default=0) < 0:
             raise InputError(f"a plan for {name} was asked for the shape {tuple(leaf)}: sizes are 0 or more")
+        sizes = tuple(map(int, leaf.shape if isinstance(leaf, Tensor) else leaf))
+        if prod(sizes) > LARGEST:
+            raise InputError(
+                f"a plan for {name} was asked for the shape {sizes}, {prod(sizes):,} elements: no more than "
+                f"{LARGEST:,} are planned for. Cut the input into several."
+            )
     return leaves
 
 

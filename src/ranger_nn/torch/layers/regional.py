@@ -60,9 +60,8 @@ class RegionalAggregator(nn.Module):
         memory: run the regions one after the other in as large groups as this allows (bytes, or text such as
             "512MB"), and compute each group again in backward, so that activations of one group are alive at a
             time. The bytes of a region are measured when a shape is first seen. Without it: all regions at once, to
-            the same numbers, save where random numbers are drawn in training: each group draws its own (dropout's masks
-            are those of the layer without memory in distribution, not number by number from the same seed).
-            `local` must treat each sample of a batch by itself, batch norm aside, which is taken over all regions.
+            the same numbers, save dropout's masks in training, which each group draws itself (other random numbers are
+            refused). `local` must treat each sample of a batch by itself, batch norm aside, which is taken over all regions.
 
     Shapes:
         x (batch, ...). A `Grid` cuts the last axes, `TimeSlices` axis 1, `Blocks` the last, unless they say otherwise.
@@ -77,7 +76,8 @@ class RegionalAggregator(nn.Module):
 
     Raises:
         PartitionError: more regions than elements, results that the aggregator cannot join, unknown names, under
-            `memory` a local network that joins samples of a batch or changes its state by how many there are.
+            `memory` a local network that joins samples of a batch, changes its state by how many there are, or draws
+            random numbers besides dropout.
         BudgetError: a single region does not fit into `memory`.
 
     Source: the article's RegionalAggregator; weights and scores as in `ranger_nn.aggregate.pooling`.

@@ -73,6 +73,11 @@ def independent(
         with torch.no_grad(), random.unmoved(), Inside(), _Through():
             whole, stats = _run(together, (), x)
             drawn, after = random.now(start) is not start, state.read()
+            if drawn:
+                raise PartitionError(
+                    f"memory= runs the regions in groups, and the local network {name} draws random numbers besides dropout: "
+                    f"each group would draw its own, which are not those of the layer without memory; {WAY_OUT}"
+                )
             if not stats:
                 state.check_seen()
             for part in parts:  # one at a time, and compared: memory for several results may not be there
