@@ -7,6 +7,7 @@ asks for. Where the result depends on the place (mirrored edges, linear weights 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 from keras import ops
@@ -241,13 +242,20 @@ class Resize(Kernel):
         """
         if not on_torch():
             return 0
+        if self._is_whole(out_bytes, in_bytes[0]):
+            return in_bytes[0] + 2 * out_bytes
         return in_bytes[0] + 2 * self._between(in_bytes[0]) + (4 if self.linear else 2) * out_bytes
+
+    def _is_whole(self, out_bytes: int, in_bytes: int) -> bool:
+        """Where the operator itself runs: a region of a linear one reads a row more than its share."""
+        size, out = (prod(side[k] for side in self.sides) for k in (1, 2))
+        return self.linear and out_bytes * size == in_bytes * out
 
     def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """On PyTorch a gradient of the input resized along the other dimension, and of each neighbour."""
         if not on_torch():
             return 0
-        return self._between(in_bytes[0]) + 2 * out_bytes
+        return (0 if self._is_whole(out_bytes, in_bytes[0]) else self._between(in_bytes[0])) + 2 * out_bytes
 
     def _between(self, given: int) -> int:
         """Bytes of the input resized along whichever dimension makes it larger."""

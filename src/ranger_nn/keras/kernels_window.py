@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import keras
@@ -129,12 +130,12 @@ class Columns:
     most: float
 
     FEW = 20480
-    """PyTorch's own number (`ConvParams::use_mkldnn`): float32 calls of one sample with fewer elements, the last dimension
-    not counted, are unfolded."""
+    """PyTorch's own number (`ConvParams::use_mkldnn`): float32 calls of one sample with fewer elements (of a volume, the
+    last dimension not counted) are unfolded."""
 
     @classmethod
     def of(cls, window: int, channels: int, last: int, batch: int, groups: int, dtype: str) -> Columns:
-        """`window`: products that are summed to one element; `last`: size of the last dimension."""
+        """`window`: products that are summed to one element; `last`: size of a volume's last dimension, else 1."""
         if groups > 1 or dtype not in ("float32", "float64", "float16"):
             return cls(0.0, 0.0)
         few = 4 * cls.FEW * last if batch == 1 else 0
@@ -221,10 +222,10 @@ class Transposed(Kernel):
 
     tame, given = True, 0.0
 
-    def __init__(self, function: Any, valid: Any, sides: Sequence[Side]) -> None:
-        """`valid`: the operator that cuts nothing off."""
+    def __init__(self, function: Any, valid: Any, sides: Sequence[Side], channels: tuple[int, int], size: int) -> None:
+        """`valid`: the operator that cuts nothing off; `channels`: in and out; `size`: bytes of one input channel."""
         super().__init__(function)
-        self.valid, self.sides = valid, tuple(sides)
+        self.valid, self.sides, self.channels, self.size = valid, tuple(sides), channels, size
 
     @staticmethod
     def reach(side: Side) -> Reach:
@@ -248,9 +249,24 @@ class Transposed(Kernel):
         return lambda x, *rest: pad(valid(x, *rest), widths)
 
     def scratch(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
-        """The result before it is cropped."""
-        return 2 * out_bytes + in_bytes[0] + 2 * sum(in_bytes[1:])
+        """The result before it is cropped; PyTorch puts it in order, or unfolds: a column for each place of the input."""
+        if not on_torch():
+            return 2 * out_bytes + in_bytes[0] + 2 * sum(in_bytes[1:])
+        columns = in_bytes[0] * self.channels[1] * prod(s.kernel for s in self.sides) // self.channels[0]
+        blocks = 16 * (in_bytes[0] // self.channels[0] + self._natural(in_bytes[0]) // self.channels[1])
+        return self._natural(in_bytes[0]) + 2 * in_bytes[0] + max(columns, blocks) + 2 * sum(in_bytes[1:])
+
+    def _natural(self, in_bytes: int) -> int:
+        """Bytes of the result before it is cropped, whichever dimension the input is a part of."""
+        most, whole = 0, [(s.size - 1) * s.stride + max(s.span, s.stride) for s in self.sides]
+        for i, side in enumerate(self.sides):
+            row = self.size * self.channels[0] // side.size
+            rows = max(1, -(-in_bytes // row))
+            long = (rows - 1) * side.stride + max(side.span, side.stride)
+            others = prod(n / s.size for k, (n, s) in enumerate(zip(whole, self.sides, strict=True)) if k != i)
+            most = max(most, int(in_bytes * long / rows * others * self.channels[1] / self.channels[0]))
+        return most
 
     def tape(self, out_bytes: int, in_bytes: Sequence[int]) -> int:
         """On PyTorch the input in order, and the result before it is cropped."""
-        return in_bytes[0] + out_bytes if on_torch() else 0
+        return in_bytes[0] + self._natural(in_bytes[0]) if on_torch() else 0

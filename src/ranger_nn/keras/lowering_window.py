@@ -84,7 +84,7 @@ def convolution(call: Call, x: int, weight: int, operator: Any, out: Sequence[in
     work = prod(kernel) if depthwise else prod(call.shape(weight)[:-1])
     shape, d = call.shape(x), call.channel(rank + 2)
     groups = shape[d] if depthwise else shape[d] // call.shape(weight)[-2]
-    columns = W.Columns.of(work, out[d], shape[sides[-1].dim], shape[0], groups, call.dtype)
+    columns = W.Columns.of(work, out[d], shape[sides[-1].dim] if rank == 3 else 1, shape[0], groups, call.dtype)
     kern = W.Convolution(whole, padded, sides, columns)
     region = windowed(call, x, sides, [s.reach for s in sides], [weight])
     name = "depthwise_conv" if depthwise else "conv"
@@ -115,7 +115,9 @@ def _transposed(call: Call) -> Any:
     def whole(inputs: Any, weights: Any) -> Any:
         return ops.conv_transpose(inputs, weights, padding=op.padding, output_padding=op.output_padding, **common)
 
-    kern = W.Transposed(whole, valid, sides)
+    channels = (call.shape(weight)[rank + 1], call.shape(weight)[rank])
+    size = call.lower.values[x].nbytes // channels[0]
+    kern = W.Transposed(whole, valid, sides, channels, size)
     region = windowed(call, x, sides, [kern.reach(s) for s in sides], [weight])
     macs = prod(shape) * prod(call.shape(weight)[:-1])
     return call.emit([x, weight], region, kern, macs=macs)
