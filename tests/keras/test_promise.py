@@ -39,7 +39,7 @@ def peak(work: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("case", CASES)
 def test_measured_projected_allowed(case: str) -> None:
     """With no budget, the least, and twice and four times that."""
-    import torch  # noqa: TID251 (the back end)
+    import torch
 
     function, shape = CASES[case]
     given = keras.Input(shape, batch_size=1)

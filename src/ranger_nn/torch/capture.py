@@ -281,8 +281,9 @@ def export(
         with as_called(twin), same_input(twin, args, kwargs):
             return torch.export.export(twin, args, kwargs, strict=False)
 
+    recurrences = whole_recurrences()  # it runs some, outside of all modes
     try:
-        with warnings.catch_warnings(), Looking(model, grad), whole_recurrences(), folding:
+        with warnings.catch_warnings(), Looking(model, grad), recurrences, folding:
             warnings.simplefilter("ignore")
             return exported(model, traced, folding.very)
     except CaptureError:

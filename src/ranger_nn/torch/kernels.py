@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box
-from ranger_nn.torch.workspace import available
+from ranger_nn.torch.workspace import attention, available
 
 Local = Callable[..., Any]
 
@@ -77,8 +77,6 @@ SHORT = {"pow", "square", "sin", "cos", "log", "log2", "log10", "log1p"}
 
 PRODUCTS = {"matmul", "bmm", "mm", "addmm", "baddbmm", "einsum"}
 MAGNITUDES = {"abs", "angle"}
-BLOCKS = 1 << 20
-"""Scores of attention that one call holds at a time."""
 
 SMALL_TENSORS = 4096
 """Scales, shifts and the like: a few values for each channel."""
@@ -560,26 +558,21 @@ class Attention(Opaque):
         sums = at.out_bytes // max(1, lengths(queries)[-1])
         return sums + sum(at.in_bytes[3:]) * self.itemsize + self._blocks(queries, keys)
 
-    def _blocks(self, queries: Box, keys: Box) -> int:
-        """Scores, maxima, sums and results of one block of queries (32, 64 or 256) and at most 512 keys, in single."""
+    def _blocks(self, queries: Box, keys: Box, backward: bool = False) -> int:
+        """What the framework's kernel takes for a block of queries and one of keys."""
+        return attention(*self._lengths(queries, keys), self.itemsize, backward) + SMALL_TENSORS
+
+    @staticmethod
+    def _lengths(queries: Box, keys: Box) -> tuple[int, int, int]:
         rows, width = (lengths(queries)[-2:]) if len(queries) > 1 else (1, 1)
-        block = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32)
-        one = block * (2 * min(512, lengths(keys)[-2] if len(keys) > 1 else 1) + 2 + width)
-        return 4 * one * torch.get_num_threads() + SMALL_TENSORS
+        return rows, lengths(keys)[-2] if len(keys) > 1 else 1, width
 
     def vjp_scratch(self, at: Extent) -> int:
         """Forward's result and its blocks, and those of backward."""
         if self._forms(at):
             return 2 * at.out_bytes + self._formed(at, 3 + 2 * self.drops + (len(at.reads) > 4))
-        return 2 * at.out_bytes + 2 * sum(at.in_bytes) + 2 * self._backward_blocks(at.reads[0].box, at.reads[1].box)
-
-    def _backward_blocks(self, queries: Box, keys: Box) -> int:
-        """Scores of backward's blocks, no more than there are of them where these are few."""
-        batch, heads, rows, columns = 1, 1, *(lengths(box)[-2] if len(box) > 1 else 1 for box in (queries, keys))
-        if len(queries) > 2:
-            batch, heads = prod(lengths(queries)[:-3]), lengths(queries)[-3]
-        scores = 4 * batch * heads * rows * columns + SMALL_TENSORS
-        return max(min(BLOCKS, scores), self._blocks(queries, keys))
+        blocks = max(self._blocks(at.reads[0].box, at.reads[1].box, backward) for backward in (False, True))
+        return 2 * at.out_bytes + 2 * sum(at.in_bytes) + blocks
 
 
 class Dropout(Kernel):

@@ -25,7 +25,7 @@ from ranger_nn.torch.kernels import packed
 from ranger_nn.torch.kernels_recurrent import FUNCTIONS
 from ranger_nn.torch.tracing import Before
 from ranger_nn.torch.twin import Twin
-from ranger_nn.torch.workspace import Convolved
+from ranger_nn.torch.workspace import Convolved, attention
 
 PLAIN = {
     *(
@@ -199,6 +199,10 @@ def workspace(func: Any, name: str, args: Any, result: Any, makes: bool) -> int:
     """Bytes that one call takes beside what it reads and gives. `makes`: it gave memory of its own, no view."""
     if name in ("convolution", "_convolution", "convolution_backward"):
         return _convolution(name, args, result)
+    if name.startswith("_scaled_dot_product_flash_attention_for_cpu"):
+        q, k = args[1:3] if "backward" in name else args[:2]
+        blocks = attention(int(q.shape[-2]), int(k.shape[-2]), int(q.shape[-1]), q.element_size(), "backward" in name)
+        return blocks + (_bytes(q) if "backward" in name else 0)
     if not makes or name in PLAIN or torch.Tag.pointwise in func.tags:
         return 0
     reads = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]

@@ -39,6 +39,9 @@ WINDOW = 7
 VOLUME = 5
 """The same of volumes; for the gradient of weights one less."""
 
+SUMS = 4 << 10
+"""Bytes of what attention keeps besides, for each thread."""
+
 UNFOLDED = 256 << 10
 """Bytes of columns from which on oneDNN is called in place of unfolding: below, unfolding is as fast and small."""
 
@@ -312,3 +315,17 @@ def _supported() -> dict[torch.dtype, bool]:
 SUPPORTED = _supported()
 PRIVATE = hasattr(torch.ops.mkldnn, "_convolution_transpose_pointwise")
 """oneDNN's transposed convolution has no public name; without it small calls are unfolded, and so counted."""
+
+
+def attention(rows: int, keys: int, width: int, itemsize: int, backward: bool = False) -> int:
+    """Bytes of blocks of scores and their sums that attention takes, as ATen/native/cpu/FlashAttentionKernel.cpp splits them.
+
+    Queries are taken 32, 64 or 256 at a time, keys 512; in 16 bits scores are cast, and factors packed in backward.
+    """
+    block, columns = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32), min(512, keys)
+    wide = max(4, itemsize)
+    scores = block * columns * (6 if itemsize == 2 else wide)
+    one = scores + block * (width + 2) * wide
+    if backward:
+        one = 2 * scores + (max(width, 16) * 8 * (512 + block) if itemsize == 2 else 0)
+    return torch.get_num_threads() * (one + SUMS)
