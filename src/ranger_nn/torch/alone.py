@@ -79,6 +79,14 @@ class _Here:
     def __bool__(self) -> bool:
         return threading.get_ident() == self.thread
 
+    def __or__(self, other: Any) -> Any:
+        return bool(self) | other
+
+    def __and__(self, other: Any) -> Any:
+        return bool(self) & other
+
+    __ror__, __rand__ = __or__, __and__
+
 
 def _here(function: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
     """`function` in this thread, `elsewhere` in all others."""

@@ -48,6 +48,10 @@ class Folding(TorchFunctionMode):
         self.state = dict(
             [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         )
+        self.sizes: dict[tuple[int, ...], list[str]] = {}
+        for name, real in self.state.items():
+            if real.numel() <= LARGEST:
+                self.sizes.setdefault(tuple(real.shape), []).append(name)
         self.known: dict[int, tuple[Any, Known]] = {}
         self.constants: dict[Any, Tensor] = {}
         self.folded: dict[Any, tuple[Source, Tensor]] = {}
@@ -77,11 +81,14 @@ class Folding(TorchFunctionMode):
             return self.known[id(t)][1]
         if is_real(t):
             return Known(lambda: t, (("constant", t),)) if t.numel() <= LARGEST else None
-        for name, real in self.state.items():
-            if real.numel() <= LARGEST and real.shape == t.shape and self._present(name) is t:
-                found = Known(lambda real=real: real, (("state", name),))  # type: ignore[misc]
-                self.known[id(t)] = t, found
-                return found
+        with torch._C.DisableTorchFunction():  # every shape that is read would go through all modes
+            known = all(type(n) is int for n in t.shape)
+            for name in self.sizes.get(tuple(t.shape), ()) if known else ():
+                if self._present(name) is t:
+                    real = self.state[name]
+                    found = Known(partial(_itself, real), (("state", name),))
+                    self.known[id(t)] = t, found
+                    return found
         return None
 
     def _present(self, name: str) -> Any:
@@ -119,6 +126,10 @@ class Folding(TorchFunctionMode):
     def very(self, constant: Tensor) -> Tensor:
         """The tensor of the model of which `torch.export` lists a detached copy in the same memory."""
         return self.constants.get(_place(constant), constant)
+
+
+def _itself(x: Any) -> Any:
+    return x
 
 
 def _is_small(t: Any) -> bool:
