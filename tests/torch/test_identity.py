@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import array
+import contextvars
 import copy
+import ctypes
 import dataclasses
 import functools
 import math
+import multiprocessing
+import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -239,6 +243,8 @@ def hooked(*held: Any) -> Callable[..., Any]:
 
 
 KEPT = Settings()
+local = threading.local()
+local.gain = 1.0
 REACHED: dict[str, tuple[Any, Callable[[pytest.MonkeyPatch, Any], Any]]] = {
     "class's list": (None, lambda p, a: Rich.items.append(2.0)),
     "class's list, another": (None, lambda p, a: p.setattr(Rich, "items", [5.0])),
@@ -257,6 +263,11 @@ REACHED: dict[str, tuple[Any, Callable[[pytest.MonkeyPatch, Any], Any]]] = {
     "bound method": (KEPT.__getattribute__, lambda p, a: p.setattr(KEPT.section, "scale", 3.0)),
     "bytearray": (bytearray(3), lambda p, a: a.__setitem__(0, 2)),
     "array.array": (array.array("d", [1.0]), lambda p, a: a.__setitem__(0, 2.0)),
+    "number shared by processes": (multiprocessing.Value("d", 1.0), lambda p, a: setattr(a, "value", 2.0)),
+    "number of C": (ctypes.c_double(1.0), lambda p, a: setattr(a, "value", 2.0)),
+    "view of memory": (memoryview(bytearray(3)), lambda p, a: a.__setitem__(0, 2)),
+    "context variable": (contextvars.ContextVar("gain", default=1.0), lambda p, a: a.set(2.0)),
+    "of this thread": (local, lambda p, a: p.setattr(local, "gain", 2.0)),
     "array of objects": (np.array([1.0, "a"], object), lambda p, a: a.__setitem__(0, 2.0)),
     "larger array": (np.ones(5000), lambda p, a: a.__setitem__(1234, 2.0)),
     "very large array": (np.ones(1 << 20), lambda p, a: a.__imul__(2.0)),

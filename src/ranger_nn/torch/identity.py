@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import array
 import collections
+import contextvars
+import ctypes
 import enum
 import functools
 import hashlib
@@ -23,6 +25,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Container, Iterator
+from multiprocessing.sharedctypes import SynchronizedBase
 from typing import Any
 
 import numpy as np
@@ -389,6 +392,23 @@ class Walk:
         self._values.append(_Same(x))
         self._probe(lambda: _digest(np.frombuffer(x, np.uint8)) if len(x) else b"")
 
+    def _shared(self, x: Any) -> None:
+        """Memory that other processes or C code may write: a number for an epoch, say."""
+        self._values.append(_Same(x))
+        held = x.get_obj() if isinstance(x, SynchronizedBase) else x
+        self._probe(lambda: bytes(held))
+
+    def _of_thread(self, x: Any) -> None:
+        """What this thread sees of it."""
+        self._values.append(_Same(x))
+
+        def read() -> list[Any]:
+            return [x.get(_END)] if isinstance(x, contextvars.ContextVar) else list(vars(x).values())
+
+        self._reads.append(read)
+        for value in read():
+            self._any(value)
+
     def _weak(self, x: Any) -> None:
         self._values.append(_Same(x))
         self._probe(lambda: x() is None)
@@ -524,6 +544,8 @@ _VISITS: tuple[tuple[Any, Callable[[Walk, Any], None]], ...] = (
     ((list, tuple, dict, set, frozenset, collections.deque, types.MappingProxyType), Walk._container),
     (np.ndarray, Walk._array),
     ((bytearray, array.array), Walk._bytes),
+    ((memoryview, ctypes._SimpleCData, ctypes.Array, ctypes.Structure, SynchronizedBase), Walk._shared),
+    ((contextvars.ContextVar, threading.local), Walk._of_thread),
     (types.FunctionType, Walk._function),
     (types.MethodType, Walk._method),
     ((functools.partial, functools.partialmethod), Walk._partial),
