@@ -13,7 +13,7 @@ from tests.support import FLOAT32_FORWARD, FLOAT32_GRADIENT, Entry, Gradients, c
 from tests.zoo import ZOO
 
 SCHEDULES = ("tile", "slide")
-PLANNED_LONG = ("swin_tiny", "efficientnet_b0", "segformer", "unet2d", "vnet", "wavenet")
+PLANNED_LONG = ("swin_tiny", "efficientnet_b0", "segformer", "unet2d", "vnet", "wavenet", "mobilenetv2")
 """Networks for which a search inside a budget takes ten seconds and more."""
 SINGLE = ("basicunet_batch", "segresnet_padded", "mobilenetv2", "convnextv2", "unet_3d", "tcn", "tagger")
 

@@ -31,7 +31,7 @@ NAMES = (
     "convnextv2",
     "autoencoderkl_decoder",
 )
-HEAVIER = ("mobilenetv2", "autoencoderkl_decoder", "resnet18", "basicunet_batch")
+HEAVIER = ("mobilenetv2", "autoencoderkl_decoder", "resnet18", "basicunet_batch", "segresnet", "basicunet")
 SHARES = (1.0, 0.5)  # of the fastest plan's memory, or the least that fits where half is too little
 
 
