@@ -198,9 +198,11 @@ def results(model: nn.Module, x: Tensor, grad: bool) -> list[Tensor | None]:
 
 
 def alike(found: list[Tensor | None], wanted: list[Tensor | None]) -> bool:
-    """The same tensors, or none in the same places."""
+    """The same tensors, or none in the same places; none stands for zeros too, where all of a value is overwritten."""
     return all(
-        theirs is None if ours is None else theirs is not None and torch.allclose(ours, theirs, 1e-6, 1e-6, True)
+        (theirs is None or not theirs.any())
+        if ours is None
+        else theirs is not None and torch.allclose(ours, theirs, 1e-6, 1e-6, True)
         for ours, theirs in zip(found, wanted, strict=True)
     )
 
