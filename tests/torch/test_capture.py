@@ -326,3 +326,22 @@ def test_a_generator_of_the_models_own() -> None:
 
     with pytest.raises(CaptureError, match=r"torch\.Generator"):
         ranger_nn.regionalize(Noise(), regions=(5,))(torch.randn(1, 3, 9, 9))
+
+
+def test_flags_of_a_capture_combine() -> None:
+    """Libraries put "is it compiling" together with other flags."""
+
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            compiling = torch.compiler.is_compiling()
+            compiling |= False
+            return x * (2 if compiling & True else 2)
+
+    x = torch.randn(1, 3, 9, 9)
+    torch.testing.assert_close(ranger_nn.regionalize(Asks(), regions=(5,))(x), x * 2)
+
+
+def test_more_elements_than_are_planned_for() -> None:
+    """An error at once, not a search without end."""
+    with pytest.raises(InputError, match="99999999999"):
+        ranger_nn.plan(nn.Conv2d(3, 4, 3), (1, 3, 99999999999, 64))
