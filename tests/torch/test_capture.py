@@ -335,7 +335,7 @@ def test_flags_of_a_capture_combine() -> None:
         def forward(self, x: Tensor) -> Tensor:
             compiling = torch.compiler.is_compiling()
             compiling |= False
-            return x * (2 if compiling & True else 2)
+            return x * 2 if compiling & True else x + x
 
     x = torch.randn(1, 3, 9, 9)
     torch.testing.assert_close(ranger_nn.regionalize(Asks(), regions=(5,))(x), x * 2)
