@@ -23,6 +23,10 @@ from ranger_nn.ops import window
 Ints = tuple[int, ...]
 
 
+BLOCK = 16
+"""Channels that oneDNN puts together: fewer are padded to so many."""
+
+
 @dataclass(frozen=True)
 class Side:
     """One windowed dimension: `dim` of input and output, and the integers of its window."""
@@ -253,7 +257,7 @@ class Transposed(Kernel):
         if not on_torch():
             return 2 * out_bytes + in_bytes[0] + 2 * sum(in_bytes[1:])
         columns = in_bytes[0] * self.channels[1] * prod(s.kernel for s in self.sides) // self.channels[0]
-        blocks = 16 * (in_bytes[0] // self.channels[0] + self._natural(in_bytes[0]) // self.channels[1])
+        blocks = BLOCK * (in_bytes[0] // self.channels[0] + self._natural(in_bytes[0]) // self.channels[1])
         return self._natural(in_bytes[0]) + 2 * in_bytes[0] + max(columns, blocks) + 2 * sum(in_bytes[1:])
 
     def _natural(self, in_bytes: int) -> int:

@@ -88,7 +88,7 @@ class _Here:
     __ror__, __rand__ = __or__, __and__
 
 
-def _here(function: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+def here(function: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
     """`function` in this thread, `elsewhere` in all others."""
     thread = threading.get_ident()
 
@@ -101,7 +101,7 @@ def _here(function: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callab
 
 def _patch_method(original: Callable[..., Any]) -> Callable[..., Any]:
     def patch_method(self: Any, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:
-        original(self, cls, name, _here(new_fn, getattr(cls, name)), deduplicate)
+        original(self, cls, name, here(new_fn, getattr(cls, name)), deduplicate)
 
     return patch_method
 
@@ -123,7 +123,7 @@ def _builtins(original: Callable[[], Any]) -> Callable[[], Any]:
         before = [getattr(*place) for place in places]
         with original():
             for (owner, name), elsewhere in zip(places, before, strict=True):
-                setattr(owner, name, _here(getattr(owner, name), elsewhere))
+                setattr(owner, name, here(getattr(owner, name), elsewhere))
             yield
 
     return overridden

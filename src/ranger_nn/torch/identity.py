@@ -36,6 +36,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.parameter import is_lazy
 
 from ranger_nn.errors import InputError
+from ranger_nn.torch.twin import inside
 
 SMALL = 64
 """A tensor attribute of so few elements may have been read as numbers: with others in it, it is another state."""
@@ -636,11 +637,8 @@ def _content(t: Tensor | None) -> Any:
     return t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _inside(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return _END
+def _inside(cell: types.CellType) -> Any:
+    return inside(cell, _END)
 
 
 class _Same:

@@ -475,9 +475,7 @@ def _reduction(op: Operator) -> Any:
     axes = tuple(d % len(shape) for d in dims)
     dtype = str(op.like.dtype)[6:]
     if op.name in {"mean", "sum"} and op.lower.values[x].dtype != dtype:
-        x = emit_pointwise(
-            op, lambda t, to=op.like.dtype: t.to(to), [x], torch.empty(shape, dtype=op.like.dtype, device="meta")
-        )
+        x = op.in_type(x, op.like.dtype)
         return _reduce(op, x, axes, bool(op.arg("keepdim", False)), Sum(mean=op.name == "mean"))
     if not op.like.dtype.is_floating_point:
         return None

@@ -10,9 +10,9 @@ Enter at `Looking`, or `Before` where only writes matter; `same_input` keeps one
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +23,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ranger_nn.errors import CaptureError
+from ranger_nn.torch.alone import here
 from ranger_nn.torch.folding import is_real, writes
+from ranger_nn.torch.inputs import shared
 
 HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
 """Methods that ask for the gradient of a whole tensor."""
@@ -94,10 +96,10 @@ class Looking(TorchFunctionMode):
             self.before.keep(args[0])
         return func(*args, **kwargs)
 
-    def _function(self, function: Any, args: Sequence[Any]) -> None:
+    def _function(self, function: Any, apply: Callable[..., Any], args: Sequence[Any]) -> None:
         with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.random.fork_rng(devices=[]):
             try:
-                same = all(_differentiated(function, args, scale) for scale in SCALES)
+                same = all(_differentiated(function, apply, args, scale) for scale in SCALES)
             except Exception as error:
                 raise CaptureError(self._said(function, f"could not be compared with it ({error})")) from error
         if not same:
@@ -112,42 +114,18 @@ class Looking(TorchFunctionMode):
 
 
 @contextmanager
-def _looked_at(look: Callable[[Any, Sequence[Any]], None]) -> Iterator[None]:
-    """Calls of `torch.autograd.Function` in this thread are shown to `look` first."""
-    thread, original = threading.get_ident(), vars(torch.autograd.Function)["apply"].__func__
+def _looked_at(look: Callable[[Any, Callable[..., Any], Sequence[Any]], None]) -> Iterator[None]:
+    """Calls of `torch.autograd.Function` in this thread are shown to `look` first, with what runs them."""
+    original = vars(torch.autograd.Function)["apply"].__func__
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         known = cls.__module__.partition(".")[0] in ("torch", "ranger_nn")
-        if threading.get_ident() == thread and not known and not kwargs:
-            with patched.paused():
-                look(cls, args)
+        if not known and not kwargs:
+            look(cls, partial(original, cls), args)
         return original(cls, *args, **kwargs)
 
-    patched = _Patched(classmethod(apply))
-    with patched:
+    with patch.object(torch.autograd.Function, "apply", classmethod(here(apply, original))):
         yield
-
-
-class _Patched:
-    """`torch.autograd.Function.apply`, replaced."""
-
-    def __init__(self, apply: Any) -> None:
-        self._apply = apply
-
-    def __enter__(self) -> None:
-        self._patch = patch.object(torch.autograd.Function, "apply", self._apply)
-        self._patch.start()
-
-    def __exit__(self, *error: Any) -> None:
-        self._patch.stop()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self._patch.stop()
-        try:
-            yield
-        finally:
-            self._patch.start()
 
 
 class _Context:
@@ -159,7 +137,7 @@ class _Context:
         return lambda *args, **kwargs: None
 
 
-def _differentiated(function: Any, args: Sequence[Any], scale: float) -> bool:
+def _differentiated(function: Any, apply: Callable[..., Any], args: Sequence[Any], scale: float) -> bool:
     """Whether autograd finds for forward's own operators what backward gives."""
     generator = torch.Generator().manual_seed(0)
 
@@ -178,7 +156,7 @@ def _differentiated(function: Any, args: Sequence[Any], scale: float) -> bool:
     found = []
     old = function.setup_context is torch.autograd.function._SingleLevelFunction.setup_context
     plain = (lambda *xs: function.forward(_Context(), *xs)) if old else function.forward
-    for call in (function.apply, plain):
+    for call in (apply, plain):
         with torch.enable_grad():
             result = call(*pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, given))
         flowing = [y for y in pytree.tree_leaves(result) if isinstance(y, Tensor) and y.requires_grad]
@@ -202,9 +180,8 @@ def _near(a: Tensor | None, b: Tensor | None, near: float) -> bool:
 def same_input(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
     """A stand-in that is given twice is one tensor in forward too (`x is y`), where tracing makes two of it."""
     leaves = pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
-    first = {id(x): i for i, x in reversed(list(enumerate(leaves))) if isinstance(x, Tensor)}
-    places = [first.get(id(x), i) for i, x in enumerate(leaves)]
-    if places == list(range(len(leaves))):
+    places = shared(leaves)
+    if places == tuple(range(len(leaves))):
         yield
         return
 

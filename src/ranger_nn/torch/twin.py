@@ -206,12 +206,12 @@ class Twin:
         return made
 
 
-def inside(cell: types.CellType) -> Any:
-    """What a cell of a closure holds, None where nothing was assigned."""
+def inside(cell: types.CellType, empty: Any = None) -> Any:
+    """What a cell of a closure holds, `empty` where nothing was assigned."""
     try:
         return cell.cell_contents
     except ValueError:
-        return None
+        return empty
 
 
 def plain(x: Any) -> bool:
