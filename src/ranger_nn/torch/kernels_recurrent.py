@@ -22,6 +22,7 @@ from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box
 from ranger_nn.ops.recurrence import borders, chunk_length, least_chunk
 from ranger_nn.torch.kernels import SMALL_TENSORS, Kernel, Local, fresh, packed
+from ranger_nn.torch.workspace import BLOCK
 
 GATES = {"lstm": 4, "gru": 3}
 FUNCTIONS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
@@ -29,12 +30,9 @@ FUNCTIONS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "
 FUSED_BYTES = 72 << 10
 """What oneDNN takes besides, whatever the sizes."""
 
-BLOCK = 16
-"""Elements to which oneDNN pads a width, as its vectors are with AVX-512."""
-
 
 def padded(width: int) -> int:
-    """A width as oneDNN lays it out."""
+    """A width as oneDNN lays it out: in whole vectors, as channels are in whole blocks."""
     return -(-width // BLOCK) * BLOCK
 
 

@@ -137,7 +137,7 @@ class Convolved:
             return False
         if what != "down" and not (max(self.stride) <= 2 or self.kernel == self.stride):
             return False
-        if what != "down" and ((dilated and max(*self.kernel, self.dilation[0] + 1) > 3) or self._wide_border()):
+        if what != "down" and ((dilated and max(*self.kernel, max(self.dilation) + 1) > 3) or self._wide_border()):
             return False
         heavy = volume or self.dtype != torch.float32
         if what != "down" and dilated and (self.transposed or (heavy and what == "weights")):
