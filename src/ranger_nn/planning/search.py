@@ -19,20 +19,23 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ranger_nn.bounds.axes import Axis, find_axes
 from ranger_nn.bounds.infer import Bounds
+from ranger_nn.checking.check import check
 from ranger_nn.core.graph import COMPUTED, INPUT, Graph
 from ranger_nn.core.program import Program
 from ranger_nn.errors import BudgetError, InputError
 from ranger_nn.ops.recurrence import chunked, halved, unchunked
 from ranger_nn.planning.along import input_size, slide_first
-from ranger_nn.planning.backward import lower_backward
+from ranger_nn.planning.backward import BackwardLowering
 from ranger_nn.planning.budget import format_bytes
-from ranger_nn.planning.forward import FOREVER, ForwardLowering, Schedule, lower_forward
+from ranger_nn.planning.count import BackwardCount, ForwardCount, Memo
+from ranger_nn.planning.forward import ForwardLowering, Schedule
+from ranger_nn.planning.pace import FOREVER
 from ranger_nn.planning.report import Plan, describe, in_one
 from ranger_nn.planning.stages import REGIONAL, Stages, stage
-from ranger_nn.planning.verify import verify_program
 from ranger_nn.planning.weights import sink
 
 STEP_BYTES = 6 << 20
@@ -108,19 +111,10 @@ class Candidate:
     macs: int
 
     @property
-    def size(self) -> int:
-        """Instructions written to find it."""
-        return len(self.forward.instructions) + (len(self.backward.instructions) if self.backward else 0)
-
-    @property
     def profile(self) -> tuple[int, ...]:
         """Peaks of all sweeps, the highest first: a move that lowers one of several equal peaks is a step forward."""
-        peaks: dict[tuple[bool, int], int] = {}
-        for program in (self.forward, self.backward):
-            for i in program.instructions if program is not None else ():
-                key = (program is self.forward, i.sweep)
-                peaks[key] = max(peaks.get(key, 0), i.live)
-        return tuple(sorted(peaks.values(), reverse=True))
+        programs = (self.forward, self.backward)
+        return tuple(sorted((peak for p in programs if p is not None for peak in p.peaks.values()), reverse=True))
 
     @property
     def worst(self) -> Program:
@@ -130,19 +124,17 @@ class Candidate:
     @property
     def binding(self) -> int:
         """Level at which the peak stands."""
-        worst = self.worst
-        return worst.instructions[worst.peak_at].sweep if worst.instructions and worst.peak_at >= 0 else 0
+        return self.worst.binding.sweep
 
     @property
     def binds_chunked(self) -> bool:
         """Whether the peak stands at an operator that works in chunks."""
-        worst = self.worst
-        node = worst.instructions[worst.peak_at].node if worst.peak_at >= 0 else -1
+        node = self.worst.binding.node
         return node >= 0 and bool(self.bounds.graph.nodes[node].kernel.chunk)
 
 
-def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool) -> Candidate:
-    """Lower a schedule to programs and read off peak and work."""
+def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool, memo: Memo | None = None) -> Candidate:
+    """Lower a schedule to programs and read off peak and work. With a `memo` they are counted and not written."""
     cut = [a for i, a in enumerate(axes) if (i == 0 and schedule.slides) or schedule.tiles[i] > 1]
     tiles = tuple(schedule.tiles[i] for i, a in enumerate(axes) if a in cut)
     slim = replace(schedule, tiles=tiles, steps=schedule.steps if cut and schedule.slides else 0)
@@ -152,24 +144,33 @@ def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool
     bounds = Bounds(halved(graph, schedule.halvings), tuple(cut), circle)
     stages = stage(bounds, schedule.cuts, schedule.slides)
     sink(bounds.graph, stages)
+    used = read_by_backward(bounds, stages, slim) if training else set[int]()
+    state = _lowering(bounds, stages, slim, used, True, memo)
+    forward = state.lower()
     if not training:
-        forward, state = lower_forward(bounds, stages, slim)
         return Candidate(schedule, bounds, forward, None, state, forward.peak, forward.macs)
-    used = read_by_backward(bounds, stages, slim)
-    forward, state = lower_forward(bounds, stages, slim, used, streaming=True)
-    backward, _ = lower_backward(state)
+    backward = (BackwardCount(state) if isinstance(state, ForwardCount) else BackwardLowering(state)).lower()
     return Candidate(
         schedule, bounds, forward, backward, state, max(forward.peak, backward.peak), forward.macs + backward.macs
     )
 
 
+def _lowering(
+    bounds: Bounds, stages: Stages, schedule: Schedule, keep: set[int], streaming: bool, memo: Memo | None
+) -> ForwardLowering:
+    if memo is None:
+        return ForwardLowering(bounds, stages, schedule, keep, streaming)
+    return ForwardCount(bounds, stages, schedule, keep, streaming, memo)
+
+
 def read_by_backward(bounds: Bounds, stages: Stages, schedule: Schedule) -> set[int]:
     """Values of the forward program that backward reads: the same for any number of steps, so found with one."""
     everything = {v for n in bounds.graph.nodes for v in n.outputs}
-    _, state = lower_forward(
-        bounds, stages, replace(schedule, steps=min(1, schedule.steps)), everything, streaming=False
-    )
-    return lower_backward(state)[1]
+    state = ForwardCount(bounds, stages, replace(schedule, steps=min(1, schedule.steps)), everything, False, {})
+    state.lower()
+    backward = BackwardCount(state)
+    backward.lower()
+    return backward.used
 
 
 def base_steps(graph: Graph, axis: Axis) -> int:
@@ -498,9 +499,10 @@ def make_plan(
     if options.allowed is not None and projected > options.allowed:
         least, found = (projected, best) if as_it_is else _least(graph, axes, options, training, best)
         raise _too_small(graph, options.allowed, with_margin(min(whole.peak, untouched)), least, found)
-    verify_program(best.forward, best.bounds.graph)
-    if best.backward is not None:
-        verify_program(best.backward, best.bounds.graph, best.forward)
+    follow = partial(
+        check, best.bounds.graph, best.forward, best.backward, _periods(best.bounds), options.disk and best is cut
+    )
+    follow()
 
     def described(found: Candidate) -> Plan:
         programs = found.forward, found.backward
@@ -510,7 +512,15 @@ def make_plan(
     plan = described(best)
     if best is not cut:
         plan = in_one(plan, described(cut), as_it_is)
-    return Planned(plan, best.forward, best.backward, best.bounds.graph, as_it_is)
+    return Planned(replace(plan, follow=follow), best.forward, best.backward, best.bounds.graph, as_it_is)
+
+
+def _periods(bounds: Bounds) -> dict[int, tuple[int, int]]:
+    """Of values on the axis that goes round: dimension, and rows after which it repeats."""
+    if bounds.circle is None:
+        return {}
+    axis = bounds.axes[bounds.circle]
+    return {v: (axis.dims[v], period) for v, period in (axis.periods or {}).items()}
 
 
 def _least(
@@ -540,11 +550,10 @@ def _saved(graph: Graph) -> int:
 
 
 def _too_small(graph: Graph, allowed: int, whole: int, least: int, best: Candidate) -> BudgetError:
-    program = best.worst
-    instruction = program.instructions[program.peak_at]
-    node = instruction.node
-    if node < 0 and instruction.value >= 0:
-        node = best.lowering.stages.producer.get(instruction.value, -1)
+    binding = best.worst.binding
+    node = binding.node
+    if node < 0 and binding.value >= 0:
+        node = best.lowering.stages.producer.get(binding.value, -1)
     name = graph.nodes[node].name if node >= 0 else "the input"
     where = graph.nodes[node].where if node >= 0 else ""
     place = f"{name} ({where})" if where else name

@@ -1,0 +1,64 @@
+"""Bounds inference for many regions at once: the intervals of `Link.needs` as arrays, one element for each region.
+
+A slide of a thousand steps asks a thousand times what a node reads; as arrays that is a few calls of NumPy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ranger_nn.core.reach import Border, Link
+
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def needs(link: Link, start: Rows, stop: Rows, size: int) -> tuple[Rows, Rows]:
+    """First row, and the row after the last, that each output interval [start, stop) reads; (0, 0) where it is empty."""
+    reach = link.reach
+    lo = (start * reach.num + reach.first) // reach.den
+    hi = ((stop - 1) * reach.num + reach.last) // reach.den + 1
+    bounded = _bounded[link.border](lo, hi, max(1, size))
+    nothing = (stop <= start) | (size == 0)
+    inside = (lo >= 0) & (hi <= size)
+    found = [np.where(nothing, 0, np.where(inside, plain, cut)) for plain, cut in zip((lo, hi), bounded, strict=True)]
+    return found[0], found[1]
+
+
+def _filled(lo: Rows, hi: Rows, size: int) -> tuple[Rows, Rows]:
+    first, last = np.clip(lo, 0, size), np.clip(hi, 0, size)
+    return first, np.maximum(first, last)
+
+
+def _replicated(lo: Rows, hi: Rows, size: int) -> tuple[Rows, Rows]:
+    first = np.clip(lo, 0, size - 1)
+    return first, np.maximum(np.minimum(hi, size), first + 1)
+
+
+def _wrapped(lo: Rows, hi: Rows, size: int) -> tuple[Rows, Rows]:
+    first = lo % size
+    last = first + hi - lo
+    return np.where(last <= size, first, 0), np.minimum(last, size)
+
+
+def _reflected(lo: Rows, hi: Rows, size: int) -> tuple[Rows, Rows]:
+    parts = [
+        (np.maximum(lo, 0), np.minimum(hi, size), lo == lo),
+        (np.maximum(0, 1 - np.minimum(hi, 0)), 1 - lo, lo < 0),
+        (2 * size - 1 - hi, 2 * size - 1 - np.maximum(lo, size), hi > size),
+    ]
+    first, last = np.full_like(lo, size), np.zeros_like(hi)
+    for a, b, there in parts:
+        a, b = np.maximum(a, 0), np.minimum(b, size)
+        there = there & (b > a)
+        first, last = np.where(there, np.minimum(first, a), first), np.where(there, np.maximum(last, b), last)
+    return first, last
+
+
+_bounded = {
+    Border.FILL: _filled,
+    Border.REPLICATE: _replicated,
+    Border.CIRCULAR: _wrapped,
+    Border.REFLECT: _reflected,
+}
