@@ -19,20 +19,26 @@ def needs(link: Link, start: Rows, stop: Rows, size: int) -> tuple[Rows, Rows]:
     reach = link.reach
     lo = (start * reach.num + reach.first) // reach.den
     hi = ((stop - 1) * reach.num + reach.last) // reach.den + 1
-    bounded = _bounded[link.border](lo, hi, max(1, size))
-    nothing = (stop <= start) | (size == 0)
-    inside = (lo >= 0) & (hi <= size)
-    found = [np.where(nothing, 0, np.where(inside, plain, cut)) for plain, cut in zip((lo, hi), bounded, strict=True)]
-    return found[0], found[1]
+    if lo.min(initial=0) < 0 or hi.max(initial=0) > size:
+        first, last = _bounded[link.border](lo, hi, max(1, size))
+        inside = (lo >= 0) & (hi <= size)
+        lo, hi = np.where(inside, lo, first), np.where(inside, hi, last)
+    some = (stop > start) & (size > 0)
+    return lo * some, hi * some
+
+
+def _clipped(rows: Rows, most: int) -> Rows:
+    """Between 0 and `most`: as `numpy.clip`, which takes three times as long on short arrays."""
+    return np.minimum(np.maximum(rows, 0), most)
 
 
 def _filled(lo: Rows, hi: Rows, size: int) -> tuple[Rows, Rows]:
-    first, last = np.clip(lo, 0, size), np.clip(hi, 0, size)
+    first, last = _clipped(lo, size), _clipped(hi, size)
     return first, np.maximum(first, last)
 
 
 def _replicated(lo: Rows, hi: Rows, size: int) -> tuple[Rows, Rows]:
-    first = np.clip(lo, 0, size - 1)
+    first = _clipped(lo, size - 1)
     return first, np.maximum(np.minimum(hi, size), first + 1)
 
 

@@ -49,7 +49,9 @@ def box_bytes(box: Box, itemsize: int) -> int:
 
 
 class Builder:
-    """Writes one program. `peaks`: of each sweep; `binding`: where the peak of all stands."""
+    """Writes one program. `peaks`: of each sweep; `binding`: where the peak of all stands;
+    `charged`: instructions so far.
+    """
 
     writes = True
 
@@ -66,6 +68,7 @@ class Builder:
         self.peak = 0
         self.peaks: dict[int, int] = {}
         self.binding = Binding()
+        self.charged = 0
         self.macs = 0
         self.sweep = 0
         self.region = 0
@@ -166,6 +169,7 @@ class Builder:
             else:
                 outs.append(self.slot(0, share=view_of))
         now = self.live + extra
+        self.charged += 1
         if now > self.peaks.get(self.sweep, -1):
             self.peaks[self.sweep] = now
         if now > self.peak:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,12 +21,26 @@ from ranger_nn.core.reach import Box, Interval
 from ranger_nn.bounds.infer import Bounds
 from ranger_nn.planning.backward import BackwardLowering, BackwardStrip
 from ranger_nn.planning.builder import Builder, Located, Page
-from ranger_nn.planning.forward import ForwardLowering, Schedule, Strip, state_bytes
+from ranger_nn.planning.forward import ForwardLowering, Schedule, Strip, Sweep, state_bytes
+from ranger_nn.planning.pace import BackwardPace, ForwardPace
 from ranger_nn.planning.stages import Stages
 
+Users = dict[int, list[tuple[int, int]]]
+
 Region = Callable[[int, Interval], Box]
-Memo = dict[tuple[Any, ...], int]
-"""Workspace of calls by their geometry: kept from one schedule to the next, as most are alike."""
+
+
+class Memo(dict[tuple[Any, ...], int]):
+    """What was worked out for one graph: workspace of calls by their geometry; values that backward reads (`used`); tables of
+    sweeps and the calls in them, most of which a schedule has from the one before.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        super().__init__()
+        self.used: dict[Schedule, frozenset[int]] = {}
+        self.paces: dict[tuple[Any, ...], ForwardPace | BackwardPace] = {}
+        self.calls: dict[tuple[Any, ...], Calls] = {}
 
 
 class Counter(Builder):
@@ -248,14 +262,18 @@ class PullCalls(Calls):
         return memo[key]
 
 
+C = TypeVar("C", bound=Calls)
+
+
 class Counting(Strip):
     """A strip that charges its calls."""
 
     def __init__(self, parent: ForwardLowering, *rest: Any) -> None:
         """See `Strip`."""
         super().__init__(parent, *rest)
-        self.memo = parent.memo if isinstance(parent, ForwardCount) else {}
+        self.memo = parent.memo if isinstance(parent, ForwardCount) else Memo()
         self.known: dict[int, Rows | None] = {}
+        self.across = tuple((a, *sorted(sides.items())) for a, sides in self.intervals.items())
         self.runs: dict[int, RunCalls] = {}
 
     def ends_of(self, u: int) -> Rows | None:
@@ -286,11 +304,30 @@ class Counting(Strip):
         """Rows to which a value is computed after every step."""
         raise NotImplementedError
 
+    def calls(self, key: tuple[Any, ...], k: int, make: Callable[[], C]) -> C:
+        """Of node k: made once for all schedules in which this sweep has this table and its inputs lie alike."""
+        held = tuple(self._held(u) for u in self.graph.nodes[k].inputs)
+        place = (*key, id(self.pace), self.across, held)
+        if place not in self.memo.calls:
+            self.memo.calls[place] = make()
+        return self.memo.calls[place]  # type: ignore[return-value]
+
+    def _held(self, u: int) -> bytes | str:
+        """How a value lies: in the sweep's own pages, in others, whole, in a file."""
+        ends, place = self.ends_of(u), self.p.places.get(u)
+        if u in self.produced:
+            return "made"
+        if ends is not None:
+            return ends.tobytes()
+        return "disk" if place is not None and place.on_disk else "whole"
+
     def _run(self, k: int, node: Node, v: int, rows: Interval) -> None:
         if any(found[v][1] <= found[v][0] for found in self.intervals.values()):
             return
         if k not in self.runs:
-            self.runs[k] = RunCalls(self, k, np.array(self.front_of(v)), self.memo)
+            self.runs[k] = self.calls(
+                ("run", k), k, lambda: RunCalls(self, k, np.array(self.front_of(v)), self.memo)
+            )
         calls, t, builder, values = self.runs[k], self.t, self.builder, self.graph.values
         lent = self.p.remade.lend(builder, node.inputs, self.p.places)
         view, may_copy = self._view(calls, node, t)
@@ -328,14 +365,14 @@ class Counting(Strip):
         if box is None:
             return
         d = None if self.p.slide is None else self.bounds.dim(v, self.p.slide)
-        pages = self.windows[v].pages or []
+        pages = (self.windows.get(v) or self.p.places[v]).pages or []
         lo, hi = box[d] if d is not None else (0, 1)
         parts = sum(1 for page in pages if page.lo < hi and page.hi > lo)
         key = ("lift", k, tuple(hi - lo for lo, hi in box), parts)
         if key not in self.memo:
             read = self.p.read(v, box, self.windows)
             extra = int(node.kernel.scratch(Extent((), 0, (read.nbytes,), (read,))))
-            self.memo[key] = extra + (read.nbytes if len(read.parts) > 1 else 0)
+            self.memo[key] = extra + (read.nbytes if len(read.parts) > 1 or read.loaded else 0)
         small = state_bytes(self.graph, node)
         (part,) = self.builder.charge(k, self.memo[key], [(small, None, False)])
         self.p.lifted[k] = 0
@@ -384,7 +421,9 @@ class CountedBackwardStrip(BackwardStrip, Counting):
         if k not in self.pulls:
             own = out == self._own_box(v, rows)
             region = self._own_box if own else self.out_box
-            self.pulls[k] = PullCalls(self, k, np.array(self.pace.back[v]), region, wanted)
+            self.pulls[k] = self.calls(
+                ("pull", k, own), k, lambda: PullCalls(self, k, np.array(self.pace.back[v]), region, wanted)
+            )
         calls = self.pulls[k]
         slots: list[int] = []
         if any(wanted):
@@ -417,6 +456,19 @@ class ForwardCount(ForwardLowering):
         """One tile of a sweep."""
         return CountedStrip(self, *args)
 
+    def sweep_key(self, at: int) -> tuple[Any, ...]:
+        """All that the table of a sweep depends on."""
+        sweep, schedule = self.demand.sweeps[at], self.schedule
+        cut = (self.slide, schedule.steps, schedule.grain, schedule.halvings, self.bounds.circle, len(self.bounds.axes))
+        return (*cut, *self.tile_axes, tuple(sweep.nodes), frozenset(sweep.sinks), frozenset(sweep.finals))
+
+    def pace(self, at: int, users: Users) -> ForwardPace:
+        """The table of the sweep at a level, from another schedule where it is the same."""
+        key = ("forward", *self.sweep_key(at))
+        if key not in self.memo.paces:
+            self.memo.paces[key] = super().pace(at, users)
+        return self.memo.paces[key]  # type: ignore[return-value]
+
 
 class BackwardCount(BackwardLowering):
     """Lowering of backward that charges and forgets."""
@@ -428,3 +480,11 @@ class BackwardCount(BackwardLowering):
     def strip(self, *args: Any) -> BackwardStrip:
         """One tile of a sweep."""
         return CountedBackwardStrip(self, *args)
+
+    def pace(self, at: int, sweep: Sweep, users: Users, active: set[int]) -> BackwardPace:
+        """The table of the sweep at a level, from another schedule where it is the same."""
+        assert isinstance(self.f, ForwardCount)
+        memo, key = self.f.memo, ("backward", *self.f.sweep_key(at), frozenset(active))
+        if key not in memo.paces:
+            memo.paces[key] = super().pace(at, sweep, users, active)
+        return memo.paces[key]  # type: ignore[return-value]

@@ -139,7 +139,7 @@ class Pace(ABC):
 
     def due(self, v: int, t: Rows) -> Rows:
         """Rows of a result that must be there after steps t."""
-        end = np.clip(self.clock.virtual(self.sizes[v], t), 0, self.sizes[v])
+        end = np.minimum(np.maximum(self.clock.virtual(self.sizes[v], t), 0), self.sizes[v])
         return np.where(t >= self.clock.total - 1, end, self.floor(v, end))
 
     def share(self, v: int, t: int) -> tuple[int, int]:

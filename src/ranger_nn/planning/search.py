@@ -17,7 +17,8 @@ same that runs. The first schedule that fits wins; while none does, these are tr
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -100,7 +101,7 @@ class Planned:
 
 @dataclass
 class Candidate:
-    """One schedule, lowered."""
+    """One schedule, lowered, or only counted; `size`: its instructions."""
 
     schedule: Schedule
     bounds: Bounds
@@ -109,6 +110,7 @@ class Candidate:
     lowering: ForwardLowering
     peak: int
     macs: int
+    size: int = 0
 
     @property
     def profile(self) -> tuple[int, ...]:
@@ -144,33 +146,38 @@ def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool
     bounds = Bounds(halved(graph, schedule.halvings), tuple(cut), circle)
     stages = stage(bounds, schedule.cuts, schedule.slides)
     sink(bounds.graph, stages)
-    used = read_by_backward(bounds, stages, slim) if training else set[int]()
+    used = read_by_backward(bounds, stages, slim, memo) if training else frozenset[int]()
     state = _lowering(bounds, stages, slim, used, True, memo)
     forward = state.lower()
     if not training:
-        return Candidate(schedule, bounds, forward, None, state, forward.peak, forward.macs)
-    backward = (BackwardCount(state) if isinstance(state, ForwardCount) else BackwardLowering(state)).lower()
-    return Candidate(
-        schedule, bounds, forward, backward, state, max(forward.peak, backward.peak), forward.macs + backward.macs
-    )
+        return Candidate(schedule, bounds, forward, None, state, forward.peak, forward.macs, state.builder.charged)
+    back = BackwardCount(state) if isinstance(state, ForwardCount) else BackwardLowering(state)
+    backward = back.lower()
+    size = state.builder.charged + back.builder.charged
+    peak, macs = max(forward.peak, backward.peak), forward.macs + backward.macs
+    return Candidate(schedule, bounds, forward, backward, state, peak, macs, size)
 
 
 def _lowering(
-    bounds: Bounds, stages: Stages, schedule: Schedule, keep: set[int], streaming: bool, memo: Memo | None
+    bounds: Bounds, stages: Stages, schedule: Schedule, keep: Collection[int], streaming: bool, memo: Memo | None
 ) -> ForwardLowering:
     if memo is None:
         return ForwardLowering(bounds, stages, schedule, keep, streaming)
     return ForwardCount(bounds, stages, schedule, keep, streaming, memo)
 
 
-def read_by_backward(bounds: Bounds, stages: Stages, schedule: Schedule) -> set[int]:
+def read_by_backward(bounds: Bounds, stages: Stages, schedule: Schedule, memo: Memo | None) -> frozenset[int]:
     """Values of the forward program that backward reads: the same for any number of steps, so found with one."""
-    everything = {v for n in bounds.graph.nodes for v in n.outputs}
-    state = ForwardCount(bounds, stages, replace(schedule, steps=min(1, schedule.steps)), everything, False, {})
-    state.lower()
-    backward = BackwardCount(state)
-    backward.lower()
-    return backward.used
+    one = replace(schedule, steps=min(1, schedule.steps))
+    known = memo if memo is not None else Memo()
+    if one not in known.used:
+        everything = {v for n in bounds.graph.nodes for v in n.outputs}
+        state = ForwardCount(bounds, stages, one, everything, False, known)
+        state.lower()
+        backward = BackwardCount(state)
+        backward.lower()
+        known.used[one] = frozenset(backward.used)
+    return known.used[one]
 
 
 def base_steps(graph: Graph, axis: Axis) -> int:
@@ -314,11 +321,23 @@ def _coarse(schedule: Schedule) -> Schedule:
     return replace(schedule, steps=min(schedule.steps, COARSE_STEPS))
 
 
+class Counted:
+    """Schedules of one graph that were counted: the searches that follow one another meet the same ones."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self.memo = Memo()
+        self.candidates: dict[Schedule, Candidate] = {}
+
+
 class Search:
     """Greedy descent of the peak: what is held and where sweeps end is chosen on few steps, then regions shrink."""
 
-    def __init__(self, graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> None:
-        """Nothing is lowered yet."""
+    def __init__(
+        self, graph: Graph, axes: Sequence[Axis], options: Options, training: bool, counted: Counted
+    ) -> None:
+        """`counted`: schedules of this graph whose bytes are known."""
+        self.counted = counted
         self.graph, self.axes, self.options, self.training = graph, axes, options, training
         self.work = 0
         self.best: Candidate | None = None
@@ -329,9 +348,11 @@ class Search:
 
     def lower(self, schedule: Schedule) -> Candidate:
         """A candidate, counted in the work."""
-        found = lower(self.graph, self.axes, schedule, self.training)
-        self.work += found.size
-        return found
+        if schedule not in self.counted.candidates:
+            found = lower(self.graph, self.axes, schedule, self.training, self.counted.memo)
+            self.counted.candidates[schedule] = found
+        self.work += self.counted.candidates[schedule].size
+        return self.counted.candidates[schedule]
 
     def attempt(self, schedule: Schedule) -> bool:
         """Lower a schedule in full; True where it fits. The best so far is kept."""
@@ -460,12 +481,21 @@ class Search:
         return moved and self.attempt(replace(state.schedule, steps=steps))
 
 
-def search(graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> Candidate:
-    """The first schedule within the budget, or the best found. The garbage collector rests meanwhile."""
+def search(
+    graph: Graph, axes: Sequence[Axis], options: Options, training: bool, counted: Counted | None = None
+) -> Candidate:
+    """The first schedule within the budget, or the best found: counted, not written. The garbage collector rests meanwhile."""
+    with _resting():
+        return Search(graph, axes, options, training, counted or Counted()).run()
+
+
+@contextmanager
+def _resting() -> Iterator[None]:
+    """Without the garbage collector: what a search makes is kept, and looked through again and again in vain."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return Search(graph, axes, options, training).run()
+        yield
     finally:
         if collecting:
             gc.enable()
@@ -483,7 +513,8 @@ def make_plan(
     if not options.disk and options.schedule != "tile":  # files are read and written by rows
         axes, regions = slide_first(graph, axes, options.regions)
         options = replace(options, regions=regions)
-    cut = best = search(graph, axes, options, training)
+    counted = Counted()
+    cut = best = search(graph, axes, options, training, counted)
     whole = lower(unchunked(graph), [], Schedule(0, ()), training)
     if options.free and whole.peak <= best.peak:
         best = replace(whole, schedule=Schedule(0, (1,) * len(axes)))
@@ -497,8 +528,11 @@ def make_plan(
     if as_it_is:
         best, projected = replace(whole, schedule=Schedule(0, (1,) * len(axes))), with_margin(told or 0)
     if options.allowed is not None and projected > options.allowed:
-        least, found = (projected, best) if as_it_is else _least(graph, axes, options, training, best)
+        least, found = (projected, best) if as_it_is else _least(graph, axes, options, training, best, counted)
         raise _too_small(graph, options.allowed, with_margin(min(whole.peak, untouched)), least, found)
+    if best is cut:
+        with _resting():
+            best = cut = lower(graph, axes, best.schedule, training)
     follow = partial(
         check, best.bounds.graph, best.forward, best.backward, _periods(best.bounds), options.disk and best is cut
     )
@@ -524,18 +558,18 @@ def _periods(bounds: Bounds) -> dict[int, tuple[int, int]]:
 
 
 def _least(
-    graph: Graph, axes: Sequence[Axis], options: Options, training: bool, best: Candidate
+    graph: Graph, axes: Sequence[Axis], options: Options, training: bool, best: Candidate, counted: Counted
 ) -> tuple[int, Candidate]:
     """The least budget found that a search meets when it is given just that."""
     least = with_margin(best.peak)
     if best.bounds.axes == ():
         return least, best
     for _ in range(3):
-        found = search(graph, axes, replace(options, allowed=least), training)
+        found = search(graph, axes, replace(options, allowed=least), training, counted)
         if with_margin(found.peak) <= least:
             return least, found
         least = with_margin(found.peak)
-    first = search(graph, axes, options.without_budget(), training)
+    first = search(graph, axes, options.without_budget(), training, counted)
     return with_margin(first.peak), first
 
 
