@@ -180,11 +180,16 @@ class _Check:
         node = self.owner[v]
         return self.graph.values[node.outputs[0]].shape[node.rule.ordered or 0]
 
+    def _size(self, v: int, dim: int) -> int:
+        return self.graph.values[v].shape[dim]
+
     def _part(self, held: Held, cuts: Sequence[tuple[int, int, int]]) -> Numbers:
         """View of what a slot holds of numbers."""
         x = held.numbers
         assert x is not None
         for dim, start, length in cuts:
+            if (held.value, dim) not in self.gradients.cut and (start, length) == (0, self._size(held.value, dim)):
+                continue  # all rows, for which one number stands
             if start < 0 or length < 0 or start + length > x.shape[dim]:
                 raise PlanError(f"[{start}, {start + length}) of {x.shape[dim]} rows is read")
             x = x[(slice(None),) * dim + (slice(start, start + length),)]

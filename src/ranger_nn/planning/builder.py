@@ -54,6 +54,7 @@ class Builder:
     """
 
     writes = True
+    """False: instructions are charged and forgotten, so that those which hold no bytes need not be made."""
 
     def __init__(self, graph: Graph, first_slot: int = 0) -> None:
         """Slots are numbered from `first_slot`."""

@@ -46,6 +46,8 @@ class Memo(dict[tuple[Any, ...], int]):
 class Counter(Builder):
     """Charges what a builder would write."""
 
+    writes = False
+
     def emit(
         self,
         op: str,
