@@ -17,8 +17,9 @@ same that runs. The first schedule that fits wins; while none does, these are tr
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ranger_nn.bounds.axes import Axis, find_axes
 from ranger_nn.bounds.infer import Bounds
@@ -470,13 +471,20 @@ def search(graph: Graph, axes: Sequence[Axis], options: Options, training: bool)
             gc.enable()
 
 
-def make_plan(
-    graph: Graph, options: Options, training: bool, untouched_peak: Callable[[], int | None] = lambda: None
-) -> Planned:
+class Untouched(Protocol):
+    """What the network takes when it is called as it is, outputs not counted; None where that cannot be told."""
+
+    def bound(self) -> int | None:
+        """Bytes at most, found without running anything."""
+
+    def counted(self, enough: int, most: int) -> int | None:
+        """The same as closely as can be, down to `enough`; None where it certainly is more than `most`, too."""
+
+
+def make_plan(graph: Graph, options: Options, training: bool, untouched: Untouched | None = None) -> Planned:
     """Plan and programs for a graph; raises BudgetError where nothing fits.
 
-    `untouched_peak`: bytes that the network takes as it is at most, if that can be told: where they are the fewest, it is
-    called as it is.
+    `untouched`: the network as it is: where it needs the fewest bytes, it is called so.
     """
     axes = find_axes(graph)
     if not options.disk and options.schedule != "tile":  # files are read and written by rows
@@ -489,15 +497,18 @@ def make_plan(
     projected = with_margin(best.peak)
     fits = options.allowed is None or projected <= options.allowed
     one = best is not cut or (best.schedule.steps <= 1 and set(best.schedule.tiles) <= {1})
-    told = untouched_peak() if training or one or not fits else None
-    untouched = min(FOREVER if told is None else told, max(whole.peak, _saved(graph) if training else 0))
+    told = untouched.bound() if untouched is not None and (training or one or not fits) else None
+    usual = min(FOREVER if told is None else told, max(whole.peak, _saved(graph) if training else 0))
     looser = LOOSER if one and training and options.allowed is None else 1.0
-    as_it_is = told is not None and options.free and with_margin(told) <= looser * projected
-    if as_it_is:
-        best, projected = replace(whole, schedule=Schedule(0, (1,) * len(axes))), with_margin(told or 0)
+    counted = _as_it_is(untouched, told, options, fits, projected, looser)
+    as_it_is = counted is not None and (fits or counted <= (options.allowed or 0))
+    if counted is not None and as_it_is:
+        best, projected = replace(whole, schedule=Schedule(0, (1,) * len(axes))), counted
     if options.allowed is not None and projected > options.allowed:
-        least, found = (projected, best) if as_it_is else _least(graph, axes, options, training, best)
-        raise _too_small(graph, options.allowed, with_margin(min(whole.peak, untouched)), least, found)
+        least, found = _least(graph, axes, options, training, best)
+        if counted is not None and counted <= least:
+            least, found = counted, whole
+        raise _too_small(graph, options.allowed, min(with_margin(whole.peak), counted or FOREVER), least, found)
     verify_program(best.forward, best.bounds.graph)
     if best.backward is not None:
         verify_program(best.backward, best.bounds.graph, best.forward)
@@ -505,12 +516,23 @@ def make_plan(
     def described(found: Candidate) -> Plan:
         programs = found.forward, found.backward
         lowered = found.bounds.graph, axes, found.schedule, found.lowering
-        return describe(*lowered, *programs, options.allowed, projected, untouched)
+        return describe(*lowered, *programs, options.allowed, projected, usual)
 
     plan = described(best)
     if best is not cut:
         plan = in_one(plan, described(cut), as_it_is)
     return Planned(plan, best.forward, best.backward, best.bounds.graph, as_it_is)
+
+
+def _as_it_is(
+    untouched: Untouched | None, told: int | None, options: Options, fits: bool, projected: int, looser: float
+) -> int | None:
+    """Bytes that the network takes as it is, where it is to be called so or nothing else fits: counted, not bounded."""
+    if untouched is None or told is None or not options.free:
+        return None
+    if not fits:
+        return untouched.counted(options.allowed or 0, projected)
+    return untouched.counted(0, FOREVER) if with_margin(told) <= looser * projected else None
 
 
 def _least(
