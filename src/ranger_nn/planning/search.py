@@ -9,7 +9,8 @@ same that runs. The first schedule that fits wins; while none does, these are tr
     2. steps half as long               and where they cannot be shorter, tiles across the second axis
     3. inference: more computed again   sets of values not held, from the least extra work on (`_ladder`)
     4. one more move, again and again   a large value not held, or (training) a cut that ends a sweep early
-    5. steps half as long, four times   from the best so far on
+    5. steps half as long, four times   from the best so far on; then 3 to 5 again, on networks
+                                        of which that is soon done
 
 3 and 4 are judged on few steps. Enter at `make_plan`.
 """
@@ -45,6 +46,8 @@ LOOSER = 1.5
 """In training, where no memory is stated: times the bytes of one region that the network as it is may be said to need, and is
 called. It runs nothing twice, and takes less than is said of it: what convolutions take is a bound for all of their kernels.
 """
+FURTHER_WORK = SEARCH_WORK // 4
+"""Instructions up to which a second round of moves begins: on a large network each costs seconds."""
 COARSE_SLACK = 1.5
 """Times the budget that a candidate on few steps may need to be tried on more."""
 COARSE_STEPS = 16
@@ -353,11 +356,19 @@ class Search:
                 self._halve()
                 or self._remake()
                 or self._shrink(self.best.schedule, 1)
-                or self._climb()
-                or self._descend()
-                or self._shrink(self.best.schedule, 4)
+                or self._rounds()
             )
         return self.best
+
+    def _rounds(self) -> bool:
+        """Moves, and shorter steps from the best so far on, as long as they help: what is held shows on short steps."""
+        while True:
+            before = self.best
+            assert before is not None
+            if self._climb() or self._descend() or self._shrink(self.best.schedule, 4):
+                return True
+            if self.best is before or self.work >= FURTHER_WORK:
+                return False
 
     def _halve(self) -> bool:
         """Shorter and shorter chunks inside of operators that run whole; True where the budget is met."""
@@ -410,7 +421,7 @@ class Search:
         """Ever more computed again, from the least on, as long as it saves memory; True where the budget is met."""
         assert self.best is not None
         start = self.best
-        if self.training or len(start.lowering.demand.stored) < 2:
+        if self.training or not start.lowering.demand.stored:
             return False
         lowest = self.lower(_coarse(start.schedule)).peak
         finest = self._finer(start.schedule) or start.schedule
