@@ -87,7 +87,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "depthwise volume": (lambda: nn.Conv3d(8, 8, 3, padding=1, groups=8), (1, 8, 8, 12, 12)),
     "patches": (lambda: nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Flatten(2), nn.Linear(36, 5)), (1, 3, 48, 48)),
     "heavy weights": (lambda: nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU()), (2, 128, 3, 3)),
-    "up and down": (lambda: nn.Sequential(nn.Conv2d(3, 9, 4, 2), Scaled(), nn.ConvTranspose2d(9, 3, 4, 2)), (1, 3, 34, 34)),
+    "up and down": (
+        lambda: nn.Sequential(nn.Conv2d(3, 9, 4, 2), Scaled(), nn.ConvTranspose2d(9, 3, 4, 2)),
+        (1, 3, 34, 34),
+    ),
     "signal": (lambda: nn.Sequential(nn.Conv1d(4, 16, 5), Scaled(), nn.Conv1d(16, 16, 5)), (2, 4, 500)),
     "digits": (
         lambda: nn.Sequential(nn.Conv2d(1, 6, 5), nn.MaxPool2d(2), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(864, 10)),

@@ -352,20 +352,17 @@ class Search:
         if not self.axes:
             _ = self.fits(self.best) or self._halve()
         elif not self.fits(self.best):
-            _ = (
-                self._halve()
-                or self._remake()
-                or self._shrink(self.best.schedule, 1)
-                or self._rounds()
-            )
+            _ = self._halve() or self._remake() or self._shrink(self.best.schedule, 1) or self._rounds()
         return self.best
 
     def _rounds(self) -> bool:
         """Moves, and shorter steps from the best so far on, as long as they help: what is held shows on short steps."""
         while True:
             before = self.best
-            assert before is not None
-            if self._climb() or self._descend() or self._shrink(self.best.schedule, 4):
+            if self._climb() or self._descend():
+                return True
+            assert self.best is not None
+            if self._shrink(self.best.schedule, 4):
                 return True
             if self.best is before or self.work >= FURTHER_WORK:
                 return False

@@ -356,4 +356,4 @@ def _convolution(name: str, args: Any, result: Any) -> int:
     )  # fmt: skip
     order = torch.contiguous_format if not turned or last is None else last
     copied = sum(_bytes(t) for t in (x, w, grad) if t is not None and not t.is_contiguous(memory_format=order))
-    return copied + (called.backward(args[10][:2]) if back else called.forward())
+    return copied + (called.backward(args[10]) if back else called.forward())
