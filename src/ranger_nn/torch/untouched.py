@@ -276,10 +276,9 @@ class _Used(TorchDispatchMode):
         room = max(enough, ROOM)
         while True:
             peak, call = self._highest(self._taken)
-            if peak <= enough or call in self._asked or call < 0:
+            if peak <= enough or call in self._asked or call < 0 or self._calls[call].nbytes > room:
                 return peak
-            left_out = not self._left_out.isdisjoint(self._made[call])
-            told = self._calls[call].counted(left_out) if self._calls[call].nbytes <= room else None
+            told = self._calls[call].counted(not self._left_out.isdisjoint(self._made[call]))
             self._asked[call] = self._taken(call, self._said[call]) if told is None else told
 
     def _taken(self, call: int, said: int) -> int:
