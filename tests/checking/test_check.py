@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from ranger_nn.checking.check import check
 from ranger_nn.core import program as P
 from ranger_nn.core.program import Instruction, Program, Read
 from ranger_nn.errors import PlanError
 from ranger_nn.planning.search import Options, Planned, make_plan
 from ranger_nn.torch.capture import capture
-from ranger_nn.checking.check import check
 
 
 class Net(nn.Module):

@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from ranger_nn.core.reach import Border, Link
+from ranger_nn.core.reach import Border, Link, Reach
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
+def reached(reach: Reach, start: Rows, stop: Rows) -> tuple[Rows, Rows]:
+    """First row, and the row after the last, not clipped to the value: rows before 0 and beyond its size go on evenly."""
+    return (start * reach.num + reach.first) // reach.den, ((stop - 1) * reach.num + reach.last) // reach.den + 1
+
+
 def needs(link: Link, start: Rows, stop: Rows, size: int) -> tuple[Rows, Rows]:
     """First row, and the row after the last, that each output interval [start, stop) reads; (0, 0) where it is empty."""
-    reach = link.reach
-    lo = (start * reach.num + reach.first) // reach.den
-    hi = ((stop - 1) * reach.num + reach.last) // reach.den + 1
+    lo, hi = reached(link.reach, start, stop)
     if lo.min(initial=0) < 0 or hi.max(initial=0) > size:
         first, last = _bounded[link.border](lo, hi, max(1, size))
         inside = (lo >= 0) & (hi <= size)

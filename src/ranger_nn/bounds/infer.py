@@ -65,7 +65,7 @@ class Bounds:
         if d is None or link is None or link.out_dim != self.dim(node.outputs[0], axis):
             return zero, np.where(stop > start, size, 0)
         if axis == self.circle:
-            lo, hi = link.reach.needs(start, stop)
+            lo, hi = arrays.reached(link.reach, start, stop)
             return np.where(stop > start, lo, 0), np.where(stop > start, hi, 0)
         return arrays.needs(link, start, stop, size)
 
@@ -89,19 +89,18 @@ class Bounds:
                 box.append((0, size))
         return tuple(box)
 
-    def follow(self, node: Node, position: int, axis: int, row: Rows, end: bool) -> Rows | int:
-        """First row of input `position` that output rows from `row` on read; with `end`, the row after the last
+    def follow(self, node: Node, position: int, axis: int, row: Rows, end: bool) -> Rows:
+        """First rows of input `position` that output rows from `row` on read; with `end`, the row after the last
         that rows up to `row` read. Not clipped to the value: rows before 0 and beyond the size go on evenly.
         """
         value = node.inputs[position]
         d = self.dim(value, axis)
         if d is None:
-            return 1 if end else 0
+            return np.full_like(row, end)
         link = node.rule.links[position][d]
         if link is None or link.out_dim != self.dim(node.outputs[0], axis):
-            return self.graph.values[value].shape[d] if end else 0
-        reach = link.reach
-        return reach.needs(row - 1, row)[1] if end else reach.needs(row, row + 1)[0]
+            return np.full_like(row, self.graph.values[value].shape[d] * end)
+        return arrays.reached(link.reach, row - 1, row)[1] if end else arrays.reached(link.reach, row, row + 1)[0]
 
     def blocked(self, node: Node, position: int, axis: int) -> bool:
         """True where input `position` is cut along `axis` but must be read whole."""

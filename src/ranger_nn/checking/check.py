@@ -153,7 +153,9 @@ class _Check:
         for slot, cuts in read.parts:
             held = self.slots[slot]
             if held.value != v or held.kind not in (VALUE, BUFFER):
-                raise PlanError(f"slot {slot} is read for {self._name(v)} and holds {held.kind} of {self._name(held.value)}")
+                raise PlanError(
+                    f"slot {slot} is read for {self._name(v)} and holds {held.kind} of {self._name(held.value)}"
+                )
             box = narrowed(held.box, cuts, slot)
             want = read.box
             if many:
@@ -218,7 +220,9 @@ class _Check:
                 if link is not None:
                     want = asked(link, i.out_box[link.out_dim], size, self.gradients.period(v, d) > 0)
                 if read.box[d] != want and not (want[0] == want[1] and read.box[d][0] == read.box[d][1]):
-                    raise PlanError(f"input {p}, dimension {d}: rows {want} of {size} are asked for, {read.box[d]} are given")
+                    raise PlanError(
+                        f"input {p}, dimension {d}: rows {want} of {size} are asked for, {read.box[d]} are given"
+                    )
 
     # ---- forward ------------------------------------------------------------------------------------------------
 
@@ -232,7 +236,9 @@ class _Check:
             start, upto = i.out_box[node.rule.ordered]
             states = i.reads[len(node.inputs) :]
             if start and len(states) != len(node.states):
-                raise PlanError(f"step {start} needs {len(node.states)} states of the steps before, and is given {len(states)}")
+                raise PlanError(
+                    f"step {start} needs {len(node.states)} states of the steps before, and is given {len(states)}"
+                )
             for v, read in zip(node.states, states):
                 self._value(read, v, start)
         for j, (slot, v) in enumerate(zip(i.outs, node.outputs, strict=True)):
@@ -319,7 +325,9 @@ class _Check:
     def _zeros(self, i: Instruction) -> None:
         box = tuple((0, n) for n in i.shape)
         self.slots.hold(
-            i.outs[0], Held(GRADIENT, i.value, numbers=self.gradients.zeros(i.value, box)), self.slots.nbytes(i.value, box)
+            i.outs[0],
+            Held(GRADIENT, i.value, numbers=self.gradients.zeros(i.value, box)),
+            self.slots.nbytes(i.value, box),
         )
 
     def _add(self, i: Instruction) -> None:
@@ -337,7 +345,10 @@ class _Check:
                 self._value(read, v)
         for v, read in zip(kept, i.reads[n:]):
             self._value(read, v)
-        grads = [self._numbers(r, v) if r.parts else None for v, r in zip(node.outputs, i.reads[n + len(kept) :], strict=True)]
+        grads = [
+            self._numbers(r, v) if r.parts else None
+            for v, r in zip(node.outputs, i.reads[n + len(kept) :], strict=True)
+        ]
         for j, (v, g) in enumerate(zip(node.outputs, grads)):
             box = i.out_box if j == 0 else self.gradients.full(v)
             if g is not None and g.shape != self.gradients.shape(v, box):

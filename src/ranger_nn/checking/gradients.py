@@ -20,6 +20,7 @@ from ranger_nn.core.reach import Box
 
 GIVEN = 1 << 40
 """Stands for a node's number in the gradient of an output, which the caller gives."""
+ONE = Bits(1)
 NOTHING = np.ones(1, Bits)
 """Stands for a side along which all rows have the number 1."""
 
@@ -54,7 +55,7 @@ class Gradients:
         """Nothing yet."""
         return np.zeros(self.shape(v, box), Bits)
 
-    def _product(self, v: int, sides: Sequence[Numbers], name: Bits = Bits(1)) -> Numbers:
+    def _product(self, v: int, sides: Sequence[Numbers], name: Bits = ONE) -> Numbers:
         """Numbers along the sides that are cut, multiplied, times a number."""
         found = np.full((1,) * len(sides), name, Bits)
         for d, side in enumerate(sides):
@@ -125,8 +126,8 @@ class Gradients:
 def _cut(graph: Graph, programs: Sequence[Program]) -> set[tuple[int, int]]:
     """Dimensions of values of which some instruction makes or reads a part."""
     values, found = graph.values, set()
-    for v in values:
-        found |= {(v.index, d) for d, n in enumerate(v.shape) if n == 0}
+    for value in values:
+        found |= {(value.index, d) for d, n in enumerate(value.shape) if n == 0}
     for v, box in _regions(graph, programs):
         shape = values[v].shape
         for d, (lo, hi) in enumerate(box):

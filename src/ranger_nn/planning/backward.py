@@ -264,9 +264,7 @@ class BackwardLowering:
         """One tile of a sweep."""
         return BackwardStrip(self, at, sweep, users, active, tile)
 
-    def pace(
-        self, at: int, sweep: Sweep, users: dict[int, list[tuple[int, int]]], active: set[int]
-    ) -> BackwardPace:
+    def pace(self, at: int, sweep: Sweep, users: dict[int, list[tuple[int, int]]], active: set[int]) -> BackwardPace:
         """The table of the sweep at a level: the same for all of its tiles."""
         if at not in self.paces:
             schedule = self.f.schedule

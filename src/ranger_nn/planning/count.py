@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ranger_nn.bounds.arrays import Rows
+from ranger_nn.bounds.arrays import Rows, reached
+from ranger_nn.bounds.infer import Bounds
 from ranger_nn.core.graph import Node
 from ranger_nn.core.program import Cut, Extent, Part, Read
 from ranger_nn.core.reach import Box, Interval
-from ranger_nn.bounds.infer import Bounds
 from ranger_nn.planning.backward import BackwardLowering, BackwardStrip
 from ranger_nn.planning.builder import Builder, Located, Page
 from ranger_nn.planning.forward import ForwardLowering, Schedule, Strip, Sweep, state_bytes
@@ -155,15 +155,14 @@ class Calls:
             lo, hi = strip.bounds.all_needs(node, i, axis, self.start, self.stop)
             link = node.rule.links[i][dim]
             if link is not None:
-                raw = link.reach.needs(self.start, self.stop)
+                raw = reached(link.reach, self.start, self.stop)
                 border = (lo - raw[0], raw[1] - hi)
         ends = strip.ends_of(u)
-        parts, cross = zero + 1, ()
+        parts = zero + 1
         if ends is not None and dim is not None:
             parts = np.searchsorted(ends, hi - 1, "right") - np.searchsorted(ends, lo, "right") + 1
             parts = np.where(hi > lo, parts, 0)
-        if ends is not None:
-            cross = strip.cross_of(u, box)
+        cross = strip.cross_of(u, box) if ends is not None else ()
         place = strip.p.places.get(u)
         loaded = ends is None and place is not None and place.on_disk
         row = self._row_bytes(box, dim, value.itemsize)
@@ -194,8 +193,10 @@ class Calls:
         cut = tuple(tuple(hi - lo for lo, hi in x.box[: x.dim] + x.box[(x.dim or 0) + 1 :]) for x in self.inputs)
         held = tuple((x.windowed, x.cross, x.loaded) for x in self.inputs)
         edges = tuple(
-            (lo == 0, hi == n) for x, u in zip(self.inputs, self.node.inputs)
-            for d, ((lo, hi), n) in enumerate(zip(x.box, self.strip.graph.values[u].shape)) if d != x.dim
+            (lo == 0, hi == n)
+            for x, u in zip(self.inputs, self.node.inputs)
+            for d, ((lo, hi), n) in enumerate(zip(x.box, self.strip.graph.values[u].shape))
+            if d != x.dim
         )
         return self.k, tuple(b for d, b in enumerate(self.out) if d != self.slide), cut, held, edges
 
@@ -227,7 +228,10 @@ class RunCalls(Calls):
         alias = self.node.alias or 0
         found = []
         for t, (key, made) in enumerate(zip(self.keys, self.made.tolist())):
-            if not made or len(self.inputs[alias].read(t, self.strip.graph.values[self.node.inputs[alias]].shape).parts) != 1:
+            if (
+                not made
+                or len(self.inputs[alias].read(t, self.strip.graph.values[self.node.inputs[alias]].shape).parts) != 1
+            ):
                 found.append((False, False))
                 continue
             place = ("copies", *shape, key)
@@ -327,9 +331,7 @@ class Counting(Strip):
         if any(found[v][1] <= found[v][0] for found in self.intervals.values()):
             return
         if k not in self.runs:
-            self.runs[k] = self.calls(
-                ("run", k), k, lambda: RunCalls(self, k, np.array(self.front_of(v)), self.memo)
-            )
+            self.runs[k] = self.calls(("run", k), k, lambda: RunCalls(self, k, np.array(self.front_of(v)), self.memo))
         calls, t, builder, values = self.runs[k], self.t, self.builder, self.graph.values
         lent = self.p.remade.lend(builder, node.inputs, self.p.places)
         view, may_copy = self._view(calls, node, t)
@@ -397,6 +399,8 @@ def _page(place: Located, row: int) -> Page:
 class CountedStrip(Counting):
     """A strip of a forward sweep."""
 
+    pace: ForwardPace
+
     def front_of(self, v: int) -> list[int]:
         """Rows to which a value is computed after every step."""
         return self.pace.end[v]
@@ -432,7 +436,9 @@ class CountedBackwardStrip(BackwardStrip, Counting):
             reads = [node.inputs[i] for i in node.vjp_reads]
             lent = self.p.remade.lend(self.builder, reads, self.p.places)
             self.b.used.update(u for u in reads if u not in self.windows and u not in lent)
-            extra = calls.read_joined[t] + (grad.nbytes if len(grad.parts) > 1 else 0) + calls.scratch(t, grad, self.memo)
+            extra = (
+                calls.read_joined[t] + (grad.nbytes if len(grad.parts) > 1 else 0) + calls.scratch(t, grad, self.memo)
+            )
             results = [(n, None, False) for n, w in zip(calls.sizes[t], wanted, strict=True) if w]
             slots = self.builder.charge(k, extra, results, v)
             self.p.remade.back(self.builder, lent)

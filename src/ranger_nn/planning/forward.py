@@ -22,6 +22,7 @@ from ranger_nn.planning.pace import FOREVER, ForwardPace, Pace
 from ranger_nn.planning.stages import REDUCE, REGIONAL, Stages
 from ranger_nn.planning.weights import Remade
 
+
 @dataclass(frozen=True)
 class Schedule:
     """Decisions of the planner: sliding steps along axis 0 (0: no sliding), tiles per axis, cuts, holds.
@@ -525,7 +526,9 @@ class Strip:
 
     def _dropped(self, k: int) -> list[int]:
         """Values of which node k is the last reader in a step."""
-        return [v for v in set(self.graph.nodes[k].inputs) if max(self.order[u] for u, _ in self.users[v]) == self.order[k]]
+        return [
+            v for v in set(self.graph.nodes[k].inputs) if max(self.order[u] for u, _ in self.users[v]) == self.order[k]
+        ]
 
     def _drop(self, v: int, keep: int) -> None:
         """Rows of a value below `keep` were read by all."""

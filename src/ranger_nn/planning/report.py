@@ -152,8 +152,8 @@ def describe(
     stages = lowering.stages
     peaks: dict[int, int] = {}
     for program in (forward, backward):
-        for i in program.instructions if program else []:
-            peaks[i.sweep] = max(peaks.get(i.sweep, 0), i.live)
+        for at, peak in program.peaks.items() if program else ():
+            peaks[at] = max(peaks.get(at, 0), peak)
     rows = []
     bounds = lowering.bounds
     for at, sweep in enumerate(lowering.demand.sweeps):

@@ -9,7 +9,8 @@ same that runs. The first schedule that fits wins; while none does, these are tr
     2. steps half as long               and where they cannot be shorter, tiles across the second axis
     3. inference: more computed again   sets of values not held, from the least extra work on (`_ladder`)
     4. one more move, again and again   a large value not held, or (training) a cut that ends a sweep early
-    5. steps half as long, four times   from the best so far on
+    5. steps half as long, four times   from the best so far on; then 3 to 5 again, on networks
+                                        of which that is soon done
 
 3 and 4 are judged on few steps. Enter at `make_plan`.
 """
@@ -17,10 +18,11 @@ same that runs. The first schedule that fits wins; while none does, these are tr
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 from ranger_nn.bounds.axes import Axis, find_axes
 from ranger_nn.bounds.infer import Bounds
@@ -48,6 +50,8 @@ LOOSER = 1.5
 """In training, where no memory is stated: times the bytes of one region that the network as it is may be said to need, and is
 called. It runs nothing twice, and takes less than is said of it: what convolutions take is a bound for all of their kernels.
 """
+FURTHER_WORK = SEARCH_WORK // 4
+"""Instructions up to which a second round of moves begins: on a large network each costs seconds."""
 COARSE_SLACK = 1.5
 """Times the budget that a candidate on few steps may need to be tried on more."""
 COARSE_STEPS = 16
@@ -135,7 +139,9 @@ class Candidate:
         return node >= 0 and bool(self.bounds.graph.nodes[node].kernel.chunk)
 
 
-def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool, memo: Memo | None = None) -> Candidate:
+def lower(
+    graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool, memo: Memo | None = None
+) -> Candidate:
     """Lower a schedule to programs and read off peak and work. With a `memo` they are counted and not written."""
     cut = [a for i, a in enumerate(axes) if (i == 0 and schedule.slides) or schedule.tiles[i] > 1]
     tiles = tuple(schedule.tiles[i] for i, a in enumerate(axes) if a in cut)
@@ -333,9 +339,7 @@ class Counted:
 class Search:
     """Greedy descent of the peak: what is held and where sweeps end is chosen on few steps, then regions shrink."""
 
-    def __init__(
-        self, graph: Graph, axes: Sequence[Axis], options: Options, training: bool, counted: Counted
-    ) -> None:
+    def __init__(self, graph: Graph, axes: Sequence[Axis], options: Options, training: bool, counted: Counted) -> None:
         """`counted`: schedules of this graph whose bytes are known."""
         self.counted = counted
         self.graph, self.axes, self.options, self.training = graph, axes, options, training
@@ -370,15 +374,20 @@ class Search:
         if not self.axes:
             _ = self.fits(self.best) or self._halve()
         elif not self.fits(self.best):
-            _ = (
-                self._halve()
-                or self._remake()
-                or self._shrink(self.best.schedule, 1)
-                or self._climb()
-                or self._descend()
-                or self._shrink(self.best.schedule, 4)
-            )
+            _ = self._halve() or self._remake() or self._shrink(self.best.schedule, 1) or self._rounds()
         return self.best
+
+    def _rounds(self) -> bool:
+        """Moves, and shorter steps from the best so far on, as long as they help: what is held shows on short steps."""
+        while True:
+            before = self.best
+            if self._climb() or self._descend():
+                return True
+            assert self.best is not None
+            if self._shrink(self.best.schedule, 4):
+                return True
+            if self.best is before or self.work >= FURTHER_WORK:
+                return False
 
     def _halve(self) -> bool:
         """Shorter and shorter chunks inside of operators that run whole; True where the budget is met."""
@@ -431,7 +440,7 @@ class Search:
         """Ever more computed again, from the least on, as long as it saves memory; True where the budget is met."""
         assert self.best is not None
         start = self.best
-        if self.training or len(start.lowering.demand.stored) < 2:
+        if self.training or not start.lowering.demand.stored:
             return False
         lowest = self.lower(_coarse(start.schedule)).peak
         finest = self._finer(start.schedule) or start.schedule
@@ -501,35 +510,45 @@ def _resting() -> Iterator[None]:
             gc.enable()
 
 
-def make_plan(
-    graph: Graph, options: Options, training: bool, untouched_peak: Callable[[], int | None] = lambda: None
-) -> Planned:
+class Untouched(Protocol):
+    """What the network takes when it is called as it is, outputs not counted; None where that cannot be told."""
+
+    def bound(self) -> int | None:
+        """Bytes at most, found without running anything."""
+
+    def counted(self, enough: int, most: int) -> int | None:
+        """The same as closely as can be, down to `enough`; None where it certainly is more than `most`, too."""
+
+
+def make_plan(graph: Graph, options: Options, training: bool, untouched: Untouched | None = None) -> Planned:
     """Plan and programs for a graph; raises BudgetError where nothing fits.
 
-    `untouched_peak`: bytes that the network takes as it is at most, if that can be told: where they are the fewest, it is
-    called as it is.
+    `untouched`: the network as it is: where it needs the fewest bytes, it is called so.
     """
     axes = find_axes(graph)
     if not options.disk and options.schedule != "tile":  # files are read and written by rows
         axes, regions = slide_first(graph, axes, options.regions)
         options = replace(options, regions=regions)
-    counted = Counted()
-    cut = best = search(graph, axes, options, training, counted)
+    known = Counted()
+    cut = best = search(graph, axes, options, training, known)
     whole = lower(unchunked(graph), [], Schedule(0, ()), training)
     if options.free and whole.peak <= best.peak:
         best = replace(whole, schedule=Schedule(0, (1,) * len(axes)))
     projected = with_margin(best.peak)
     fits = options.allowed is None or projected <= options.allowed
     one = best is not cut or (best.schedule.steps <= 1 and set(best.schedule.tiles) <= {1})
-    told = untouched_peak() if training or one or not fits else None
-    untouched = min(FOREVER if told is None else told, max(whole.peak, _saved(graph) if training else 0))
+    told = untouched.bound() if untouched is not None and (training or one or not fits) else None
+    usual = min(FOREVER if told is None else told, max(whole.peak, _saved(graph) if training else 0))
     looser = LOOSER if one and training and options.allowed is None else 1.0
-    as_it_is = told is not None and options.free and with_margin(told) <= looser * projected
-    if as_it_is:
-        best, projected = replace(whole, schedule=Schedule(0, (1,) * len(axes))), with_margin(told or 0)
+    counted = _as_it_is(untouched, told, options, fits, projected, looser)
+    as_it_is = counted is not None and (fits or counted <= (options.allowed or 0))
+    if counted is not None and as_it_is:
+        best, projected = replace(whole, schedule=Schedule(0, (1,) * len(axes))), counted
     if options.allowed is not None and projected > options.allowed:
-        least, found = (projected, best) if as_it_is else _least(graph, axes, options, training, best, counted)
-        raise _too_small(graph, options.allowed, with_margin(min(whole.peak, untouched)), least, found)
+        least, found = _least(graph, axes, options, training, best, known)
+        if counted is not None and counted <= least:
+            least, found = counted, whole
+        raise _too_small(graph, options.allowed, min(with_margin(whole.peak), counted or FOREVER), least, found)
     if best is cut:
         with _resting():
             best = cut = lower(graph, axes, best.schedule, training)
@@ -541,7 +560,7 @@ def make_plan(
     def described(found: Candidate) -> Plan:
         programs = found.forward, found.backward
         lowered = found.bounds.graph, axes, found.schedule, found.lowering
-        return describe(*lowered, *programs, options.allowed, projected, untouched)
+        return describe(*lowered, *programs, options.allowed, projected, usual)
 
     plan = described(best)
     if best is not cut:
@@ -555,6 +574,17 @@ def _periods(bounds: Bounds) -> dict[int, tuple[int, int]]:
         return {}
     axis = bounds.axes[bounds.circle]
     return {v: (axis.dims[v], period) for v, period in (axis.periods or {}).items()}
+
+
+def _as_it_is(
+    untouched: Untouched | None, told: int | None, options: Options, fits: bool, projected: int, looser: float
+) -> int | None:
+    """Bytes that the network takes as it is, where it is to be called so or nothing else fits: counted, not bounded."""
+    if untouched is None or told is None or not options.free:
+        return None
+    if not fits:
+        return untouched.counted(options.allowed or 0, projected)
+    return untouched.counted(0, FOREVER) if with_margin(told) <= looser * projected else None
 
 
 def _least(
