@@ -530,7 +530,7 @@ def make_plan(graph: Graph, options: Options, training: bool, untouched: Untouch
         axes, regions = slide_first(graph, axes, options.regions)
         options = replace(options, regions=regions)
     known = Counted()
-    cut = best = search(graph, axes, options, training, known)
+    cut = best = _chosen(graph, axes, options, training, known)
     whole = lower(unchunked(graph), [], Schedule(0, ()), training)
     if options.free and whole.peak <= best.peak:
         best = replace(whole, schedule=Schedule(0, (1,) * len(axes)))
@@ -549,7 +549,7 @@ def make_plan(graph: Graph, options: Options, training: bool, untouched: Untouch
         if counted is not None and counted <= least:
             least, found = counted, whole
         raise _too_small(graph, options.allowed, min(with_margin(whole.peak), counted or FOREVER), least, found)
-    if best is cut:
+    if best is cut and options.allowed is not None:
         with _resting():
             best = cut = lower(graph, axes, best.schedule, training)
     follow = partial(
@@ -566,6 +566,14 @@ def make_plan(graph: Graph, options: Options, training: bool, untouched: Untouch
     if best is not cut:
         plan = in_one(plan, described(cut), as_it_is)
     return Planned(replace(plan, follow=follow), best.forward, best.backward, best.bounds.graph, as_it_is)
+
+
+def _chosen(graph: Graph, axes: Sequence[Axis], options: Options, training: bool, known: Counted) -> Candidate:
+    """What a search finds, counted; where no budget is stated the first schedule, written at once."""
+    if options.allowed is not None:
+        return search(graph, axes, options, training, known)
+    with _resting():
+        return lower(graph, axes, starting(graph, axes, options)[0], training)
 
 
 def _periods(bounds: Bounds) -> dict[int, tuple[int, int]]:
