@@ -1,6 +1,8 @@
-"""Lp norms over what is cut: sums of powers, or extrema, of the regions."""
+"""Lp norms over what is cut: sums of powers, or extrema, of the regions. Norms over neighbouring channels, which are not."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 import ranger_nn
 from tests.nets import between
+from tests.nets.norms import GlobalResponseNorm
 from tests.support import compare, random_inputs
 from tests.torch.cut import WAYS, check_cut
 
@@ -29,20 +32,6 @@ class Norms(nn.Module):
         return x * (flat + found) + torch.linalg.vector_norm(x, self.p, (2, 3), True)
 
 
-class GlobalResponseNorm(nn.Module):
-    """ConvNeXt V2's (Woo et al. 2023), channels last."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.gamma, self.beta = (nn.Parameter(torch.randn(1, 1, 1, channels)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        over = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
-        x = self.gamma * (x * (over / (over.mean(-1, keepdim=True) + 1e-6))) + self.beta + x
-        return x.permute(0, 3, 1, 2)
-
-
 @pytest.mark.parametrize(("schedule", "regions"), WAYS)
 @pytest.mark.parametrize("p", POWERS)
 def test_of_space(p: float, schedule: str, regions: tuple[int, ...]) -> None:
@@ -61,7 +50,7 @@ def test_other_names(schedule: str, regions: tuple[int, ...]) -> None:
     # where columns are cut too, a matrix norm's sums along rows are finished before the largest of them
     whole = ["amax", "linalg_vector_norm"] if len(regions) > 1 else []
     check_cut(between(norms), SHAPE, schedule, regions, whole)
-    check_cut(between(GlobalResponseNorm(6)), SHAPE, schedule, regions)
+    check_cut(between(GlobalResponseNorm()), SHAPE, schedule, regions)
 
 
 @pytest.mark.parametrize("p", POWERS)
@@ -71,3 +60,13 @@ def test_zeros_and_ties(p: float) -> None:
     x[0, 0] = 0
     for schedule, regions in WAYS:
         compare(Norms(p), lambda m, s=schedule, r=regions: ranger_nn.regionalize(m, regions=r, schedule=s), (x,))
+
+
+@pytest.mark.parametrize(("schedule", "regions"), WAYS)
+@pytest.mark.parametrize(("space", "size"), [((17,), 3), ((13, 11), 4), ((13, 11), 5), ((7, 6, 5), 4)], ids=str)
+def test_of_neighbouring_channels(space: tuple[int, ...], size: int, schedule: str, regions: tuple[int, ...]) -> None:
+    """`LocalResponseNorm` is a pool over channels, padded: of series, images and volumes."""
+    conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(space) - 1]
+    norm = nn.LocalResponseNorm(size, alpha=0.3, beta=0.6, k=1.5)
+    model = nn.Sequential(conv(3, 6, 3, padding=1), norm, conv(6, 4, 3, padding=1))
+    check_cut(model, (2, 3, *space), schedule, regions[: len(space)])
