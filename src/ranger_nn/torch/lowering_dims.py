@@ -21,6 +21,7 @@ from ranger_nn.ops import reduction
 from ranger_nn.ops.pointwise import Row, Shape, aligned, pointwise
 from ranger_nn.torch import kernels as K
 from ranger_nn.torch import kernels_reduce as R
+from ranger_nn.torch import kernels_resample as S
 
 if TYPE_CHECKING:
     from ranger_nn.torch.lowering import Operator
@@ -283,4 +284,4 @@ def lower_grid(op: Operator) -> Any:
     if inputs != [x, grid]:
         return None
     image = (Link(0), Link(1), *((None,) * (rank - 2)))
-    return op.emit(inputs, Rule((image, (Link(0), *(Link(d) for d in range(2, rank)), None))), K.Copying(function))
+    return op.emit(inputs, Rule((image, (Link(0), *(Link(d) for d in range(2, rank)), None))), S.Sampling(function))
