@@ -16,7 +16,17 @@ import ranger_nn
 
 pytest.importorskip("expecttest")  # which PyTorch's own tests import
 op_db: list[Any] = import_module("torch.testing._internal.common_methods_invocations").op_db
-OPERATORS = ("linalg.vector_norm", "norm", "norm.inf", "norm.fro", "nn.functional.grid_sample")
+OPERATORS = (
+    "linalg.vector_norm",
+    "norm",
+    "norm.inf",
+    "norm.fro",
+    "nn.functional.grid_sample",
+    "nn.functional.local_response_norm",
+    "nn.functional.unfold",
+    "unfold",
+    "unfold_copy",
+)
 SCHEDULES = ("slide", "tile")
 
 
