@@ -208,7 +208,11 @@ class _Check:
         return found[0] if len(found) == 1 else np.concatenate(found, read.dim)
 
     def _asked(self, i: Instruction, node: Node) -> None:
-        """Every box that a node is given is what its rule asks for."""
+        """The region that a node makes is one of its output, and every box that it is given is what its rule asks for."""
+        v = node.outputs[0]
+        for d, ((lo, hi), size) in enumerate(zip(i.out_box, self.graph.values[v].shape, strict=True)):
+            if (lo < 0 or hi > size) and not self.gradients.period(v, d):
+                raise PlanError(f"rows [{lo}, {hi}) of {size} are made along dimension {d}")
         for p, (v, row, read) in enumerate(zip(node.inputs, node.rule.links, i.reads)):
             shape = self.graph.values[v].shape
             if len(read.box) != len(shape):
