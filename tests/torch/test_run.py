@@ -421,7 +421,7 @@ def test_errors(tmp_path, scene):
         ranger_nn.run(Smooth(), path, tmp_path / "out.npy", statistics=["meen"])
     with pytest.raises(InputError, match="must keep rows and columns"):
         ranger_nn.run(Smooth(), path, tmp_path / "out.npy", reduce=lambda y: y[:, :1])
-    with pytest.raises(InputError, match=r"takes a torch.nn.Module, got int"):
+    with pytest.raises(InputError, match=r"takes a torch.nn.Module or a keras.Model, got int"):
         ranger_nn.run(7, path, tmp_path / "out.npy")
     with pytest.raises(InputError, match=r"array has shape \(2, 2\)"):
         ranger_nn.run(Smooth(), path, np.zeros((2, 2), np.float32))

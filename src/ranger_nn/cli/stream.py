@@ -94,7 +94,7 @@ def refuse_options(chosen: argparse.Namespace) -> None:
 
 def run(chosen: argparse.Namespace) -> None:
     """Plan, then run with progress and report; with --dry-run only the plan."""
-    from ranger_nn.torch.prepare import prepare
+    from ranger_nn.doors import prepare
 
     check_sink(chosen.output, chosen.overwrite)
     with threads(chosen):
