@@ -27,7 +27,8 @@ from ranger_nn.keras import private
 from ranger_nn.keras.kept import Kept
 from ranger_nn.keras.kernels import Fused
 from ranger_nn.keras.lower import Lower, Ref
-from ranger_nn.keras.lowering_layers import regularised
+from ranger_nn.keras.lowering import lower_operation
+from ranger_nn.keras.lowering_layers import lower_layer, regularised
 from ranger_nn.keras.private import get_mask
 from ranger_nn.keras.trace import Untraceable, config_of, draw_again, drawn_so_far, own_mode, reason_of
 
@@ -65,7 +66,7 @@ def capture(model: keras.Model, inputs: Any, training: Any = None) -> Captured:
     Raises LayerError where the model's own `call` cannot be traced, InputError where the model refuses such inputs.
     """
     training = own_mode(model, training)
-    lower = Lower(bool(training))
+    lower = Lower(bool(training), lower_operation, lower_layer)
     flat = tree.flatten(inputs)
     found = []
     for position, like in enumerate(flat):

@@ -22,7 +22,8 @@ from keras import ops
 from ranger_nn.aggregate.monoid import Extremum, Moments
 from ranger_nn.core.graph import Graph
 from ranger_nn.keras.guard import held_whole
-from ranger_nn.keras.loops import Loops, inside, loops
+from ranger_nn.keras.loops import Loops, inside
+from ranger_nn.keras.loops_here import loops
 from ranger_nn.keras.saved import Checkpoints, Saved
 from ranger_nn.keras.step import Step
 from ranger_nn.planning.rolled import Call, Flow, Loop

@@ -13,7 +13,7 @@ from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link
 from ranger_nn.keras import kernels_window as W
 from ranger_nn.keras.convolve import convolve, pool, transpose
-from ranger_nn.keras.lowering import Call, rule
+from ranger_nn.keras.operation import Call, rule
 
 
 def ints(value: Any, rank: int) -> tuple[int, ...]:

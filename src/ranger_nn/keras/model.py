@@ -11,7 +11,7 @@ import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -28,6 +28,7 @@ from ranger_nn.keras.identity import identity
 from ranger_nn.keras.loops import tracing
 from ranger_nn.keras.lower import ITEMSIZE, inferred
 from ranger_nn.keras.lowering_layers import DECLARED, REGIONAL
+from ranger_nn.keras.ready import Found, Ready, handed_out
 from ranger_nn.keras.trace import own_mode
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.planning.report import Plan
@@ -98,24 +99,6 @@ def _untouched(model: Any) -> Any:
 def _input_dtype(model: keras.Model) -> str:
     inputs = tree.flatten(getattr(model, "inputs", None) or [])
     return inputs[0].dtype if inputs else keras.config.floatx()
-
-
-@dataclass
-class Ready:
-    """A plan made ready to run."""
-
-    captured: Captured
-    runner: Runner
-    checked: bool = False
-
-
-@dataclass
-class Found:
-    """What a run gives: flattened outputs, the mask of each or None, and what activity regularisers add to the loss."""
-
-    outputs: list[Any]
-    masks: list[Any]
-    losses: list[Any]
 
 
 PLANS = 64
@@ -310,16 +293,6 @@ class _Quiet:
     def __deepcopy__(self, memo: Any) -> _Quiet:
         """Plans hold closures: a copy makes its own."""
         return _Quiet(OrderedDict() if isinstance(self.value, OrderedDict) else self.value)
-
-
-def handed_out(captured: Captured, found: Found) -> Any:
-    """Outputs in the model's structure, with their masks attached; losses added where the layers add them."""
-    for y, mask in zip(found.outputs, found.masks, strict=True):
-        if mask is not None:
-            private.set_mask(y, mask)
-    for (layer, _), loss in zip(captured.losses, found.losses, strict=True):
-        layer.add_loss(loss)
-    return captured.pack(found.outputs)
 
 
 def _mode(model: Regional, training: Any) -> Any:

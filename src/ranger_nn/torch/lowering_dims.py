@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from ranger_nn.ops import reduction
 from ranger_nn.ops.pointwise import Row, Shape, aligned, pointwise
 from ranger_nn.torch import kernels as K
 from ranger_nn.torch import kernels_reduce as R
-
-if TYPE_CHECKING:
-    from ranger_nn.torch.lowering import Operator
+from ranger_nn.torch.operator import Operator
 
 SCANS = (
     *(
