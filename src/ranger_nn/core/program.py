@@ -20,6 +20,8 @@ Part = tuple[int, tuple[Cut, ...]]
 
 RUN, VJP, LIFT, MERGE, FINISH, REDUCE_VJP = "run", "vjp", "lift", "merge", "finish", "reduce_vjp"
 ALLOC, WRITE, TRIM, ADD, ZEROS, GIVE = "alloc", "write", "trim", "add", "zeros", "give"
+BEGIN, STEP = "begin", "step"
+"""Windows of a sweep as they are before its first step, and one step of a rolled plan: see `execute/files/steps.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ class Program:
     """Instructions, and where inputs are found and outputs left.
 
     `external` maps value index to slot for inputs, parameters and constants; `results` maps value index to slot
-    for what the program leaves behind (outputs, kept values, gradients).
+    for what the program leaves behind (outputs, kept values, gradients). `settles`: of a sweep whose steps are
+    instructions, after how many of them its windows no longer depend on what they held before.
     """
 
     instructions: list[Instruction]
@@ -92,3 +95,4 @@ class Program:
     peak_at: int = -1
     macs: int = 0
     regions: int = 0
+    settles: dict[int, int] = field(default_factory=dict)

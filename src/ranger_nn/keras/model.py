@@ -80,23 +80,23 @@ def plan(
 
     `training`: plan forward and backward together, as `fit` does.
     """
-    options, model = Options.checked(parse_memory(memory), regions, schedule), _untouched(model)
+    options, model = Options.checked(parse_memory(memory), regions, schedule), untouched(model)
     shape = isinstance(x, tuple | list) and all(isinstance(n, int) or n is None for n in x)
     if shape and any(n is None or n < 1 for n in x):
         raise InputError(
             f"a plan is for one shape, and its sizes are positive integers, the batch's too: got {tuple(x)}"
         )
-    given = KerasTensor(tuple(x), dtype=_input_dtype(model)) if shape else x
+    given = KerasTensor(tuple(x), dtype=input_dtype(model)) if shape else x
     with _LOCK:
-        return make_rolled(_captured(model, given, training).graph, options, training).plan
+        return make_rolled(captured_for(model, given, training).graph, options, training).plan
 
 
-def _untouched(model: Any) -> Any:
+def untouched(model: Any) -> Any:
     """The model itself, of one that is regional already."""
     return model.untouched if isinstance(model, Regional) else model
 
 
-def _input_dtype(model: keras.Model) -> str:
+def input_dtype(model: keras.Model) -> str:
     inputs = tree.flatten(getattr(model, "inputs", None) or [])
     return inputs[0].dtype if inputs else keras.config.floatx()
 
@@ -124,7 +124,7 @@ class Regional(keras.Model):
     ) -> None:
         if not isinstance(model, keras.Layer):
             raise InputError(f"regionalize takes a keras.Model, got {type(model).__name__}")
-        model = _untouched(model)
+        model = untouched(model)
         options = Options.checked(parse_memory(memory), regions, schedule)
         super().__init__(**{"name": model.name, "dtype": model.dtype_policy, "trainable": model.trainable, **kwargs})
         self.untouched = model
@@ -215,7 +215,7 @@ class Regional(keras.Model):
             key, plans = self._key(inputs, masks, training), self._plans.value
             found = plans.get(key)
             if found is None:
-                captured = _captured(self.untouched, inputs, training, masks)
+                captured = captured_for(self.untouched, inputs, training, masks)
                 rolled = make_rolled(captured.graph, self._options.value, bool(training))
                 found = Ready(captured, Runner(rolled, exporting.unrolled() if self._unrolled.value else None))
                 plans[key] = found
@@ -336,7 +336,7 @@ def _accepted(model: Any, training: Any, mask: Any) -> dict[str, Any]:
     return {k: v for k, v in (("training", training), ("mask", mask)) if k in names and v is not None}
 
 
-def _captured(model: keras.Model, inputs: Any, training: Any, masks: Sequence[Any] = ()) -> Captured:
+def captured_for(model: keras.Model, inputs: Any, training: Any, masks: Sequence[Any] = ()) -> Captured:
     """The graph, with the dtypes that the back end really gives where double precision is about (Keras's symbolic
     tensors know 32 bits only).
     """

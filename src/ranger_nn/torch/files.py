@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ranger_nn.core.graph import Graph, Value
+from ranger_nn.core.program import Instruction
 from ranger_nn.io.protocol import Array
 from ranger_nn.torch.capture import Captured
 from ranger_nn.torch.engine import TorchEngine
@@ -82,6 +83,10 @@ class TorchFiles:
             else:
                 found.append(where.to(self.device))
         return found
+
+    def step_stand_ins(self, i: Instruction) -> list[Tensor]:
+        """There are no such steps here."""
+        return []
 
     def wait(self) -> None:
         """Kernels on a GPU are only begun."""

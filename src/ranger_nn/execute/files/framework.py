@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from ranger_nn.core.graph import Value
+from ranger_nn.core.program import Instruction
 from ranger_nn.execute.guard import Form
 from ranger_nn.execute.machine import Engine
 from ranger_nn.io.protocol import Array
@@ -74,6 +75,10 @@ class Framework(Protocol):
 
     def externals(self) -> list[Tensor | None]:
         """Parameters and constants in the order of the program's `external`; None for the input."""
+        ...
+
+    def step_stand_ins(self, i: Instruction) -> list[Tensor]:
+        """Made-up numbers for what a STEP reads, which are no values of the graph's."""
         ...
 
     def wait(self) -> None:

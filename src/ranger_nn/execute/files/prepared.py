@@ -15,6 +15,7 @@ from ranger_nn.execute.files.framework import Framework
 from ranger_nn.execute.files.handle import written_boxes
 from ranger_nn.execute.files.order import Order
 from ranger_nn.execute.resume import Boundary, boundaries, replay
+from ranger_nn.io.journal import UNKNOWN
 from ranger_nn.io.pixels import Pixels
 from ranger_nn.io.protocol import Source
 from ranger_nn.io.reader import Reader
@@ -125,9 +126,10 @@ class Prepared:
         nodes = "\n".join(f"{n.op} {n.inputs} {n.outputs} {n.rule}" for n in self.graph.nodes)
         values = "\n".join(f"{v.shape} {v.dtype} {v.kind} {v.layout}" for v in self.graph.values)
         steps = "\n".join(f"{i.op} {i.node} {i.outs} {i.out_box} {i.region}" for i in self.program.instructions)
+        text = self.framework.written_out()
         return {
             "model": {
-                "operators": _hash(f"{nodes}\n{self.framework.written_out()}\n{values}"),
+                "operators": text if text.startswith(UNKNOWN) else _hash(f"{nodes}\n{text}\n{values}"),
                 "weights": self.framework.weights(),
             },
             "input": self.source.identity() | {"pixels": str(self.pixels)},
