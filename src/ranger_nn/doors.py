@@ -81,7 +81,7 @@ def run(
 
     Args:
         model: a `torch.nn.Module` that takes (1, channels, rows, columns) (or with depth), in the mode that it is to run in
-            (`model.eval()`).
+            (`model.eval()`); or a `keras.Model` that takes one input (1, rows, columns, channels), which runs as in `predict`.
         source: path (TIFF, GeoTIFF, whole slides, Zarr, HDF5, `.npy`, PNG, JPEG), or anything with shape, dtype and slicing.
         sink: path that ends in .zarr, .tif, .npy; or a writable array-like (channels, *spatial) or (*spatial), filled in
             place, which cannot be resumed (the input itself, too: rows then wait in a temporary file). Several pictures: NAME-0.zarr, NAME-1.zarr, ..., or, where the model gives a
@@ -94,11 +94,11 @@ def run(
             argmax and threshold, else mean and max.
         axes: axes of an array-like source, such as "YXC".
         level: of a pyramid.
-        regions, schedule: as in `regionalize`.
+        regions, schedule: as in `regionalize`; a Keras model is slid along its rows.
         resume: go on with an unfinished run of the same work; False: start it anew.
         overwrite: replace a result that is there (a plain file, or a Zarr array that a run wrote), and start anew.
         skip_bad: fill regions that cannot be read with zeros and list them, instead of stopping.
-        device: where kernels run.
+        device: where PyTorch's kernels run; a Keras model runs where Keras puts it.
         on_region: called with (regions done, regions in all).
         prepared: from `prepare` with the same arguments, if it was made already.
 

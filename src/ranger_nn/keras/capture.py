@@ -79,7 +79,7 @@ def capture(model: keras.Model, inputs: Any, training: Any = None) -> Captured:
             source = ("input", len(flat) + position)
             masks_given.append(lower.external(f"{flat[position].name}_mask", mask.shape, "bool", INPUT, source))
             lower.env[id(mask)] = (mask, masks_given[-1])
-    with _eagerly(), private.readable(model.variables):
+    with _eagerly(), private.readable(model.variables), private.shapes_of_repeat():
         leaves, structure = _lower_model(lower, model, inputs, training)
     if lower.channels_last:
         for v in found:

@@ -226,14 +226,14 @@ class KerasFiles:
 
     def written_out(self) -> str:
         """The configuration, with layers named by their order: names count on in one process. And what layers that are not
-        Keras's own do in `call`.
+        Keras's own do in `call`; and the rows that each step takes.
         """
         text = json.dumps(_plain(keras.saving.serialize_keras_object(self.model)), sort_keys=True)
         names = dict.fromkeys(re.findall(r'"name": "([^"]+)"', text))
         for n, name in enumerate(names):
             text = text.replace(f'"{name}"', f'"#{n}"')
         try:
-            return text + "".join(_own(layer) for layer in private.layers_of(self.model))
+            return f"{text}\n{self.rolled.loops}" + "".join(map(_own, private.layers_of(self.model)))
         except NoFingerprintError as error:
             return f"{UNKNOWN}{self.model.name} uses {error}"
 
