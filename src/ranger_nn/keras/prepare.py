@@ -6,16 +6,16 @@ Regions are rows of the input, as many as the memory allows: the plan with the l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 from keras import KerasTensor, ops, tree
 
 from ranger_nn.core.graph import Graph
-from ranger_nn.errors import BudgetError, InputError, RangerError
+from ranger_nn.errors import InputError, RangerError
 from ranger_nn.execute.files.order import Order
-from ranger_nn.execute.files.prepare import Opened, fitted, opened
+from ranger_nn.execute.files.prepare import Opened, first_fitting, opened
 from ranger_nn.execute.files.prepared import Lowered, Prepared, check_pictures
 from ranger_nn.execute.files.steps import written_out
 from ranger_nn.execute.files.steps_bytes import counted
@@ -24,7 +24,6 @@ from ranger_nn.io.pixels import Pixels
 from ranger_nn.keras.capture import Captured
 from ranger_nn.keras.files import KerasFiles
 from ranger_nn.keras.model import Memory, captured_for, input_dtype, untouched
-from ranger_nn.planning.budget import format_bytes
 from ranger_nn.planning.rolled_search import Rolled, make_rolled
 from ranger_nn.planning.search import STEP_BYTES, Options, with_margin
 
@@ -55,9 +54,8 @@ def prepare(
     with opened(source, memory, order, pixels=pixels, axes=axes, level=level, skip_bad=skip_bad) as where:
         captured = _captured(model, where)
         options = Options.checked(where.allowed, regions, schedule)
-        plans = _Plans(captured, options)
-        lowered, in_flight = fitted(plans.make, where, model.name)
-        framework = KerasFiles(model, captured, plans.rolled(lowered), order.last)
+        lowered, in_flight = first_fitting(_shorter(captured, options), where, model.name)
+        framework = KerasFiles(model, captured, lowered.rolled, order.last)
         names = _labels(captured, lowered.graph)
         made = Prepared(framework, where.source, where.reader, where.pixels, lowered, names, where.allowed, in_flight)
         check_pictures(made, where.hint)
@@ -106,68 +104,34 @@ def _labels(captured: Captured, graph: Graph) -> dict[int, str]:
     return dict(zip(outputs, labels([keys.get(v, [n]) for n, v in enumerate(outputs)]), strict=True))
 
 
-class _Plans:
-    """Plans with ever shorter steps, each made once."""
+@dataclass(frozen=True)
+class _Stepped(Lowered):
+    """And the rolled plan of which the program is written out."""
 
-    def __init__(self, captured: Captured, options: Options) -> None:
-        self.captured, self.options = captured, options
-        self.made: list[tuple[Lowered, Rolled, int]] = []
-        self._more = self._shorter()
+    rolled: Rolled
 
-    def make(self, allowed: int | None) -> Lowered:
-        """The first that fits.
 
-        Raises:
-            BudgetError: none does.
-        """
-        for lowered, _, _ in self._all():
-            if allowed is None or lowered.plan.projected <= allowed:
-                return replace(lowered, plan=replace(lowered.plan, allowed=allowed))
-        lowered, rolled, binding = min(self.made, key=lambda m: m[0].plan.projected)
-        least, node = lowered.plan.projected, rolled.graph.nodes[binding]
-        raise BudgetError(
-            f"{rolled.graph.name} does not fit in {format_bytes(allowed or 0)} ({allowed} bytes): the least that a plan needs "
-            f"for this input is {format_bytes(least)} ({least} bytes), bound by {node.name}. Allow {least} bytes, or use a "
-            "smaller input.",
-            allowed=allowed,
-            least=least,
-            binding=f"{node.name} ({node.where})" if node.where else node.name,
-        )
-
-    def rolled(self, lowered: Lowered) -> Rolled:
-        """What a plan was made of."""
-        return next(rolled for known, rolled, _ in self.made if known.program is lowered.program)
-
-    def _all(self) -> Iterator[tuple[Lowered, Rolled, int]]:
-        n = 0
-        while True:
-            if n == len(self.made):
-                following = next(self._more, None)
-                if following is None:
-                    return
-                self.made.append(following)
-            yield self.made[n]
-            n += 1
-
-    def _shorter(self) -> Iterator[tuple[Lowered, Rolled, int]]:
-        """Rows of a step are halved; where the user says how many, there is one plan."""
-        if self.options.regions is not None:
-            yield self._with(self.options.regions)
+def _shorter(captured: Captured, options: Options) -> Iterator[tuple[_Stepped, str]]:
+    """Plans, and the node that binds each: rows of a step are halved; where the user says how many, there is one plan."""
+    if options.regions is not None:
+        yield _with(captured, options, options.regions)
+        return
+    rows = _first_rows(captured.graph)
+    while True:
+        yield _with(captured, options, (rows,))
+        if rows == 1:
             return
-        rows = _first_rows(self.captured.graph)
-        while True:
-            yield self._with((rows,))
-            if rows == 1:
-                return
-            rows = -(-rows // 2)
+        rows = -(-rows // 2)
 
-    def _with(self, regions: tuple[int, ...]) -> tuple[Lowered, Rolled, int]:
-        options = replace(self.options, allowed=None, regions=regions)
-        rolled = make_rolled(self.captured.graph, options, False)
-        program = written_out(rolled, self.captured.sources)
-        peak, binding = counted(program, rolled)
-        plan = replace(rolled.plan, projected=with_margin(peak))
-        return Lowered(rolled.graph, program, plan), rolled, binding
+
+def _with(captured: Captured, options: Options, regions: tuple[int, ...]) -> tuple[_Stepped, str]:
+    rolled = make_rolled(captured.graph, replace(options, allowed=None, regions=regions), False)
+    program = written_out(rolled, captured.sources)
+    peak, binding = counted(program, rolled)
+    node = rolled.graph.nodes[binding]
+    plan = replace(rolled.plan, allowed=options.allowed, projected=with_margin(peak))
+    name = f"{node.name} ({node.where})" if node.where else node.name
+    return _Stepped(rolled.graph, program, plan, rolled), name
 
 
 def _first_rows(graph: Graph) -> int:

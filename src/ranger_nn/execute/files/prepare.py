@@ -1,15 +1,15 @@
 """What every framework's `prepare` does: open the source, and plan with what reading and writing leave of the memory.
 
 What is read ahead and what waits to be written takes memory too, and how much depends on the plan's regions: the plan is
-made with what they leave, a few times at most. Enter at `opened` and `fitted`.
+made with what they leave, a few times at most. Enter at `opened`, `fitted` and `first_fitting`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ranger_nn.core.program import WRITE
 from ranger_nn.errors import BudgetError, InputError
@@ -27,6 +27,7 @@ ROUNDS = 4
 READING_SHARE = 2
 """What the input's store decodes at once may take half of the memory."""
 
+Plan = TypeVar("Plan", bound=Lowered)
 Make = Callable[[int | None], Lowered]
 """Plans for so many bytes; None: as many as it likes. Raises BudgetError where nothing fits."""
 
@@ -127,17 +128,38 @@ def fitted(make: Make, where: Opened, name: str) -> tuple[Lowered, int]:
     )
 
 
+def first_fitting(plans: Iterable[tuple[Plan, str]], where: Opened, name: str) -> tuple[Plan, int]:
+    """(plan, bytes of reading and writing): the first of ever smaller plans, each with the node that binds it, that fits.
+
+    Raises:
+        BudgetError: none does.
+    """
+    allowed, best = where.allowed, None
+    for lowered, binding in plans:
+        beside = where.reader.held + _in_flight(lowered, where)
+        if allowed is None or lowered.plan.projected + beside <= allowed:
+            return lowered, beside
+        if best is None or lowered.plan.projected + beside < sum(best[:2]):
+            best = lowered.plan.projected, beside, binding
+    assert best is not None
+    raise _does_not_fit(where, name, allowed or 0, *best)
+
+
 def _too_small(make: Make, where: Opened, name: str, allowed: int, error: BudgetError) -> BudgetError:
     """The error in terms of what the user allowed: the plan's least, and reading and writing twice (sizes of rows vary)."""
     beside = 2 * (where.reader.held + _in_flight(make(error.least), where))
-    least = (error.least or 0) + beside
+    return _does_not_fit(where, name, allowed, error.least or 0, beside, error.binding)
+
+
+def _does_not_fit(where: Opened, name: str, allowed: int, plan: int, beside: int, binding: str | None) -> BudgetError:
+    """`plan`, `beside`: bytes of the smallest plan, and of its reading and writing."""
     return BudgetError(
         f"{name} on {where.source.name} does not fit in {format_bytes(allowed)} ({allowed} bytes): the least that a "
-        f"plan needs for this input is {format_bytes(error.least or 0)}, bound by {error.binding}, and reading and writing "
-        f"take {format_bytes(beside)} beside it. Allow {least} bytes, or use a smaller input.",
+        f"plan needs for this input is {format_bytes(plan)}, bound by {binding}, and reading and writing "
+        f"take {format_bytes(beside)} beside it. Allow {plan + beside} bytes, or use a smaller input.",
         allowed=allowed,
-        least=least,
-        binding=error.binding,
+        least=plan + beside,
+        binding=binding,
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -190,20 +191,34 @@ class Work:
         return slots
 
     def _restore(self, slots: list[Any], journal: Journal) -> None:
-        """States of the earlier run: tensors as runs and finishes give them, tuples as lifts and merges do."""
-        single = {slot for i in self.made.program.instructions if i.op in (RUN, FINISH) for slot in i.outs}
+        """States of the earlier run: values of the graph as runs and finishes give them, tuples as lifts and merges do."""
+        framework = self.made.framework
         for slot, parts in journal.states().items():
-            loaded = tuple(self.made.framework.tensor(a) for a in parts)
-            slots[slot] = loaded[0] if slot in single else loaded
+            dtype = self.types.get(slot)
+            slots[slot] = tuple(map(framework.tensor, parts)) if dtype is None else framework.restored(parts[0], dtype)
+
+    @cached_property
+    def types(self) -> dict[int, str]:
+        """Of slots that hold one value of the graph its type."""
+        graph = self.made.graph
+        found: dict[int, str] = {}
+        for i in self.made.program.instructions:
+            values = graph.nodes[i.node].outputs if i.op == RUN else (i.value,)
+            if i.op in (RUN, FINISH):
+                found |= {slot: graph.values[v].dtype for slot, v in zip(i.outs, values, strict=True)}
+        return found
+
+    def _kept(self, slot: int, state: Any) -> list[Array]:
+        """What the journal keeps of a slot."""
+        framework = self.made.framework
+        return [framework.array(t) for t in state] if slot not in self.types else [framework.kept(state)]
 
     def _ended(self, k: int, end: Boundary, slots: list[Any], earlier: Earlier) -> None:
         """After a region that was not done before: its rows to the disk, then into the journal."""
         if k < earlier.first:
             return
         if earlier.journal is not None:
-            array = self.made.framework.array
-            states = {s: slots[s] if isinstance(slots[s], tuple) else (slots[s],) for s in end.states}
-            kept = {s: [array(t) for t in parts] for s, parts in states.items()}
+            kept = {s: self._kept(s, slots[s]) for s in end.states}
             sums = {s.file.path.name: s.file.sum for s in self.stored}
             bad = list(self.made.reader.bad)
             self.outlet.put(self._commit(earlier.journal, k + 1, kept, self.results.tallies(), bad, sums))
