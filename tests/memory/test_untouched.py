@@ -5,6 +5,8 @@ RANGER_EXAMPLES sets the number of random cases, RANGER_SEED the first of them, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 import ranger_nn
 from ranger_nn import errors
 from ranger_nn.planning.search import with_margin
-from ranger_nn.torch.untouched import untouched_peak
+from ranger_nn.torch import untouched
+from ranger_nn.torch.one_call import Call
+from ranger_nn.torch.untouched import Untouched, untouched_peak
 from tests.memory.test_promise import peak, work_of
 from tests.memory.test_random import cases, draw
 
@@ -55,8 +59,7 @@ def test_a_step_of_training_takes_no_more_than_untouched() -> None:
     small = ranger_nn.regionalize(model)
     plan = small.plan_for(x)
     assert plan.sweeps == () and "as it is" in plan.whole[0]
-    untouched = peak(work_of(model, x, True))
-    assert peak(work_of(small, x, True)) == untouched <= plan.projected <= 1.1 * untouched
+    assert peak(work_of(small, x, True)) == peak(work_of(model, x, True)) == plan.projected
     (first,) = torch.autograd.grad(small(x).sum(), x, create_graph=True)
     (wanted,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     torch.testing.assert_close(first, wanted, rtol=0, atol=0)
@@ -71,6 +74,73 @@ def test_a_budget_of_what_it_takes_untouched_is_enough() -> None:
     with pytest.raises(errors.BudgetError) as error:
         ranger_nn.plan(model, x, 1000, training=True)
     assert (error.value.least or 0) <= projected
+
+
+class Scaled(nn.Module):
+    """A number as a factor: autograd keeps it as a tensor that no operator makes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x * 0.5) * 0.25
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "depthwise volume": (lambda: nn.Conv3d(8, 8, 3, padding=1, groups=8), (1, 8, 8, 12, 12)),
+    "patches": (lambda: nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Flatten(2), nn.Linear(36, 5)), (1, 3, 48, 48)),
+    "heavy weights": (lambda: nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU()), (2, 128, 3, 3)),
+    "up and down": (
+        lambda: nn.Sequential(nn.Conv2d(3, 9, 4, 2), Scaled(), nn.ConvTranspose2d(9, 3, 4, 2)),
+        (1, 3, 34, 34),
+    ),
+    "signal": (lambda: nn.Sequential(nn.Conv1d(4, 16, 5), Scaled(), nn.Conv1d(16, 16, 5)), (2, 4, 500)),
+    "digits": (
+        lambda: nn.Sequential(nn.Conv2d(1, 6, 5), nn.MaxPool2d(2), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(864, 10)),
+        (3, 1, 28, 28),
+    ),
+    "transformer": (Block, (2, 33, 32)),
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", NETS)
+def test_counted_to_the_byte(name: str, training: bool) -> None:
+    """A budget of what the untouched network was measured to take is enough, and none is asked for above it."""
+    torch.manual_seed(0)
+    make, shape = NETS[name]
+    model, x = make(), torch.randn(shape, requires_grad=training)
+    measured = peak(work_of(model, x, training))
+    told = Untouched(model, (x,), {}, training)
+    assert told.counted(0, 1 << 40) == measured
+    assert told.counted(measured, 1 << 40) == measured
+    allowed = ranger_nn.plan(model, x, measured, training=training)
+    assert allowed.projected <= measured
+    small = ranger_nn.regionalize(model, measured)
+    assert peak(work_of(small, x, training)) <= measured
+    with pytest.raises(errors.BudgetError) as error:
+        ranger_nn.plan(model, x, 1, training=training)
+    least = error.value.least or 0
+    assert least <= measured
+    assert ("gains nothing" in str(error.value)) == (least == measured)
+
+
+def test_operators_are_called_only_where_they_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where a plan fits, nor where the network certainly needs more; nor on tensors larger than is allowed."""
+    called: list[Call] = []
+
+    def counted(call: Call, left_out: bool = False) -> None:
+        called.append(call)
+
+    monkeypatch.setattr(Call, "counted", counted)
+    model, x = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 3, 3)), torch.randn(1, 3, 256, 256)
+    ranger_nn.plan(model, x, ranger_nn.plan(model, x).projected // 2)
+    with pytest.raises(errors.BudgetError):
+        ranger_nn.plan(model, x, 1)
+    assert not called
+    monkeypatch.setattr(untouched, "ROOM", 0)
+    told = Untouched(model, (x,), {}, False)
+    least = told.counted(1, 1 << 40)
+    assert not called and least is not None and least >= (told.bound() or 0)
+    assert told.counted(12 * x.nbytes, 1 << 40) is not None
+    assert called and all(c.nbytes <= 12 * x.nbytes for c in called)
 
 
 def test_nothing_is_left_behind() -> None:

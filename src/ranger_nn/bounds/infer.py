@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from ranger_nn.bounds import arrays
+from ranger_nn.bounds.arrays import Rows
 from ranger_nn.bounds.axes import Axis
 from ranger_nn.core.graph import Graph, Node
 from ranger_nn.core.reach import Box, Interval
@@ -52,6 +56,19 @@ class Bounds:
             return 0, size
         return link.reach.needs(start, stop) if axis == self.circle else link.needs(start, stop, size)
 
+    def all_needs(self, node: Node, position: int, axis: int, start: Rows, stop: Rows) -> tuple[Rows, Rows]:
+        """The same for many output intervals at once."""
+        value, zero = node.inputs[position], np.zeros_like(stop)
+        d = self.dim(value, axis)
+        link = node.rule.links[position][d] if d is not None else None
+        size = self.size(value, axis)
+        if d is None or link is None or link.out_dim != self.dim(node.outputs[0], axis):
+            return zero, np.where(stop > start, size, 0)
+        if axis == self.circle:
+            lo, hi = arrays.reached(link.reach, start, stop)
+            return np.where(stop > start, lo, 0), np.where(stop > start, hi, 0)
+        return arrays.needs(link, start, stop, size)
+
     def box(self, node: Node, position: int, out: Box) -> Box:
         """Region of input `position` that the region `out` of the node's output needs.
 
@@ -72,19 +89,18 @@ class Bounds:
                 box.append((0, size))
         return tuple(box)
 
-    def follow(self, node: Node, position: int, axis: int, row: int, end: bool) -> int:
-        """First row of input `position` that output rows from `row` on read; with `end`, the row after the last
+    def follow(self, node: Node, position: int, axis: int, row: Rows, end: bool) -> Rows:
+        """First rows of input `position` that output rows from `row` on read; with `end`, the row after the last
         that rows up to `row` read. Not clipped to the value: rows before 0 and beyond the size go on evenly.
         """
         value = node.inputs[position]
         d = self.dim(value, axis)
         if d is None:
-            return 1 if end else 0
+            return np.full_like(row, end)
         link = node.rule.links[position][d]
         if link is None or link.out_dim != self.dim(node.outputs[0], axis):
-            return self.graph.values[value].shape[d] if end else 0
-        reach = link.reach
-        return reach.needs(row - 1, row)[1] if end else reach.needs(row, row + 1)[0]
+            return np.full_like(row, self.graph.values[value].shape[d] * end)
+        return arrays.reached(link.reach, row - 1, row)[1] if end else arrays.reached(link.reach, row, row + 1)[0]
 
     def blocked(self, node: Node, position: int, axis: int) -> bool:
         """True where input `position` is cut along `axis` but must be read whole."""

@@ -19,7 +19,7 @@ Cut = tuple[int, int, int]
 Part = tuple[int, tuple[Cut, ...]]
 
 RUN, VJP, LIFT, MERGE, FINISH, REDUCE_VJP = "run", "vjp", "lift", "merge", "finish", "reduce_vjp"
-ALLOC, WRITE, TRIM, ADD, ZEROS, GIVE = "alloc", "write", "trim", "add", "zeros", "give"
+ALLOC, WRITE, TRIM, ADD, ZEROS = "alloc", "write", "trim", "add", "zeros"
 BEGIN, STEP = "begin", "step"
 """Windows of a sweep as they are before its first step, and one step of a rolled plan: see `execute/files/steps.py`."""
 
@@ -76,6 +76,15 @@ class Instruction:
     grows: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Where a peak stands: sweep, and the node or, where none runs (-1), the value that is moved."""
+
+    sweep: int = 0
+    node: int = -1
+    value: int = -1
+
+
 @dataclass(slots=True)
 class Program:
     """Instructions, and where inputs are found and outputs left.
@@ -83,6 +92,7 @@ class Program:
     `external` maps value index to slot for inputs, parameters and constants; `results` maps value index to slot
     for what the program leaves behind (outputs, kept values, gradients). `settles`: of a sweep whose steps are
     instructions, after how many of them its windows no longer depend on what they held before.
+    `peaks`: bytes of each sweep at most.
     """
 
     instructions: list[Instruction]
@@ -92,7 +102,8 @@ class Program:
     grads: dict[int, int] = field(default_factory=dict)
     kept: tuple[int, ...] = ()
     peak: int = 0
-    peak_at: int = -1
+    peaks: dict[int, int] = field(default_factory=dict)
+    binding: Binding = Binding()
     macs: int = 0
     regions: int = 0
     settles: dict[int, int] = field(default_factory=dict)

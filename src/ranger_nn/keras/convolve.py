@@ -2,14 +2,15 @@
 
 `keras.ops.conv` pads all dimensions or none ("same", "valid"). A region pads the dimensions that are not cut and none
 along the one that is, and a padded copy of each region would cost more memory and time than the call itself. On
-PyTorch the channels stay last in memory: Keras copies the input to have them first. Enter at `convolve`
-and `pool`.
+PyTorch the channels stay last in memory: Keras copies the input to have them first. Enter at `convolve`,
+`add_up` and `pool`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -40,6 +41,29 @@ def transpose(x: Any, w: Any, strides: Any, dilation: Any, channels_last: bool) 
         return convolve_jax.transpose(x, w, tuple(strides), tuple(dilation), channels_last)
     name = "channels_last" if channels_last else "channels_first"
     return ops.conv_transpose(x, w, strides, "valid", None, name, dilation)
+
+
+def add_up(x: Any, kernel: Any, strides: Any, dilation: Any) -> Any:
+    """Patches (samples, channels * window, rows, columns of places) added up where they overlap; nothing is cut off.
+
+    Elsewhere than on PyTorch one element of the window after the other: in a loop TensorFlow's own differentiates in a
+    circle, and Keras's on JAX multiplies by an identity of the window and all channels.
+    """
+    places = list(zip(x.shape[2:], kernel, strides, dilation, strict=True))
+    size = tuple((n - 1) * s + max(d * (k - 1) + 1, s) for n, k, s, d in places)
+    if keras.backend.backend() == "torch":
+        from torch.nn import functional
+
+        return functional.fold(x.flatten(2), size, kernel, dilation, 0, strides)
+    (rows, _, down, _), (columns, _, across, _) = places
+    x = ops.reshape(x, (-1, x.shape[1] // prod(kernel), *kernel, rows, 1, columns, 1))
+    x = ops.pad(x, [(0, 0)] * 5 + [(0, down - 1), (0, 0), (0, across - 1)])
+    x = ops.reshape(x, (-1, *x.shape[1:4], rows * down, columns * across))
+    found: Any = 0
+    for at in product(*map(range, kernel)):
+        around = [(i * d, (k - 1 - i) * d) for i, (_, k, _, d) in zip(at, places, strict=True)]
+        found = found + ops.pad(x[:, :, at[0], at[1]], [(0, 0), (0, 0), *around])
+    return found[:, :, : size[0], : size[1]]
 
 
 def pool(x: Any, size: Any, strides: Any, channels_last: bool, average: bool) -> Any:

@@ -96,13 +96,15 @@ class Spread(Reduce):
     def finish(self, state: State) -> Any:
         """The second moment, or its root."""
         found = self.monoid.finish(xp, state, self.total)[1]
-        found = _root(found) if self.root else found
+        found = root(found) if self.root else found
         return ops.cast(found if self.keepdims else ops.squeeze(found, self.axis), self.dtype)
 
 
-def _root(x: Any) -> Any:
-    """The root of a variance; at zero its gradient is what the back end's own standard deviation has: none on PyTorch."""
+def root(x: Any, p: float = 2) -> Any:
+    """The p-th root; at zero its gradient is what the back end's own deviations and norms have: none on PyTorch."""
+    square_root = p == 2
     if keras.backend.backend() != "torch":
-        return ops.sqrt(x)
+        return ops.sqrt(x) if square_root else ops.power(x, 1 / p)
     none = x == 0
-    return ops.where(none, ops.zeros_like(x), ops.sqrt(ops.where(none, ops.ones_like(x), x)))
+    safe = ops.where(none, ops.ones_like(x), x)
+    return ops.where(none, ops.zeros_like(x), ops.sqrt(safe) if square_root else ops.power(safe, 1 / p))

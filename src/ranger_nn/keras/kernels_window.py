@@ -45,6 +45,10 @@ class Side:
         """Indices from the first to the last that a window reads."""
         return self.dilation * (self.kernel - 1) + 1
 
+    def places(self, size: int) -> int:
+        """How many windows fit, without a border, on so many indices."""
+        return (size - self.span) // self.stride + 1
+
     @property
     def reach(self) -> Reach:
         """The four integers of a window that slides over the input."""

@@ -189,6 +189,16 @@ def _resize(call: Call) -> Any:
     return call.emit([x], Rule((tuple(row),)), M.Resize(call.function()[0], other, linear, sides))
 
 
+@rule("MapCoordinates")
+def _sampled(call: Call) -> Any:
+    """Each place by itself; what is sampled is read whole."""
+    function, inputs = call.function()
+    if inputs != [call.arg("inputs"), call.arg("coordinates")]:
+        return None
+    places: tuple[Link | None, ...] = (None, *(Link(d) for d in range(len(call.out))))
+    return call.emit(inputs, Rule(((None,) * len(call.shape(inputs[0])), places)), Kernel(function))
+
+
 @rule("Take")
 def _take(call: Call) -> Any:
     table, indices = call.arg("x"), call.arg("indices")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from math import inf, isinf
 from typing import Any
 
 import keras
@@ -11,10 +14,10 @@ from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link
 from ranger_nn.keras.kernels import Kernel
-from ranger_nn.keras.kernels_reduce import Reduce, Spread
+from ranger_nn.keras.kernels_reduce import Reduce, Spread, root
 from ranger_nn.keras.operation import Call, rule
 from ranger_nn.ops import reduction
-from ranger_nn.ops.pointwise import local_except
+from ranger_nn.ops.pointwise import local_except, pointwise
 
 
 @rule("Mean", "Sum", "Max", "Min", "Amax", "Amin")
@@ -45,7 +48,7 @@ def _spread(call: Call) -> Any:
         return _over(call)
     axes, keepdims = _axes(call.op.axis, len(call.shape(x))), call.op.keepdims
     shape, dtype = call.shape(x), call.lower.values[x].dtype
-    wide = "float32" if dtype in {"float16", "bfloat16"} else dtype
+    wide = wide_of(dtype)
     kern = Spread(call.function()[0], shape, axes, bool(keepdims), call.dtype, wide, call.name == "Std")
     return call.emit([x], reduction.reduction(shape, axes, keepdims), kern)
 
@@ -56,14 +59,75 @@ def _axes(axis: Any, rank: int) -> tuple[int, ...]:
     return tuple(sorted(a % rank for a in ([axis] if isinstance(axis, int) else axis)))
 
 
+def wide_of(dtype: str) -> str:
+    """What sums are computed in."""
+    return "float32" if dtype in {"float16", "bfloat16"} else dtype
+
+
 def _reduce(call: Call, x: int, monoid: Any, axes: tuple[int, ...], keepdims: bool) -> Reduce:
     dtype = call.lower.values[x].dtype
-    wide = "float32" if dtype in {"float16", "bfloat16"} else dtype
+    wide = wide_of(dtype)
     function = call.function()[0]
     if isinstance(monoid, Moments):
         moments = function
         function = lambda t: ops.stack(moments(t))  # noqa: E731
     return Reduce(function, monoid, call.shape(x), axes, bool(keepdims), call.dtype, wide)
+
+
+@rule("Norm")
+def _norm(call: Call) -> Any:
+    """Root of a sum of powers of magnitudes, or their extremum; of a matrix the extremum of sums along its other axis."""
+    x = call.arg("x")
+    rank, flat = len(call.shape(x)), call.op.ord in (None, "fro")
+    axes = [a % rank for a in (range(rank) if call.op.axis is None else call.op.axis)]
+    p, matrix = 2 if flat else call.op.ord, len(axes) > 1 and not flat
+    if not _is_summed(p, matrix) or call.lower.values[x].dtype != call.dtype:
+        return _over(call)
+    if not (matrix or isinf(p)):
+        total = _folded(call, _each(call, x, lambda t: _power(t, p)), Sum(), axes)
+        return _squeezed(call, total, axes, lambda t: t if p in (0, 1) else root(t, p))
+    found, over = _each(call, x, ops.abs), axes
+    if matrix:
+        found, over = _folded(call, found, Sum(), [axes[isinf(p)]]), [axes[not isinf(p)]]
+    return _squeezed(call, _folded(call, found, Extremum(1 if p > 0 else -1), over), axes, lambda t: t)
+
+
+def _is_summed(p: Any, matrix: bool) -> bool:
+    """Whether a norm is made of sums and extrema; of powers below one derivatives at zero are the back end's own."""
+    return p != "nuc" and (p in (1, -1, inf, -inf) if matrix else p in (0, -inf) or p >= 1)
+
+
+def _power(x: Any, p: float) -> Any:
+    """The p-th power of magnitudes; of p = 0 whether there is any."""
+    if p == 0:
+        return ops.cast(ops.not_equal(x, 0), x.dtype)
+    return ops.abs(x) if p == 1 else ops.square(x) if p == 2 else ops.power(ops.abs(x), p)
+
+
+def _each(call: Call, x: int, function: Any) -> int:
+    """A pointwise node, in the dtype of sums."""
+    shape, wide = call.shape(x), wide_of(call.dtype)
+    kern = Kernel(lambda t: function(ops.cast(t, wide)), tame=True)
+    return int(call.lower.emit("norm", [x], [(shape, wide)], pointwise([shape], shape), kern)[0])
+
+
+def _folded(call: Call, x: int, monoid: Any, axes: Sequence[int]) -> int:
+    """A reduction of a value in the dtype of sums; its axes stay, of length one."""
+    shape, wide = call.shape(x), call.lower.values[x].dtype
+    name = "sum" if isinstance(monoid, Sum) else "max" if monoid.sign > 0 else "min"
+    kern = Reduce(partial(getattr(ops, name), axis=tuple(axes), keepdims=True), monoid, shape, axes, True, wide, wide)
+    out = tuple(1 if d in axes else n for d, n in enumerate(shape))
+    return int(call.lower.emit(name, [x], [(out, wide)], reduction.reduction(shape, axes, True), kern)[0])
+
+
+def _squeezed(call: Call, x: int, axes: Sequence[int], function: Any) -> list[int]:
+    """The result, from a value whose reduced axes are still there."""
+    rank, away = len(call.shape(x)), () if call.op.keepdims else tuple(axes)
+    kept = [d for d in range(rank) if d not in away]
+    row = tuple(Link(kept.index(d)) if d in kept and d not in axes else None for d in range(rank))
+    return call.emit(
+        [x], Rule((row,)), Kernel(lambda t: ops.cast(function(ops.squeeze(t, away) if away else t), call.dtype))
+    )
 
 
 @rule("Moments")
@@ -169,7 +233,7 @@ OVER = (
         "Nanmax",
         "Nanmean",
     ),
-    *("Nanmedian", "Nanmin", "Nanprod", "Nanstd", "Nansum", "Nanvar", "Norm", "Prod", "Ptp", "Average"),
+    *("Nanmedian", "Nanmin", "Nanprod", "Nanstd", "Nansum", "Nanvar", "Prod", "Ptp", "Average"),
 )
 """Operations that leave axes out, or with one index in them."""
 

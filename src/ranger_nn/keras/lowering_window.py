@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -12,8 +13,10 @@ from keras import ops
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link
 from ranger_nn.keras import kernels_window as W
-from ranger_nn.keras.convolve import convolve, pool, transpose
+from ranger_nn.keras.convolve import add_up, convolve, pool, transpose
+from ranger_nn.keras.kernels_movement import Reshape
 from ranger_nn.keras.operation import Call, rule
+from ranger_nn.ops import movement, window
 
 
 def ints(value: Any, rank: int) -> tuple[int, ...]:
@@ -158,3 +161,77 @@ def _pool(call: Call) -> Any:
     for side in sides:
         row[side.dim] = Link(side.dim, side.reach)
     return call.emit([x], Rule((tuple(row),)), kern)
+
+
+# --------------------------------------------------------------------------------------- patches
+
+
+@rule("ExtractPatches")
+def _extracted(call: Call) -> Any:
+    """What a window holds, as channels."""
+    x, op = call.arg("images"), call.op
+    size, rank = tuple(op.size), len(op.size)
+    if len(call.shape(x)) != rank + 2:
+        return None
+    sides = _sides(call, x, size, op.strides, op.dilation_rate, call.out)
+    strides, dilation = ints(op.strides, rank), ints(op.dilation_rate, rank)
+
+    def valid(t: Any) -> Any:
+        return ops.image.extract_patches(t, size, strides, dilation, "valid", op.data_format)
+
+    region = windowed(call, x, sides, [s.reach for s in sides], [])
+    return call.emit([x], region, W.Window(call.function()[0], valid, sides, 0.0))
+
+
+def _pairs(call: Call, *names: str) -> list[tuple[int, ...]]:
+    return [ints(getattr(call.op, name), 2) for name in names]
+
+
+def _joined(call: Call, x: int, shape: tuple[int, ...]) -> list[int]:
+    """Rows and columns of places as one dimension, or that one apart."""
+    before, dtype = call.shape(x), call.lower.values[x].dtype
+    groups = movement.view_groups(before, shape) or []
+    kern = Reshape(lambda t: ops.reshape(t, (-1, *shape[1:])), before, shape, groups)
+    return call.lower.emit("reshape", [x], [(shape, dtype)], movement.view(before, shape), kern)
+
+
+@rule("Unfold")
+def _unfold(call: Call) -> Any:
+    """A column of values for each place of a window: (samples, channels * window, places)."""
+    x, (kernel, dilation, padding, stride) = call.arg("x"), _pairs(call, "kernel_size", "dilation", "padding", "stride")
+    shape, sides = call.shape(x), []
+    for i, d in enumerate((2, 3)):
+        places = window.pooled_size(shape[d], kernel[i], stride[i], dilation[i], padding[i], False)
+        sides.append(W.Side(d, shape[d], places, kernel[i], stride[i], dilation[i], padding[i], padding[i]))
+
+    def apart(t: Any, padding: Any = 0) -> Any:
+        rows, columns = (s.places(t.shape[s.dim] + 2 * p) for s, p in zip(sides, ints(padding, 2), strict=True))
+        return ops.reshape(ops.nn.unfold(t, kernel, dilation, padding, stride), (-1, call.out[1], rows, columns))
+
+    kern = W.Window(lambda t: apart(t, padding), apart, sides, 0.0)
+    out = (*call.out[:2], *(s.out for s in sides))
+    region = windowed(call, x, sides, [s.reach for s in sides], [])
+    (found,) = call.lower.emit("unfold", [x], [(out, call.dtype)], region, kern)
+    return _joined(call, found, call.out)
+
+
+@rule("Fold")
+def _fold(call: Call) -> Any:
+    """Patches added up where they overlap."""
+    x, (kernel, dilation, padding, stride) = call.arg("x"), _pairs(call, "kernel_size", "dilation", "padding", "stride")
+    if not call.as_declared():
+        return None
+    sides = []
+    for i, d in enumerate((2, 3)):
+        places = window.pooled_size(call.out[d], kernel[i], stride[i], dilation[i], padding[i], False)
+        sides.append(W.Side(d, places, call.out[d], kernel[i], stride[i], dilation[i], padding[i], padding[i]))
+
+    def whole(t: Any) -> Any:
+        joined = ops.reshape(t, (-1, t.shape[1], prod(t.shape[2:])))
+        return ops.nn.fold(joined, call.out[2:], kernel, dilation, padding, stride)
+
+    (apart,) = _joined(call, x, (*call.shape(x)[:2], *(s.size for s in sides)))
+    channels, valid = (call.shape(x)[1], call.out[1]), partial(add_up, kernel=kernel, strides=stride, dilation=dilation)
+    kern = W.Transposed(whole, valid, sides, channels, call.lower.values[x].nbytes // channels[0])
+    region = windowed(call, apart, sides, [kern.reach(s) for s in sides], [])
+    return call.emit([apart], region, kern)

@@ -81,6 +81,12 @@ def crop(shape: Shape, dim: int, start: int, step: int) -> Rule:
     return Rule((tuple(row),))
 
 
+def windows(shape: Shape, dim: int, size: int, step: int) -> Rule:
+    """Windows of `size` indices of `dim`, `step` apart; what they hold lies along a new last dimension."""
+    row = [Link(d) if d != dim else Link(d, Reach(step, 0, size - 1)) for d in range(len(shape))]
+    return Rule((tuple(row),))
+
+
 def select(shape: Shape, dim: int) -> Rule:
     """One index of `dim`: the dimension is gone and read whole."""
     return Rule((tuple(None if d == dim else Link(d - (d > dim)) for d in range(len(shape))),))

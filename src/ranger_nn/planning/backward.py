@@ -23,7 +23,6 @@ from ranger_nn.core.program import ADD, REDUCE_VJP, TRIM, VJP, ZEROS, Cut, Exten
 from ranger_nn.core.reach import Box
 from ranger_nn.planning.builder import Builder, Located, Page, box_bytes
 from ranger_nn.planning.forward import (
-    FOREVER,
     ForwardLowering,
     Strip,
     Sweep,
@@ -39,11 +38,12 @@ NOTHING = Read(())
 class BackwardLowering:
     """State of lowering backward: where gradients are. `forward` tells where kept values are."""
 
-    def __init__(self, forward: ForwardLowering) -> None:
+    def __init__(self, forward: ForwardLowering, builder: Builder | None = None) -> None:
         """Slots go on from those of the forward program."""
         self.f = forward
         self.graph, self.bounds, self.stages = forward.graph, forward.bounds, forward.stages
-        self.builder = Builder(self.graph, forward.builder.next_slot)
+        self.builder = builder or Builder(self.graph, forward.builder.next_slot)
+        self.paces: dict[int, BackwardPace] = {}
         self.used: set[int] = set()
         self.grads: dict[int, Located] = {}
         self.readonly: set[int] = set()
@@ -168,7 +168,7 @@ class BackwardLowering:
             self.grads[v] = Located(slot)
             return
         place = self.whole_grad(v)
-        for part, cuts in self._pieces(v, box):
+        for part, cuts in self._pieces(v, box) if self.builder.writes else ():
             target = self.builder.read(place, part, value.itemsize, value.shape)
             self.builder.emit(ADD, -1, [target, Read(((slot, cuts),), 0, target.nbytes)], value=v)
         self.builder.drop(slot)
@@ -256,7 +256,30 @@ class BackwardLowering:
         if not active:
             return
         for tile in product(*(range(self.f.schedule.tiles[a]) for a in self.f.tile_axes)):
-            BackwardStrip(self, at, sweep, users, active, dict(zip(self.f.tile_axes, tile, strict=True))).run()
+            self.strip(at, sweep, users, active, dict(zip(self.f.tile_axes, tile, strict=True))).run()
+
+    def strip(
+        self, at: int, sweep: Sweep, users: dict[int, list[tuple[int, int]]], active: set[int], tile: dict[int, int]
+    ) -> BackwardStrip:
+        """One tile of a sweep."""
+        return BackwardStrip(self, at, sweep, users, active, tile)
+
+    def pace(self, at: int, sweep: Sweep, users: dict[int, list[tuple[int, int]]], active: set[int]) -> BackwardPace:
+        """The table of the sweep at a level: the same for all of its tiles."""
+        if at not in self.paces:
+            schedule = self.f.schedule
+            self.paces[at] = BackwardPace(
+                self.bounds,
+                self.stages,
+                sweep.nodes,
+                users,
+                sweep.sinks,
+                self.f.slide,
+                schedule.steps,
+                schedule.grain,
+                active,
+            )
+        return self.paces[at]
 
     def _active(self, sweep: Sweep, users: dict[int, list[tuple[int, int]]]) -> set[int]:
         active: set[int] = set()
@@ -329,7 +352,7 @@ class GradWindow:
             self._zeros(end, hi)
             end = hi
         kept = False
-        for page in list(pages):
+        for page in list(pages) if self.builder.writes else ():
             a, b = max(lo, page.lo), min(hi, page.hi)
             if b <= a:
                 continue
@@ -372,18 +395,7 @@ class BackwardStrip(Strip):
         self.grads: dict[int, Located] = {}
         self.back_order = [k for k in reversed(sweep.nodes) if k in active]
         self.slide = parent.f.slide
-        schedule = parent.f.schedule
-        self.pace = BackwardPace(
-            self.bounds,
-            self.p.stages,
-            sweep.nodes,
-            users,
-            sweep.sinks,
-            self.slide,
-            schedule.steps,
-            schedule.grain,
-            active,
-        )
+        self.pace = parent.pace(at, sweep, users, active)
         self.final = self.pace.final
 
     # -- steps
@@ -391,24 +403,28 @@ class BackwardStrip(Strip):
     def run(self) -> None:
         """All steps."""
         events = self._last_events()
-        for t in range(self.pace.clock.total):
-            back, front = self.pace.at(t, self.back, self.ends)
-            for k in self.sweep.nodes:
+        pace = self.pace
+        rerun = [(k, self.graph.nodes[k], events.get(("f", k), ())) for k in self.sweep.nodes]
+        for t in range(pace.clock.total):
+            self.t = t
+            for k, node, dropped in rerun:
                 if self.p.stages.kind[k] == REGIONAL:
-                    node = self.graph.nodes[k]
                     v = node.outputs[0]
-                    if front[v] > self.ends.get(v, 0):
-                        self._run(k, node, v, (self.ends.get(v, 0), front[v]))
-                self._drop(events.get(("f", k), ()), back, front, t)
+                    front = pace.front[v]
+                    start = front[t - 1] if t else 0
+                    if front[t] > start:
+                        self._run(k, node, v, (start, front[t]))
+                self._drop_all(dropped, t)
             for k in self.back_order:
                 if self.p.stages.kind[k] == REDUCE:
                     self._reduce_vjp(k, t)
                 else:
                     v = self.graph.nodes[k].outputs[0]
-                    if back[v] > self.back.get(v, 0):
-                        self._vjp(k, v, (self.back.get(v, 0), back[v]))
-                self._drop(events.get(("b", k), ()), back, front, t)
-            self.ends, self.back = front, back
+                    stop = pace.back[v][t]
+                    if stop > self.back.get(v, 0):
+                        self._vjp(k, v, (self.back.get(v, 0), stop))
+                self._drop_all(events.get(("b", k), ()), t)
+            self.back = {v: rows[t] for v, rows in pace.back.items()}
             self.builder.region += 1
         for place in (*self.windows.values(), *self.grads.values()):
             for page in place.pages or []:
@@ -443,23 +459,10 @@ class BackwardStrip(Strip):
             events.setdefault(key, []).append(v)
         return {k: tuple(v) for k, v in events.items()}
 
-    def _drop(self, values: tuple[int, ...], back: dict[int, int], front: dict[int, int], t: int) -> None:
+    def _drop_all(self, values: tuple[int, ...], t: int) -> None:
         for v in values:
-            if v not in self.windows:
-                continue
-            keep = size = self.pace.size(v)
-            for u, i in self.users[v]:
-                if self.p.stages.kind[u] == REDUCE:
-                    if u in self.active:
-                        keep = min(keep, self.pace.due(v, t))
-                    continue
-                out = self.graph.nodes[u].outputs[0]
-                if front[out] < self.final[out]:
-                    keep = min(keep, self.pace.needs(u, i, front[out], self.final[out])[0])
-                total = self.pace.size(out)
-                if u in self.active and i in self.graph.nodes[u].vjp_reads and back[out] < total:
-                    keep = min(keep, self.pace.needs(u, i, back[out], total)[0])
-            drop_rows(self.builder, v, self.windows[v], FOREVER if keep >= size else keep)
+            if v in self.windows:
+                drop_rows(self.builder, v, self.windows[v], self.pace.keep[v][t])
 
     # -- pulling back
 
@@ -517,12 +520,16 @@ class BackwardStrip(Strip):
                 window.add(own, copy, self.back.get(v, 0))
         return self.builder.read(place, box, value.itemsize, value.shape), box, place
 
+    def _idle(self, v: int, rows: tuple[int, int]) -> bool:
+        """Whether this tile has nothing of the gradient of these rows."""
+        readers = any(u in self.active for u, _ in self.users.get(v, []))
+        return not readers and any(hi <= lo for lo, hi in self._own_box(v, rows))
+
     def _vjp(self, k: int, v: int, rows: tuple[int, int]) -> None:
         node = self.graph.nodes[k]
         if any(found[v][1] <= found[v][0] for found in self.intervals.values()):
             return
-        readers = any(u in self.active for u, _ in self.users.get(v, []))
-        if not readers and any(hi <= lo for lo, hi in self._own_box(v, rows)):
+        if self._idle(v, rows):
             return
         grad, out, place = self._gradient(v, rows)
         wanted = tuple(self.graph.values[u].differentiable for u in node.inputs)
@@ -542,15 +549,19 @@ class BackwardStrip(Strip):
             )
             self.p.remade.back(self.builder, lent)
         self.builder.macs += 2 * node.macs * prod(hi - lo for lo, hi in out) // max(1, prod(self.graph.values[v].shape))
+        self._pulled(v, place, rows)
+        for u, box, w in zip(node.inputs, boxes, wanted, strict=True):
+            if w:
+                self._contribute(u, box, next(outs))
+
+    def _pulled(self, v: int, place: Located | None, rows: tuple[int, int]) -> None:
+        """The gradient of rows of v is not read again."""
         if place is not None and place.dim is not None and place.pages is not None:
             self._drop_grad(place, rows[1])
         elif place is not None and place.dim is None and place is self.grads.get(v):
             for page in place.pages or []:
                 self.builder.drop(page.slot)
             place.pages = []
-        for u, box, w in zip(node.inputs, boxes, wanted, strict=True):
-            if w:
-                self._contribute(u, box, next(outs))
 
     def _drop_grad(self, place: Located, upto: int) -> None:
         pages = place.pages

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from ranger_nn.core.graph import Graph
-from ranger_nn.core.program import Instruction, Part, Program, Read
+from ranger_nn.core.program import Binding, Instruction, Part, Program, Read
 from ranger_nn.core.reach import Box
 
 
@@ -49,7 +49,12 @@ def box_bytes(box: Box, itemsize: int) -> int:
 
 
 class Builder:
-    """Writes one program."""
+    """Writes one program. `peaks`: of each sweep; `binding`: where the peak of all stands;
+    `charged`: instructions so far.
+    """
+
+    writes = True
+    """False: instructions are charged and forgotten, so that those which hold no bytes need not be made."""
 
     def __init__(self, graph: Graph, first_slot: int = 0) -> None:
         """Slots are numbered from `first_slot`."""
@@ -62,7 +67,9 @@ class Builder:
         self.parent: dict[int, int] = {}
         self.live = 0
         self.peak = 0
-        self.peak_at = -1
+        self.peaks: dict[int, int] = {}
+        self.binding = Binding()
+        self.charged = 0
         self.macs = 0
         self.sweep = 0
         self.region = 0
@@ -143,6 +150,17 @@ class Builder:
         """Write an instruction; `results`: (bytes, slot that it is a view of, may be a copy). Gives the slots."""
         joined = sum(r.nbytes for r in reads if len(r.parts) > 1 or r.loaded)
         before = self.live
+        value = options.get("value", -1)
+        outs = self.charge(node, joined + scratch, results, value if isinstance(value, int) else -1)
+        now = self.live + joined + scratch
+        place = {"sweep": self.sweep, "region": self.region, "live": now, "grows": now - before}
+        self.instructions.append(Instruction(op, node, tuple(reads), tuple(outs), **place, **options))  # type: ignore[arg-type]
+        return outs
+
+    def charge(
+        self, node: int, extra: int, results: Sequence[tuple[int, int | None, bool]], value: int = -1
+    ) -> list[int]:
+        """Slots for the results of an instruction of a node (-1: on a value) that takes `extra` bytes while it runs."""
         outs = []
         for nbytes, view_of, may_copy in results:
             if view_of is None or view_of not in self.storage:
@@ -151,11 +169,12 @@ class Builder:
                 outs.append(self.slot(nbytes, parent=view_of))
             else:
                 outs.append(self.slot(0, share=view_of))
-        now = self.live + joined + scratch
+        now = self.live + extra
+        self.charged += 1
+        if now > self.peaks.get(self.sweep, -1):
+            self.peaks[self.sweep] = now
         if now > self.peak:
-            self.peak, self.peak_at = now, len(self.instructions)
-        place = {"sweep": self.sweep, "region": self.region, "live": now, "grows": now - before}
-        self.instructions.append(Instruction(op, node, tuple(reads), tuple(outs), **place, **options))  # type: ignore[arg-type]
+            self.peak, self.binding = now, Binding(self.sweep, node, value)
         return outs
 
     def program(self, external: dict[int, int]) -> Program:
@@ -165,7 +184,8 @@ class Builder:
             self.next_slot,
             external,
             peak=self.peak,
-            peak_at=self.peak_at,
+            peaks=self.peaks,
+            binding=self.binding,
             macs=self.macs,
             regions=self.region,
         )

@@ -18,11 +18,9 @@ from ranger_nn.core.graph import COMPUTED, Graph, Node
 from ranger_nn.core.program import ALLOC, FINISH, LIFT, MERGE, RUN, TRIM, WRITE, Extent, Program, Read
 from ranger_nn.core.reach import Box, Interval
 from ranger_nn.planning.builder import Builder, Located, Page, box_bytes
-from ranger_nn.planning.pace import ForwardPace, Pace
+from ranger_nn.planning.pace import FOREVER, ForwardPace, Pace
 from ranger_nn.planning.stages import REDUCE, REGIONAL, Stages
 from ranger_nn.planning.weights import Remade
-
-FOREVER = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -120,12 +118,19 @@ class ForwardLowering:
     """State of lowering: where every value is."""
 
     def __init__(
-        self, bounds: Bounds, stages: Stages, schedule: Schedule, keep: Collection[int], streaming: bool
+        self,
+        bounds: Bounds,
+        stages: Stages,
+        schedule: Schedule,
+        keep: Collection[int],
+        streaming: bool,
+        builder: Builder | None = None,
     ) -> None:
         """`keep`: values that backward will read; `streaming`: paged values may be dropped as they are read."""
         self.bounds, self.stages, self.schedule, self.keep = bounds, stages, schedule, set(keep)
         self.graph = bounds.graph
-        self.builder = Builder(self.graph)
+        self.builder = builder or Builder(self.graph)
+        self.paces: dict[int, ForwardPace] = {}
         self.demand = demand(bounds, stages, schedule)
         self.places: dict[int, Located] = {}
         self.states: dict[int, int] = {}
@@ -252,7 +257,7 @@ class ForwardLowering:
                 stores[v] = Located(slot, on_disk=self.schedule.disk)
         users = sweep_users(self.graph, sweep.nodes)
         for tile in product(*(range(self.schedule.tiles[a]) for a in self.tile_axes)):
-            strip = Strip(self, at, sweep, users, stores, dict(zip(self.tile_axes, tile, strict=True)))
+            strip = self.strip(at, sweep, users, stores, dict(zip(self.tile_axes, tile, strict=True)))
             strip.run()
             stores = strip.stores
             self._settle(at, strip)
@@ -260,6 +265,33 @@ class ForwardLowering:
             if self.stages.kind[k] == REDUCE:
                 self._finish(k)
         self.places.update(stores)
+
+    def strip(
+        self,
+        at: int,
+        sweep: Sweep,
+        users: dict[int, list[tuple[int, int]]],
+        stores: dict[int, Located],
+        tile: dict[int, int],
+    ) -> Strip:
+        """One tile of a sweep."""
+        return Strip(self, at, sweep, users, stores, tile)
+
+    def pace(self, at: int, users: dict[int, list[tuple[int, int]]]) -> ForwardPace:
+        """The table of the sweep at a level: the same for all of its tiles."""
+        if at not in self.paces:
+            sweep = self.demand.sweeps[at]
+            self.paces[at] = ForwardPace(
+                self.bounds,
+                self.stages,
+                sweep.nodes,
+                users,
+                sweep.sinks | sweep.finals,
+                self.slide,
+                self.schedule.steps,
+                self.schedule.grain,
+            )
+        return self.paces[at]
 
     def _settle(self, at: int, strip: Strip) -> None:
         """Where the states behind the last steps are; those that nobody reads are dropped."""
@@ -279,6 +311,11 @@ class ForwardLowering:
         self.places[v] = Located(slot)
         if v not in self.keep:
             self.builder.drop(self.states.pop(k))
+
+
+def state_bytes(graph: Graph, node: Node) -> int:
+    """Of a reduction's state: of moments, their count and what a merge holds beside them."""
+    return 4 * graph.values[node.outputs[0]].nbytes + 64
 
 
 def sweep_users(graph: Graph, nodes: list[int]) -> dict[int, list[tuple[int, int]]]:
@@ -311,8 +348,8 @@ class Strip:
         self.produced = {self.graph.nodes[k].outputs[0] for k in sweep.nodes if parent.stages.kind[k] == REGIONAL}
         self.intervals = {a: tile_intervals(parent, sweep, users, a, i) for a, i in tile.items()}
         self.order = {k: n for n, k in enumerate(sweep.nodes)}
-        self.ends: dict[int, int] = {}
         self.streamed: set[int] = set()
+        self.t = 0
         self.states: dict[int, list[int]] = {}
 
     def _streamed_stores(self) -> set[int]:
@@ -328,31 +365,22 @@ class Strip:
 
     def run(self) -> None:
         """All steps."""
-        schedule = self.p.schedule
         self.streamed = self._streamed_stores()
-        pace = self.pace = ForwardPace(
-            self.bounds,
-            self.p.stages,
-            self.sweep.nodes,
-            self.users,
-            self.sweep.sinks | self.sweep.finals,
-            self.p.slide,
-            schedule.steps,
-            schedule.grain,
-        )
+        pace = self.pace = self.p.pace(self.at, self.users)
+        calls = [(k, self.graph.nodes[k], self._dropped(k)) for k in self.sweep.nodes]
         for t in range(pace.clock.total):
-            new = pace.at(t, self.ends)
-            for k in self.sweep.nodes:
-                node = self.graph.nodes[k]
+            self.t = t
+            for k, node, dropped in calls:
                 if self.p.stages.kind[k] == REDUCE:
                     self._lift(k, node, t)
                 else:
                     v = node.outputs[0]
-                    start = self.ends.get(v, 0)
-                    if new[v] > start:
-                        self._run(k, node, v, (start, new[v]))
-                self._drop_after(k, new, t)
-            self.ends = new
+                    ends = pace.end[v]
+                    start = ends[t - 1] if t else 0
+                    if ends[t] > start:
+                        self._run(k, node, v, (start, ends[t]))
+                for v in dropped:
+                    self._drop(v, pace.keep[v][t])
             self.builder.region += 1
         for v, place in list(self.windows.items()):
             if v in self.stores and self.stores[v] is place:
@@ -448,15 +476,17 @@ class Strip:
                 window.pages.pop()
                 self.builder.drop(slot)
             return
-        box = tuple(target)
-        reads = [self.p.read(v, box, {v: self.stores[v]}), self.p.read(v, box, self.windows)]
-        self.builder.emit(WRITE, -1, reads, value=v, out_box=box)
+        self._write(v, tuple(target))
         if v not in self.users:
             window.pages.pop()
             self.builder.drop(slot)
 
-    def _lift(self, k: int, node: Node, t: int) -> None:
-        v = node.inputs[0]
+    def _write(self, v: int, box: Box) -> None:
+        reads = [self.p.read(v, box, {v: self.stores[v]}), self.p.read(v, box, self.windows)]
+        self.builder.emit(WRITE, -1, reads, value=v, out_box=box)
+
+    def lifted(self, v: int, t: int) -> Box | None:
+        """The region of a value that a reduction takes at step t: the tile's own share; None where that is empty."""
         box = [(0, n) for n in self.graph.values[v].shape]
         for a in range(len(self.bounds.axes)):
             d = self.bounds.dim(v, a)
@@ -466,14 +496,21 @@ class Strip:
                 count = self.p.schedule.tiles[a] if a in self.tile else 1
                 own = share(self.bounds.size(v, a), self.tile.get(a, 0), count)
             if own[1] <= own[0]:
-                return
+                return None
             if d is not None:
                 box[d] = own
-        read = self.p.read(v, tuple(box), self.windows)
+        return tuple(box)
+
+    def _lift(self, k: int, node: Node, t: int) -> None:
+        v = node.inputs[0]
+        box = self.lifted(v, t)
+        if box is None:
+            return
+        read = self.p.read(v, box, self.windows)
         scratch = node.kernel.scratch(Extent((), 0, (read.nbytes,), (read,)))
-        small = 4 * self.graph.values[node.outputs[0]].nbytes + 64
+        small = state_bytes(self.graph, node)
         (part,) = self.builder.emit(LIFT, k, [read], [(small, None, False)], scratch=scratch)
-        n = node.kernel.count(tuple(box))
+        n = node.kernel.count(box)
         if k not in self.p.states:
             self.p.states[k] = part
             self.p.lifted[k] = n
@@ -487,30 +524,18 @@ class Strip:
 
     # -- lifetimes
 
-    def _drop_after(self, k: int, new: dict[int, int], t: int) -> None:
-        for v in set(self.graph.nodes[k].inputs):
-            in_window = v in self.windows and self.stores.get(v) is not self.windows[v]
-            if not in_window and v not in self.streamed:
-                continue
-            if max(self.order[u] for u, _ in self.users[v]) != self.order[k]:
-                continue
-            place = self.windows[v] if in_window else self.p.places[v]
-            drop_rows(self.builder, v, place, self._keep_from(v, new, t))
+    def _dropped(self, k: int) -> list[int]:
+        """Values of which node k is the last reader in a step."""
+        return [
+            v for v in set(self.graph.nodes[k].inputs) if max(self.order[u] for u, _ in self.users[v]) == self.order[k]
+        ]
 
-    def _keep_from(self, v: int, new: dict[int, int], t: int) -> int:
-        if self.p.slide is None:
-            return FOREVER
-        keep = size = self.bounds.size(v, self.p.slide)
-        for k, i in self.users[v]:
-            node = self.graph.nodes[k]
-            if self.p.stages.kind[k] == REDUCE:
-                keep = min(keep, self.pace.due(v, t))
-                continue
-            out = node.outputs[0]
-            total = self.bounds.size(out, self.p.slide)
-            if new[out] < total:
-                keep = min(keep, self.bounds.needs(node, i, self.p.slide, new[out], total)[0])
-        return FOREVER if keep >= size else keep
+    def _drop(self, v: int, keep: int) -> None:
+        """Rows of a value below `keep` were read by all."""
+        if v in self.windows and self.stores.get(v) is not self.windows[v]:
+            drop_rows(self.builder, v, self.windows[v], keep)
+        elif v in self.streamed:
+            drop_rows(self.builder, v, self.p.places[v], keep)
 
 
 def drop_rows(builder: Builder, v: int, place: Located, keep: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 from ranger_nn.bounds.axes import SPATIAL, Axis
+from ranger_nn.checking.check import Checked
 from ranger_nn.core.graph import Graph
 from ranger_nn.core.program import Program
+from ranger_nn.errors import PlanError
 from ranger_nn.planning.budget import format_bytes
 from ranger_nn.planning.forward import ForwardLowering, Schedule
 from ranger_nn.planning.lost import lost
@@ -54,6 +56,23 @@ class Plan:
     timeline: tuple[int, ...] = ()
     again: tuple[str, ...] = ()
     uncut: int = 0
+    follow: Callable[[], Checked] | None = field(default=None, repr=False, compare=False)
+
+    def check(self) -> Checked:
+        """Follow the plan's programs once more on fingerprints, as was done before it was handed out; see `ranger_nn.checking`.
+
+        Gives what was done: instructions followed, regions held to what their operator asks for, results found complete,
+        bytes held at most.
+
+        Raises:
+            PlanError: the plan is damaged, or was read from JSON and has no programs.
+        """
+        if self.follow is None:
+            raise PlanError(
+                f"{self.model}: this plan was read from JSON, which holds what a plan says and not its programs: call "
+                "ranger_nn.plan on the model and check that."
+            )
+        return self.follow()
 
     def __str__(self) -> str:
         """The table."""
@@ -61,13 +80,14 @@ class Plan:
 
     def to_json(self) -> str:
         """JSON text; `from_json` reads it back."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(replace(self, follow=None)))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """A plan from `to_json`'s text."""
         data = json.loads(text)
         data["sweeps"] = tuple(SweepRow(**row) for row in data["sweeps"])
+        data.pop("follow", None)
         for key in ("axes", "tiles", "whole", "timeline", "again"):
             data[key] = tuple(data[key])
         return cls(**data)
@@ -131,8 +151,8 @@ def describe(
     stages = lowering.stages
     peaks: dict[int, int] = {}
     for program in (forward, backward):
-        for i in program.instructions if program else []:
-            peaks[i.sweep] = max(peaks.get(i.sweep, 0), i.live)
+        for at, peak in program.peaks.items() if program else ():
+            peaks[at] = max(peaks.get(at, 0), peak)
     rows = []
     bounds = lowering.bounds
     for at, sweep in enumerate(lowering.demand.sweeps):

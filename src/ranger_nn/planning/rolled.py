@@ -29,6 +29,8 @@ from ranger_nn.planning.stages import REDUCE, Stages
 
 MOST_PARTS = 16
 """Largest denominator of a reach that is slid along; beyond it a step would need too many rows."""
+FEW_STEPS = 4
+"""But where so many steps of as many rows are left, it may be larger: tokens that are rows and columns of a map."""
 GROUP_COST = {False: 0.01, True: 0.03}
 """Share of a sweep's work that a group of nodes with a condition of its own must save, in inference and in training,
 where conditions cost more of the back end's compiler."""
@@ -214,7 +216,8 @@ def _uneven(bounds: Bounds, node: Node) -> str:
             continue
         if link.border in (Border.REFLECT, Border.CIRCULAR):
             return f"its border is {link.border.value}: rows from the far side or mirrored"
-        if link.reach.num == 0 or Fraction(link.reach.num, link.reach.den).denominator > MOST_PARTS:
+        parts = Fraction(link.reach.num, link.reach.den).denominator
+        if link.reach.num == 0 or parts > max(MOST_PARTS, bounds.size(node.outputs[0], 0) // FEW_STEPS):
             return f"{link.reach.num}/{link.reach.den} input rows to an output row: no even step"
     return ""
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ranger_nn.bounds.axes import Axis, find_axes
 from ranger_nn.bounds.infer import Bounds
+from ranger_nn.checking.check import Checked
 from ranger_nn.core.graph import COMPUTED, PARAMETER, Graph
 from ranger_nn.errors import BudgetError, InputError
 from ranger_nn.planning.along import input_size, slide_first
@@ -253,13 +255,22 @@ def make_rolled(graph: Graph, options: Options, training: bool) -> Rolled:
     projected = with_margin(best.cost.peak)
     if options.allowed is not None and projected > options.allowed:
         raise _too_small(best, options.allowed, projected)
-    for sweep, loop in zip(best.demand.sweeps, best.loops, strict=True):
-        if loop is not None:
-            verify_loop(loop, best.bounds.graph, best.bounds, sweep.nodes)
-    plan = _describe(best, options, projected, graph, training)
+    follow = partial(_verified, best, projected)
+    follow()
+    plan = replace(_describe(best, options, projected, graph, training), follow=follow)
     graph = best.bounds.graph
     last = last_levels(graph, best.stages, best.demand)
     return Rolled(plan, graph, best.stages, best.demand, best.loops, last, training)
+
+
+def _verified(best: Candidate, peak: int) -> Checked:
+    """Hold every sweep to what its operators ask for; raises PlanError."""
+    calls = takes = 0
+    for sweep, loop in zip(best.demand.sweeps, best.loops, strict=True):
+        if loop is not None:
+            verify_loop(loop, best.bounds.graph, best.bounds, sweep.nodes)
+            calls, takes = calls + len(loop.calls), takes + sum(len(c.takes) for c in loop.calls)
+    return Checked(calls, takes, sum(len(sweep.sinks) for sweep in best.demand.sweeps), peak)
 
 
 def _best(graph: Graph, options: Options, training: bool) -> Candidate:

@@ -9,7 +9,8 @@ same that runs. The first schedule that fits wins; while none does, these are tr
     2. steps half as long               and where they cannot be shorter, tiles across the second axis
     3. inference: more computed again   sets of values not held, from the least extra work on (`_ladder`)
     4. one more move, again and again   a large value not held, or (training) a cut that ends a sweep early
-    5. steps half as long, four times   from the best so far on
+    5. steps half as long, four times   from the best so far on; then 3 to 5 again, on networks
+                                        of which that is soon done
 
 3 and 4 are judged on few steps. Enter at `make_plan`.
 """
@@ -17,22 +18,27 @@ same that runs. The first schedule that fits wins; while none does, these are tr
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 from ranger_nn.bounds.axes import Axis, find_axes
 from ranger_nn.bounds.infer import Bounds
+from ranger_nn.checking.check import check
 from ranger_nn.core.graph import COMPUTED, INPUT, Graph
 from ranger_nn.core.program import Program
 from ranger_nn.errors import BudgetError, InputError
 from ranger_nn.ops.recurrence import chunked, halved, unchunked
 from ranger_nn.planning.along import input_size, slide_first
-from ranger_nn.planning.backward import lower_backward
+from ranger_nn.planning.backward import BackwardLowering
 from ranger_nn.planning.budget import format_bytes
-from ranger_nn.planning.forward import FOREVER, ForwardLowering, Schedule, lower_forward
+from ranger_nn.planning.count import BackwardCount, ForwardCount, Memo
+from ranger_nn.planning.forward import ForwardLowering, Schedule
+from ranger_nn.planning.pace import FOREVER
 from ranger_nn.planning.report import Plan, describe, in_one
 from ranger_nn.planning.stages import REGIONAL, Stages, stage
-from ranger_nn.planning.verify import verify_program
 from ranger_nn.planning.weights import sink
 
 STEP_BYTES = 6 << 20
@@ -44,6 +50,8 @@ LOOSER = 1.5
 """In training, where no memory is stated: times the bytes of one region that the network as it is may be said to need, and is
 called. It runs nothing twice, and takes less than is said of it: what convolutions take is a bound for all of their kernels.
 """
+FURTHER_WORK = SEARCH_WORK // 4
+"""Instructions up to which a second round of moves begins: on a large network each costs seconds."""
 COARSE_SLACK = 1.5
 """Times the budget that a candidate on few steps may need to be tried on more."""
 COARSE_STEPS = 16
@@ -97,7 +105,7 @@ class Planned:
 
 @dataclass
 class Candidate:
-    """One schedule, lowered."""
+    """One schedule, lowered, or only counted; `size`: its instructions."""
 
     schedule: Schedule
     bounds: Bounds
@@ -106,21 +114,13 @@ class Candidate:
     lowering: ForwardLowering
     peak: int
     macs: int
-
-    @property
-    def size(self) -> int:
-        """Instructions written to find it."""
-        return len(self.forward.instructions) + (len(self.backward.instructions) if self.backward else 0)
+    size: int = 0
 
     @property
     def profile(self) -> tuple[int, ...]:
         """Peaks of all sweeps, the highest first: a move that lowers one of several equal peaks is a step forward."""
-        peaks: dict[tuple[bool, int], int] = {}
-        for program in (self.forward, self.backward):
-            for i in program.instructions if program is not None else ():
-                key = (program is self.forward, i.sweep)
-                peaks[key] = max(peaks.get(key, 0), i.live)
-        return tuple(sorted(peaks.values(), reverse=True))
+        programs = (self.forward, self.backward)
+        return tuple(sorted((peak for p in programs if p is not None for peak in p.peaks.values()), reverse=True))
 
     @property
     def worst(self) -> Program:
@@ -130,19 +130,19 @@ class Candidate:
     @property
     def binding(self) -> int:
         """Level at which the peak stands."""
-        worst = self.worst
-        return worst.instructions[worst.peak_at].sweep if worst.instructions and worst.peak_at >= 0 else 0
+        return self.worst.binding.sweep
 
     @property
     def binds_chunked(self) -> bool:
         """Whether the peak stands at an operator that works in chunks."""
-        worst = self.worst
-        node = worst.instructions[worst.peak_at].node if worst.peak_at >= 0 else -1
+        node = self.worst.binding.node
         return node >= 0 and bool(self.bounds.graph.nodes[node].kernel.chunk)
 
 
-def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool) -> Candidate:
-    """Lower a schedule to programs and read off peak and work."""
+def lower(
+    graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool, memo: Memo | None = None
+) -> Candidate:
+    """Lower a schedule to programs and read off peak and work. With a `memo` they are counted and not written."""
     cut = [a for i, a in enumerate(axes) if (i == 0 and schedule.slides) or schedule.tiles[i] > 1]
     tiles = tuple(schedule.tiles[i] for i, a in enumerate(axes) if a in cut)
     slim = replace(schedule, tiles=tiles, steps=schedule.steps if cut and schedule.slides else 0)
@@ -152,24 +152,38 @@ def lower(graph: Graph, axes: Sequence[Axis], schedule: Schedule, training: bool
     bounds = Bounds(halved(graph, schedule.halvings), tuple(cut), circle)
     stages = stage(bounds, schedule.cuts, schedule.slides)
     sink(bounds.graph, stages)
+    used = read_by_backward(bounds, stages, slim, memo) if training else frozenset[int]()
+    state = _lowering(bounds, stages, slim, used, True, memo)
+    forward = state.lower()
     if not training:
-        forward, state = lower_forward(bounds, stages, slim)
-        return Candidate(schedule, bounds, forward, None, state, forward.peak, forward.macs)
-    used = read_by_backward(bounds, stages, slim)
-    forward, state = lower_forward(bounds, stages, slim, used, streaming=True)
-    backward, _ = lower_backward(state)
-    return Candidate(
-        schedule, bounds, forward, backward, state, max(forward.peak, backward.peak), forward.macs + backward.macs
-    )
+        return Candidate(schedule, bounds, forward, None, state, forward.peak, forward.macs, state.builder.charged)
+    back = BackwardCount(state) if isinstance(state, ForwardCount) else BackwardLowering(state)
+    backward = back.lower()
+    size = state.builder.charged + back.builder.charged
+    peak, macs = max(forward.peak, backward.peak), forward.macs + backward.macs
+    return Candidate(schedule, bounds, forward, backward, state, peak, macs, size)
 
 
-def read_by_backward(bounds: Bounds, stages: Stages, schedule: Schedule) -> set[int]:
+def _lowering(
+    bounds: Bounds, stages: Stages, schedule: Schedule, keep: Collection[int], streaming: bool, memo: Memo | None
+) -> ForwardLowering:
+    if memo is None:
+        return ForwardLowering(bounds, stages, schedule, keep, streaming)
+    return ForwardCount(bounds, stages, schedule, keep, streaming, memo)
+
+
+def read_by_backward(bounds: Bounds, stages: Stages, schedule: Schedule, memo: Memo | None) -> frozenset[int]:
     """Values of the forward program that backward reads: the same for any number of steps, so found with one."""
-    everything = {v for n in bounds.graph.nodes for v in n.outputs}
-    _, state = lower_forward(
-        bounds, stages, replace(schedule, steps=min(1, schedule.steps)), everything, streaming=False
-    )
-    return lower_backward(state)[1]
+    one = replace(schedule, steps=min(1, schedule.steps))
+    known = memo if memo is not None else Memo()
+    if one not in known.used:
+        everything = {v for n in bounds.graph.nodes for v in n.outputs}
+        state = ForwardCount(bounds, stages, one, everything, False, known)
+        state.lower()
+        backward = BackwardCount(state)
+        backward.lower()
+        known.used[one] = frozenset(backward.used)
+    return known.used[one]
 
 
 def base_steps(graph: Graph, axis: Axis) -> int:
@@ -313,11 +327,21 @@ def _coarse(schedule: Schedule) -> Schedule:
     return replace(schedule, steps=min(schedule.steps, COARSE_STEPS))
 
 
+class Counted:
+    """Schedules of one graph that were counted: the searches that follow one another meet the same ones."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self.memo = Memo()
+        self.candidates: dict[Schedule, Candidate] = {}
+
+
 class Search:
     """Greedy descent of the peak: what is held and where sweeps end is chosen on few steps, then regions shrink."""
 
-    def __init__(self, graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> None:
-        """Nothing is lowered yet."""
+    def __init__(self, graph: Graph, axes: Sequence[Axis], options: Options, training: bool, counted: Counted) -> None:
+        """`counted`: schedules of this graph whose bytes are known."""
+        self.counted = counted
         self.graph, self.axes, self.options, self.training = graph, axes, options, training
         self.work = 0
         self.best: Candidate | None = None
@@ -328,9 +352,11 @@ class Search:
 
     def lower(self, schedule: Schedule) -> Candidate:
         """A candidate, counted in the work."""
-        found = lower(self.graph, self.axes, schedule, self.training)
-        self.work += found.size
-        return found
+        if schedule not in self.counted.candidates:
+            found = lower(self.graph, self.axes, schedule, self.training, self.counted.memo)
+            self.counted.candidates[schedule] = found
+        self.work += self.counted.candidates[schedule].size
+        return self.counted.candidates[schedule]
 
     def attempt(self, schedule: Schedule) -> bool:
         """Lower a schedule in full; True where it fits. The best so far is kept."""
@@ -348,15 +374,20 @@ class Search:
         if not self.axes:
             _ = self.fits(self.best) or self._halve()
         elif not self.fits(self.best):
-            _ = (
-                self._halve()
-                or self._remake()
-                or self._shrink(self.best.schedule, 1)
-                or self._climb()
-                or self._descend()
-                or self._shrink(self.best.schedule, 4)
-            )
+            _ = self._halve() or self._remake() or self._shrink(self.best.schedule, 1) or self._rounds()
         return self.best
+
+    def _rounds(self) -> bool:
+        """Moves, and shorter steps from the best so far on, as long as they help: what is held shows on short steps."""
+        while True:
+            before = self.best
+            if self._climb() or self._descend():
+                return True
+            assert self.best is not None
+            if self._shrink(self.best.schedule, 4):
+                return True
+            if self.best is before or self.work >= FURTHER_WORK:
+                return False
 
     def _halve(self) -> bool:
         """Shorter and shorter chunks inside of operators that run whole; True where the budget is met."""
@@ -409,7 +440,7 @@ class Search:
         """Ever more computed again, from the least on, as long as it saves memory; True where the budget is met."""
         assert self.best is not None
         start = self.best
-        if self.training or len(start.lowering.demand.stored) < 2:
+        if self.training or not start.lowering.demand.stored:
             return False
         lowest = self.lower(_coarse(start.schedule)).peak
         finest = self._finer(start.schedule) or start.schedule
@@ -459,73 +490,124 @@ class Search:
         return moved and self.attempt(replace(state.schedule, steps=steps))
 
 
-def search(graph: Graph, axes: Sequence[Axis], options: Options, training: bool) -> Candidate:
-    """The first schedule within the budget, or the best found. The garbage collector rests meanwhile."""
+def search(
+    graph: Graph, axes: Sequence[Axis], options: Options, training: bool, counted: Counted | None = None
+) -> Candidate:
+    """The first schedule within the budget, or the best found: counted, not written. The garbage collector rests meanwhile."""
+    with _resting():
+        return Search(graph, axes, options, training, counted or Counted()).run()
+
+
+@contextmanager
+def _resting() -> Iterator[None]:
+    """Without the garbage collector: what a search makes is kept, and looked through again and again in vain."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return Search(graph, axes, options, training).run()
+        yield
     finally:
         if collecting:
             gc.enable()
 
 
-def make_plan(
-    graph: Graph, options: Options, training: bool, untouched_peak: Callable[[], int | None] = lambda: None
-) -> Planned:
+class Untouched(Protocol):
+    """What the network takes when it is called as it is, outputs not counted; None where that cannot be told."""
+
+    def bound(self) -> int | None:
+        """Bytes at most, found without running anything."""
+
+    def counted(self, enough: int, most: int) -> int | None:
+        """The same as closely as can be, down to `enough`; None where it certainly is more than `most`, too."""
+
+
+def make_plan(graph: Graph, options: Options, training: bool, untouched: Untouched | None = None) -> Planned:
     """Plan and programs for a graph; raises BudgetError where nothing fits.
 
-    `untouched_peak`: bytes that the network takes as it is at most, if that can be told: where they are the fewest, it is
-    called as it is.
+    `untouched`: the network as it is: where it needs the fewest bytes, it is called so.
     """
     axes = find_axes(graph)
     if not options.disk and options.schedule != "tile":  # files are read and written by rows
         axes, regions = slide_first(graph, axes, options.regions)
         options = replace(options, regions=regions)
-    cut = best = search(graph, axes, options, training)
+    known = Counted()
+    cut = best = _chosen(graph, axes, options, training, known)
     whole = lower(unchunked(graph), [], Schedule(0, ()), training)
     if options.free and whole.peak <= best.peak:
         best = replace(whole, schedule=Schedule(0, (1,) * len(axes)))
     projected = with_margin(best.peak)
     fits = options.allowed is None or projected <= options.allowed
     one = best is not cut or (best.schedule.steps <= 1 and set(best.schedule.tiles) <= {1})
-    told = untouched_peak() if training or one or not fits else None
-    untouched = min(FOREVER if told is None else told, max(whole.peak, _saved(graph) if training else 0))
+    told = untouched.bound() if untouched is not None and (training or one or not fits) else None
+    usual = min(FOREVER if told is None else told, max(whole.peak, _saved(graph) if training else 0))
     looser = LOOSER if one and training and options.allowed is None else 1.0
-    as_it_is = told is not None and options.free and with_margin(told) <= looser * projected
-    if as_it_is:
-        best, projected = replace(whole, schedule=Schedule(0, (1,) * len(axes))), with_margin(told or 0)
+    counted = _as_it_is(untouched, told, options, fits, projected, looser)
+    as_it_is = counted is not None and (fits or counted <= (options.allowed or 0))
+    if counted is not None and as_it_is:
+        best, projected = replace(whole, schedule=Schedule(0, (1,) * len(axes))), counted
     if options.allowed is not None and projected > options.allowed:
-        least, found = (projected, best) if as_it_is else _least(graph, axes, options, training, best)
-        raise _too_small(graph, options.allowed, with_margin(min(whole.peak, untouched)), least, found)
-    verify_program(best.forward, best.bounds.graph)
-    if best.backward is not None:
-        verify_program(best.backward, best.bounds.graph, best.forward)
+        least, found = _least(graph, axes, options, training, best, known)
+        if counted is not None and counted <= least:
+            least, found = counted, whole
+        raise _too_small(graph, options.allowed, min(with_margin(whole.peak), counted or FOREVER), least, found)
+    if best is cut and options.allowed is not None:
+        with _resting():
+            best = cut = lower(graph, axes, best.schedule, training)
+    follow = partial(
+        check, best.bounds.graph, best.forward, best.backward, _periods(best.bounds), options.disk and best is cut
+    )
+    follow()
 
     def described(found: Candidate) -> Plan:
         programs = found.forward, found.backward
         lowered = found.bounds.graph, axes, found.schedule, found.lowering
-        return describe(*lowered, *programs, options.allowed, projected, untouched)
+        return describe(*lowered, *programs, options.allowed, projected, usual)
 
     plan = described(best)
     if best is not cut:
         plan = in_one(plan, described(cut), as_it_is)
-    return Planned(plan, best.forward, best.backward, best.bounds.graph, as_it_is)
+    return Planned(replace(plan, follow=follow), best.forward, best.backward, best.bounds.graph, as_it_is)
+
+
+def _chosen(graph: Graph, axes: Sequence[Axis], options: Options, training: bool, known: Counted) -> Candidate:
+    """What a search finds, counted; where no budget is stated the first schedule, written at once."""
+    if options.allowed is not None:
+        return search(graph, axes, options, training, known)
+    with _resting():
+        return lower(graph, axes, starting(graph, axes, options)[0], training)
+
+
+def _periods(bounds: Bounds) -> dict[int, tuple[int, int]]:
+    """Of values on the axis that goes round: dimension, and rows after which it repeats."""
+    if bounds.circle is None:
+        return {}
+    axis = bounds.axes[bounds.circle]
+    return {v: (axis.dims[v], period) for v, period in (axis.periods or {}).items()}
+
+
+def _as_it_is(
+    untouched: Untouched | None, told: int | None, options: Options, fits: bool, projected: int, looser: float
+) -> int | None:
+    """Bytes that the network takes as it is, where it is to be called so or nothing else fits: counted, not bounded."""
+    if untouched is None or told is None or not options.free:
+        return None
+    if not fits:
+        return untouched.counted(options.allowed or 0, projected)
+    return untouched.counted(0, FOREVER) if with_margin(told) <= looser * projected else None
 
 
 def _least(
-    graph: Graph, axes: Sequence[Axis], options: Options, training: bool, best: Candidate
+    graph: Graph, axes: Sequence[Axis], options: Options, training: bool, best: Candidate, counted: Counted
 ) -> tuple[int, Candidate]:
     """The least budget found that a search meets when it is given just that."""
     least = with_margin(best.peak)
     if best.bounds.axes == ():
         return least, best
     for _ in range(3):
-        found = search(graph, axes, replace(options, allowed=least), training)
+        found = search(graph, axes, replace(options, allowed=least), training, counted)
         if with_margin(found.peak) <= least:
             return least, found
         least = with_margin(found.peak)
-    first = search(graph, axes, options.without_budget(), training)
+    first = search(graph, axes, options.without_budget(), training, counted)
     return with_margin(first.peak), first
 
 
@@ -540,11 +622,10 @@ def _saved(graph: Graph) -> int:
 
 
 def _too_small(graph: Graph, allowed: int, whole: int, least: int, best: Candidate) -> BudgetError:
-    program = best.worst
-    instruction = program.instructions[program.peak_at]
-    node = instruction.node
-    if node < 0 and instruction.value >= 0:
-        node = best.lowering.stages.producer.get(instruction.value, -1)
+    binding = best.worst.binding
+    node = binding.node
+    if node < 0 and binding.value >= 0:
+        node = best.lowering.stages.producer.get(binding.value, -1)
     name = graph.nodes[node].name if node >= 0 else "the input"
     where = graph.nodes[node].where if node >= 0 else ""
     place = f"{name} ({where})" if where else name

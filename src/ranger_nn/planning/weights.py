@@ -57,6 +57,8 @@ class Remade:
 
     def lend(self, builder: Builder, values: Sequence[int], places: Mapping[int, Located]) -> dict[int, Located]:
         """Make those of `values` that are remade, from what `places` hold; to be given `back` when they were read."""
+        if not self.producer:
+            return {}
         wanted = {v for v in values if v in self.producer}
         chain = self._chain(wanted)
         last = {v: k for k in chain for v in self.graph.nodes[k].inputs}

@@ -159,7 +159,7 @@ class Convolution(Convolving):
         border = 2 * self._padded(at) + copied + self._copied_gradient(at) + 2 * self._turned(called)
         if sum(self._cast(at)):
             border += self._generic(at, called)
-        return border + called.backward(at.wanted[:2])
+        return border + called.backward(at.wanted)
 
     def _geometry(self, out_box: Box, in_box: Box) -> tuple[list[int], list[int]]:
         lead = len(out_box) - len(self.reaches)
@@ -348,7 +348,7 @@ class TransposedConvolution(Convolving):
         spread += called.y if any(called.extra) else 0
         if sum(self._cast(at)) or fills:
             spread += self._generic(at, called)
-        return spread + 2 * self._turned(called) + self._copied(at) + called.backward(at.wanted[:2])
+        return spread + 2 * self._turned(called) + self._copied(at) + called.backward(at.wanted)
 
     def _geometry(
         self, out_box: Box, in_box: Box

@@ -1,6 +1,6 @@
-"""Kernel of resampling (nearest, linear, cubic) on a region.
+"""Kernels of resampling: at the places of a grid, and to another size (nearest, linear, cubic).
 
-Where the scale is a power of two per dimension and corners are not aligned, the framework's own operator runs on a
+To another size: where the scale is a power of two per dimension and corners are not aligned, the framework's own operator runs on a
 crop with a margin: the coordinates are computed without rounding, so the numbers are the same. Everywhere else the
 taps and weights of each output index are read off the framework once, by resampling one-hot combs along the
 dimension, and applied as a gather: the region then uses the very weights of the untouched call, rounding included.
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ranger_nn.core.program import Extent
 from ranger_nn.core.reach import Box, Interval
-from ranger_nn.torch.kernels import Kernel, Local, lengths, table
+from ranger_nn.torch.kernels import SMALL_TENSORS, Call, Kernel, Local, lengths, table
 from ranger_nn.torch.layout import dense
 
 PERIOD = 8
@@ -35,6 +35,14 @@ MODES = {
     "linear": ("linear", "bilinear", "trilinear"),
     "cubic": ("", "bicubic", ""),
 }
+
+
+class Sampling(Call):
+    """Samples of a whole image at the places of a region of a grid; it works in no memory but its results'."""
+
+    def vjp_scratch(self, at: Extent) -> int:
+        """Forward again."""
+        return at.out_bytes + SMALL_TENSORS
 
 
 @dataclass(frozen=True)

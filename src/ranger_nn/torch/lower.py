@@ -73,7 +73,7 @@ class Names(Protocol):
         ...
 
 
-ORDERED = {"linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "layer_norm", "native_layer_norm"}
+ORDERED = {"linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "layer_norm", "native_layer_norm", "im2col"}
 """Operators whose result lies in its usual order whatever that of their inputs."""
 
 

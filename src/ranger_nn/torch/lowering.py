@@ -47,6 +47,7 @@ from ranger_nn.torch.lowering_dims import (
     results_read,
 )
 from ranger_nn.torch.lowering_parts import taken_apart
+from ranger_nn.torch.lowering_patches import lower_fold, lower_unfold, lower_windows
 from ranger_nn.torch.lowering_random import emit_dropout, seeded
 from ranger_nn.torch.lowering_recurrent import lower_recurrent
 from ranger_nn.torch.operator import Operator
@@ -545,6 +546,9 @@ for _names, _function in (
     (("index",), lower_index),
     (("one_hot",), lower_one_hot),
     (("bucketize", "isin"), lower_search),
+    (("im2col",), lower_unfold),
+    (("col2im",), lower_fold),
+    (("unfold", "unfold_copy"), lower_windows),
     (("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), lower_grid),
 ):
     RULES.update(dict.fromkeys(_names, _function))

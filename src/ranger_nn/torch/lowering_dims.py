@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Sequence
+from math import isinf
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ranger_nn.ops import reduction
 from ranger_nn.ops.pointwise import Row, Shape, aligned, pointwise
 from ranger_nn.torch import kernels as K
 from ranger_nn.torch import kernels_reduce as R
+from ranger_nn.torch import kernels_resample as S
 from ranger_nn.torch.operator import Operator
 
 SCANS = (
@@ -44,6 +46,8 @@ REDUCTIONS = (
     *("logsumexp", "linalg_vector_norm", "norm", "nansum", "count_nonzero", "var_mean", "std_mean", "std"),
 )
 """They take their dimensions away, or leave them with length one."""
+
+FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 FFT_PAIR = (-2, -1)
 """Dimensions of the two-dimensional transforms where none are given."""
@@ -116,13 +120,14 @@ def lower_reduction(op: Operator) -> Any:
     if not isinstance(x, int) or len(op.tensors()) != 1 or not op.shape(x) or 0 in op.shape(x):
         return None
     spread = op.name in ("std", "var_mean", "std_mean")
-    axes = set(range(len(op.shape(x)))) if spread and op.arg("dim") in (None, []) else _named(op, x)
+    overall = spread or op.name == "linalg_vector_norm"
+    axes = set(range(len(op.shape(x)))) if overall and op.arg("dim") in (None, []) else _named(op, x)
     keep = bool(op.arg("keepdim", False))
     if not axes:
         return None
     if spread and op.arg("dtype") is None:
         return _spread(op, x, axes, keep)
-    if op.name == "linalg_vector_norm" and op.arg("ord") in (1, 2) and not op.like.dtype.is_complex:
+    if op.name == "linalg_vector_norm" and op.lower.values[x].dtype in FLOATS:
         return _norm(op, x, axes, keep)
     if op.name in ("max", "min") and results_read(op) <= {0} and op.like[0].dtype.is_floating_point:
         return [emit_extremum(op, x, axes, keep, 1 if op.name == "max" else -1, op.like[0]), None]
@@ -152,10 +157,19 @@ def emit_pointwise(op: Operator, function: Callable[..., Tensor], inputs: Sequen
     return found
 
 
-def root(x: Tensor) -> Tensor:
-    """The square root, with gradient 0 at 0, as PyTorch has it for deviations and norms."""
+def root(x: Tensor, p: float = 2) -> Tensor:
+    """The p-th root, with gradient 0 at 0, as PyTorch has it for deviations and norms."""
     zero = x == 0
-    return torch.where(zero, x, x.where(~zero, 1).sqrt())
+    safe = x.where(~zero, 1)
+    return torch.where(zero, x if p > 0 else x.detach().pow(1 / p), safe.sqrt() if p == 2 else safe.pow(1 / p))
+
+
+def power(x: Tensor, p: float) -> Tensor:
+    """The p-th power of magnitudes, with gradient 0 at 0; of p = 0 whether there is any."""
+    if p in (0, 1, 2):
+        return (x != 0).to(x.dtype) if p == 0 else x.abs() if p == 1 else x.square()
+    zero = x == 0
+    return torch.where(zero, x.detach().abs().pow(p), x.where(~zero, 1).abs().pow(p))
 
 
 def _spread(op: Operator, x: int, axes: Collection[int], keep: bool) -> Any:
@@ -177,16 +191,15 @@ def _spread(op: Operator, x: int, axes: Collection[int], keep: bool) -> Any:
 
 
 def _norm(op: Operator, x: int, axes: Collection[int], keep: bool) -> Any:
-    """Root of the sum of squares, or the sum of magnitudes, in the precision in which PyTorch adds up."""
-    wide = torch.float64 if op.like.dtype == torch.float64 else torch.float32
-    if op.lower.values[x].dtype not in ("float64", "float32", "bfloat16", "float16"):
-        return None
-    square = op.arg("ord") == 2
-    each = torch.empty(op.shape(x), dtype=wide, device="meta")
-    powers = emit_pointwise(op, lambda t: t.to(wide).square() if square else t.to(wide).abs(), [x], each)
-    total = emit_reduce(op, powers, axes, keep, Sum(), torch.empty(op.out, dtype=wide, device="meta"))
-    dtype = op.like.dtype
-    return emit_pointwise(op, lambda t: (root(t) if square else t).to(dtype), [total], op.like)
+    """Root of the sum of powers of magnitudes, or their extremum, in the precision in which PyTorch adds up."""
+    dtype, p = op.like.dtype, float(op.arg("ord"))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    whole, reduced = (torch.empty(shape, dtype=wide, device="meta") for shape in (op.shape(x), op.out))
+    each = emit_pointwise(op, lambda t: power(t.to(wide), 1 if isinf(p) else p), [x], whole)
+    monoid = Extremum(1 if p > 0 else -1) if isinf(p) else Sum()
+    total = emit_reduce(op, each, axes, keep, monoid, reduced)
+    plain = isinf(p) or p in (0, 1)
+    return emit_pointwise(op, lambda t: (t if plain else root(t, p)).to(dtype), [total], op.like)
 
 
 def lower_loss(op: Operator) -> Any:
@@ -269,4 +282,4 @@ def lower_grid(op: Operator) -> Any:
     if inputs != [x, grid]:
         return None
     image = (Link(0), Link(1), *((None,) * (rank - 2)))
-    return op.emit(inputs, Rule((image, (Link(0), *(Link(d) for d in range(2, rank)), None))), K.Copying(function))
+    return op.emit(inputs, Rule((image, (Link(0), *(Link(d) for d in range(2, rank)), None))), S.Sampling(function))

@@ -8,7 +8,6 @@ state of the module (`torch/identity.py`), and the last ones used are kept. Ente
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from ranger_nn.torch.inputs import (
 )
 from ranger_nn.torch.ready import Ready
 from ranger_nn.torch.recent import Recent
-from ranger_nn.torch.untouched import untouched_peak
+from ranger_nn.torch.untouched import Untouched
 from ranger_nn.torch.verification import verify_small
 
 Memory = int | str | None
@@ -89,7 +88,10 @@ def plan(
     schedule: str | None = None,
     training: bool = False,
 ) -> Plan:
-    """The plan for `model` on `x` (a tensor, a tuple of tensors, meta tensors, or a shape); nothing is run.
+    """The plan for `model` on `x` (a tensor, a tuple of tensors, meta tensors, or a shape).
+
+    The model is not run. Where nothing fits but the network as it is, single operators of PyTorch may be, on zeros, to
+    count what they take.
 
     `training`: plan forward and backward together, with the gradient of `x` where it requires one.
     """
@@ -97,7 +99,7 @@ def plan(
     options = Options.checked(parse_memory(memory), regions, schedule)
     args = example_inputs(model, x, training)
     captured = capture(model, args, grad=training)
-    untouched = partial(untouched_peak, model, args, {}, training, captured.graph)
+    untouched = Untouched(model, args, {}, training, captured.graph)
     return make_plan(captured.graph, options, training, untouched).plan
 
 
@@ -230,7 +232,7 @@ class Regional(nn.Module):
             check_gradient_hooks(self.module)
         args, kwargs = pytree.tree_unflatten(stand_ins(leaves, grad), spec)
         captured = capture(self.module, args, kwargs, grad=grad)
-        untouched = partial(untouched_peak, self.module, args, kwargs, grad, captured.graph)
+        untouched = Untouched(self.module, args, kwargs, grad, captured.graph)
         planned = make_plan(captured.graph, self._options, grad, untouched)
         engine = TorchEngine(planned.graph, device, captured.strides)
         backward = bind(planned.backward.instructions, engine) if planned.backward is not None else None

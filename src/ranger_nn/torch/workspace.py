@@ -192,7 +192,11 @@ class Convolved:
         return self._unfolded + split + again + (self.x + self.y + self.weights if self.channels_last else 0)
 
     def backward(self, wanted: Sequence[bool]) -> int:
-        """Bytes of workspace of a backward call: `wanted` gradients of input and weights."""
+        """Bytes of workspace of a backward call: `wanted` gradients of input, weights and, if there is one, bias."""
+        summed = 2 * self.y if any(wanted[2:]) and self.dtype.itemsize == 2 and self.batch > 1 else 0
+        return max(self._pulled_back(wanted), summed)  # 16 bits of several samples are summed in 32
+
+    def _pulled_back(self, wanted: Sequence[bool]) -> int:
         if self.onednn:
             return self._backward(wanted)
         if self.direct:
@@ -250,6 +254,7 @@ class Convolved:
         if self._patches:
             return self._of_patches(wanted)
         odd = len(self.kernel) == 3 or self.dtype != torch.float32 or max(self.kernel) > 3
+        odd |= min(self.outer) < max(self.kernel)  # a map smaller than the window
         heavy = wanted[1] and self.groups == 1 and odd
         sums = self._sums() + 3 * (self.x + self.y) + self._small(3) if heavy else 0  # weights that outweigh all else
         skips = len(self.kernel) == 3 and self.dtype != torch.float32 and max(self.stride) > max(self.kernel)
@@ -265,6 +270,7 @@ class Convolved:
             total += (x if wanted[0] else min(x, SMALL)) // self.batch
             total += 0 if self._nhwc() else y + 2 * x
         total += w if self.groups > 1 else 0
+        total += self._uneven() if self.depthwise and wanted[1] else 0
         total += 8 * self.weights if low and self.depthwise else 0
         total += max(
             self._odd("down" if self.transposed else "up") if wanted[0] else 0, self._odd("weights") if wanted[1] else 0
@@ -274,6 +280,14 @@ class Convolved:
             return total + (2 if low else 1) * (x + y) + (x if wanted[0] else 0)
         total += y if wanted[1] and self.channels[1] % 8 else 0
         return total + (x + 2 * y if odd else 0)  # there may be no plain gradient for these
+
+    def _uneven(self) -> int:
+        """Depthwise weights in blocks both ways, where windows do not lie evenly: oneDNN's kernel for gradients is for others."""
+        if self._nhwc() and any(
+            2 * p != d * (k - 1) for p, k, d in zip(self.padding, self.kernel, self.dilation, strict=True)
+        ):
+            return (BLOCK * BLOCK + 1) * self.weights
+        return 4 * BLOCK * self.weights if min(self.outer) <= max(self.padding) else 0
 
     def _odd(self, what: str) -> int:
         """Bytes where oneDNN may have no kernel for a form: it unfolds a sample at a time, each thread for itself."""
