@@ -140,7 +140,7 @@ def streamed(scene: str, out: str, memory: str, threads: int) -> None:
     prepared = prepare(net, scene, memory)
     planning = time.perf_counter() - start
     kernels = [0.0]
-    import ranger_nn.torch.files as files
+    import ranger_nn.execute.files.handle as files
 
     plain = files.FileEngine.bind
 
@@ -159,14 +159,14 @@ def streamed(scene: str, out: str, memory: str, threads: int) -> None:
 
     joined = files.FileEngine.join
 
-    def join(parts, dim):  # type: ignore[no-untyped-def]
+    def join(self, parts, dim):  # type: ignore[no-untyped-def]
         begun = time.perf_counter()
-        result = joined(parts, dim)
+        result = joined(self, parts, dim)
         kernels[0] += time.perf_counter() - begun
         return result
 
     files.FileEngine.bind = timed  # type: ignore[method-assign]
-    files.FileEngine.join = staticmethod(join)  # type: ignore[method-assign]
+    files.FileEngine.join = join  # type: ignore[method-assign]
     report = ranger_nn.run(net, scene, out, reduce="argmax", prepared=prepared)
     print(json.dumps({
         "idle": idle, "peak": sampler.stop(), "seconds": report.seconds, "planning": planning, "waited": report.waited,

@@ -23,7 +23,7 @@ from ranger_nn.errors import (
 from ranger_nn.lazy import exporter
 
 if TYPE_CHECKING:
-    from ranger_nn.doors import plan, regionalize
+    from ranger_nn.doors import plan, regionalize, run
     from ranger_nn.io.pixels import Pixels
     from ranger_nn.partition.blocks import Blocks
     from ranger_nn.partition.graph import GraphParts
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from ranger_nn.partition.show import show
     from ranger_nn.partition.time import TimeSlices
     from ranger_nn.torch.measure import measure
-    from ranger_nn.torch.run import run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -73,6 +72,6 @@ __getattr__, __dir__ = exporter(
         "measure": "ranger_nn.torch.measure",
         "plan": "ranger_nn.doors",
         "regionalize": "ranger_nn.doors",
-        "run": "ranger_nn.torch.run",
+        "run": "ranger_nn.doors",
     },
 )

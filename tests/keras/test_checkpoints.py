@@ -179,7 +179,7 @@ def test_operators_of_a_body_run_one_after_the_other() -> None:
     """Two products that do not need each other, in a loop and in a condition."""
     import tensorflow as tf
 
-    from ranger_nn.keras.loops import loops
+    from ranger_nn.keras.loops_here import loops
 
     def products(x: Any) -> Any:
         return tf.matmul(x, x) + tf.matmul(x, x)

@@ -111,7 +111,7 @@ def test_stopped_between_two_names(tmp_path, monkeypatch, before, ending):
             raise Stopped
         place(*arguments)
 
-    monkeypatch.setattr("ranger_nn.torch.work.place", halted)
+    monkeypatch.setattr("ranger_nn.execute.files.results.place", halted)
     with pytest.raises(Stopped):
         ranger_nn.run(Two(), x, tmp_path / f"cut.{ending}", "2MB")
     monkeypatch.undo()

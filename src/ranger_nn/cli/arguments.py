@@ -31,7 +31,7 @@ def new_parser(commands: Any, name: str, summary: str, detail: str, command: Com
         "model",
         metavar="MODEL",
         help="a .pt2 archive of torch.export, from which no code is run, or package.module:factory, which is imported "
-        "(from the working folder too) and called without arguments: your own Python runs, and gives a torch.nn.Module",
+        "(from the working folder too) and called without arguments: your own Python runs, and gives a torch.nn.Module; for a run from file to file also a .keras file",
     )
     parser.add_argument(
         "inputs",

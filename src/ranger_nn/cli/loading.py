@@ -45,6 +45,11 @@ def load_model(chosen: argparse.Namespace, training: bool = False) -> nn.Module:
     _check_device(torch, chosen.device)
     torch.manual_seed(chosen.seed)
     text: str = chosen.model
+    if text.lower().endswith(".keras"):
+        raise InputError(
+            f"MODEL {text!r} is a file of Keras's, which `ranger-nn run` takes from file to file alone: one INPUT that is a file, "
+            "and an output that ends in .zarr, .tif or .npy. In memory use ranger_nn.regionalize."
+        )
     model = _load_archive(text) if text.lower().endswith(".pt2") else _call_factory(text)
     _check_kind(torch, model, text)
     _check_number(model, chosen)

@@ -9,13 +9,16 @@ import argparse
 import dataclasses
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import ranger_nn
+from ranger_nn.cli.keras_model import is_keras, load_keras
 from ranger_nn.cli.loading import load_model, threads
 from ranger_nn.cli.progress import clock, show_progress
 from ranger_nn.cli.streams import say
+from ranger_nn.doors import prepare
 from ranger_nn.errors import InputError
 from ranger_nn.io.pixels import Pixels
 from ranger_nn.io.sinks import KNOWN, check_sink
@@ -94,11 +97,10 @@ def refuse_options(chosen: argparse.Namespace) -> None:
 
 def run(chosen: argparse.Namespace) -> None:
     """Plan, then run with progress and report; with --dry-run only the plan."""
-    from ranger_nn.torch.prepare import prepare
-
     check_sink(chosen.output, chosen.overwrite)
-    with threads(chosen):
-        model = load_model(chosen)
+    of_keras = is_keras(chosen)
+    with nullcontext() if of_keras else threads(chosen):
+        model: Any = load_keras(chosen) if of_keras else load_model(chosen)
         prepared = prepare(
             model, chosen.inputs[0], chosen.memory, pixels=_pixels(chosen), axes=chosen.axes, level=chosen.level,
             regions=chosen.regions, schedule=chosen.schedule, skip_bad=chosen.skip_bad, device=chosen.device,

@@ -20,6 +20,8 @@ Part = tuple[int, tuple[Cut, ...]]
 
 RUN, VJP, LIFT, MERGE, FINISH, REDUCE_VJP = "run", "vjp", "lift", "merge", "finish", "reduce_vjp"
 ALLOC, WRITE, TRIM, ADD, ZEROS = "alloc", "write", "trim", "add", "zeros"
+BEGIN, STEP = "begin", "step"
+"""Windows of a sweep as they are before its first step, and one step of a rolled plan: see `execute/files/steps.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,9 @@ class Program:
     """Instructions, and where inputs are found and outputs left.
 
     `external` maps value index to slot for inputs, parameters and constants; `results` maps value index to slot
-    for what the program leaves behind (outputs, kept values, gradients). `peaks`: bytes of each sweep at most.
+    for what the program leaves behind (outputs, kept values, gradients). `settles`: of a sweep whose steps are
+    instructions, after how many of them its windows no longer depend on what they held before.
+    `peaks`: bytes of each sweep at most.
     """
 
     instructions: list[Instruction]
@@ -102,3 +106,4 @@ class Program:
     binding: Binding = Binding()
     macs: int = 0
     regions: int = 0
+    settles: dict[int, int] = field(default_factory=dict)

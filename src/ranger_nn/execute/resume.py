@@ -7,6 +7,8 @@ slots that the rest of the program reads, backwards to inputs, stored values and
     instructions   ....x..xx.xxx | rest          x: read by what is alive, directly or not: the halo, not the area
 
 What runs again are the very same instructions on the very same regions, so the numbers are the same to the bit.
+Where steps of a rolled plan are instructions, each makes all windows from those of the step before; but none depends on more than so
+many of them (`Program.settles`), which run again from windows of zeros.
 Values between sweeps are on disk (`Schedule.disk`), so writing them is not repeated. Enter at `replay`.
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from ranger_nn.core.program import ALLOC, FINISH, LIFT, MERGE, RUN, WRITE, Instruction, Program
+from ranger_nn.core.program import ALLOC, FINISH, LIFT, MERGE, RUN, STEP, WRITE, Instruction, Program
 
 STATES = (LIFT, MERGE, FINISH)
 
@@ -61,7 +63,12 @@ def replay(program: Program, boundary: Boundary) -> list[Instruction]:
     live |= {slot for slot in program.results.values() if slot in made}
     needed = live - kept
     chosen: list[Instruction] = []
+    steps = dict(program.settles)
     for i in reversed(before):
+        if i.op == STEP and needed & set(i.outs):
+            if not steps[i.sweep]:  # windows of zeros do as well from here on
+                continue
+            steps[i.sweep] -= 1
         if i.op == WRITE or not needed & set(i.outs):
             if i.op == ALLOC:
                 chosen.append(replace(i, frees=[]))

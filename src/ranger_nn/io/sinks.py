@@ -212,3 +212,13 @@ class FileSink:
                 top, bottom = box[-2]
                 window = rasterio.windows.Window(0, top, self.shape[-1], bottom - top)
                 file.write(pixels.reshape(self.shape[0], bottom - top, -1).astype(dtype), window=window)
+
+
+class PlacedSink:
+    """A result that has its final name already: an earlier run of the same work ended after that."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, repr(str(path))
+
+    def close(self) -> None:
+        """Nothing is open."""

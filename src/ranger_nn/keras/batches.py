@@ -16,6 +16,7 @@ from keras import KerasTensor, ops, tree
 from ranger_nn.aggregate.monoid import Moments
 from ranger_nn.errors import InputError
 from ranger_nn.keras.kernels_reduce import Reduce
+from ranger_nn.keras.ready import Found, handed_out
 
 
 def by_shape(model: Any, name: str, make: Callable[..., None], force: bool) -> None:
@@ -81,8 +82,6 @@ def one_by_one(model: Any, inputs: Any, masks: Sequence[Any], training: bool) ->
                 "batch may be open, on TensorFlow. Call it on arrays, or export it with an input_signature of the size you need"
             )
     import tensorflow as tf
-
-    from ranger_nn.keras.model import Found, handed_out
 
     like = tree.map_structure(_sample, inputs)
     ready = model.prepared(like, [None if m is None else _sample(m) for m in masks], training)

@@ -27,7 +27,8 @@ from ranger_nn.keras import private
 from ranger_nn.keras.kept import Kept
 from ranger_nn.keras.kernels import Fused
 from ranger_nn.keras.lower import Lower, Ref
-from ranger_nn.keras.lowering_layers import regularised
+from ranger_nn.keras.lowering import lower_operation
+from ranger_nn.keras.lowering_layers import lower_layer, regularised
 from ranger_nn.keras.private import get_mask
 from ranger_nn.keras.trace import Untraceable, config_of, draw_again, drawn_so_far, own_mode, reason_of
 
@@ -65,7 +66,7 @@ def capture(model: keras.Model, inputs: Any, training: Any = None) -> Captured:
     Raises LayerError where the model's own `call` cannot be traced, InputError where the model refuses such inputs.
     """
     training = own_mode(model, training)
-    lower = Lower(bool(training))
+    lower = Lower(bool(training), lower_operation, lower_layer)
     flat = tree.flatten(inputs)
     found = []
     for position, like in enumerate(flat):
@@ -78,7 +79,7 @@ def capture(model: keras.Model, inputs: Any, training: Any = None) -> Captured:
             source = ("input", len(flat) + position)
             masks_given.append(lower.external(f"{flat[position].name}_mask", mask.shape, "bool", INPUT, source))
             lower.env[id(mask)] = (mask, masks_given[-1])
-    with _eagerly(), private.readable(model.variables):
+    with _eagerly(), private.readable(model.variables), private.shapes_of_repeat():
         leaves, structure = _lower_model(lower, model, inputs, training)
     if lower.channels_last:
         for v in found:

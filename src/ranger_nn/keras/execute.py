@@ -22,7 +22,8 @@ from keras import ops
 from ranger_nn.aggregate.monoid import Extremum, Moments
 from ranger_nn.core.graph import Graph
 from ranger_nn.keras.guard import held_whole
-from ranger_nn.keras.loops import Loops, inside, loops
+from ranger_nn.keras.loops import Loops, inside
+from ranger_nn.keras.loops_here import loops
 from ranger_nn.keras.saved import Checkpoints, Saved
 from ranger_nn.keras.step import Step
 from ranger_nn.planning.rolled import Call, Flow, Loop
@@ -106,7 +107,7 @@ class Sweep:
         by_value = dict(zip(self.reads, args, strict=True))
         sinks = [loop.flows[v] for v in loop.sinks]
         windows = [self.step.zeros(f, f.kept) for f in self.flows]
-        results, states = [self._open(f) for f in sinks], [self._empty(c) for c in self.lifts]
+        results, states = [self._open(f) for f in sinks], [self.empty(c) for c in self.lifts]
         saved: list[Any] = []
         if saving and loop.segment:
             saved = self.checkpoints.open(loop.segments)
@@ -145,7 +146,7 @@ class Sweep:
                 for r, f, x in zip(results, sinks, rows, strict=False)
             ]
             del rows
-            states = [self._lift(c, t, s, x) for c, s, x in zip(self.lifts, states, lifted, strict=False)]
+            states = [self.lift(c, t, s, x) for c, s, x in zip(self.lifts, states, lifted, strict=False)]
             stacks = self.saved.add(stacks, t - first, windows) if stacks else []
             return windows, results, states, stacks
 
@@ -173,15 +174,16 @@ class Sweep:
 
     # ---- reductions ---------------------------------------------------------------------------------------
 
-    def _empty(self, call: Call) -> tuple[Any, ...]:
+    def empty(self, call: Call) -> tuple[Any, ...]:
+        """State of a reduction before the first step."""
         kernel = self.graph.nodes[call.node].kernel
         shape = [1 if d in kernel.axis else n for d, n in enumerate(kernel.shape)]
         return tuple(kernel.empty(ops.zeros(shape, kernel.wide)))
 
-    def _lift(self, call: Call, t: Any, state: Any, x: Any) -> tuple[Any, ...]:
+    def lift(self, call: Call, t: Any, state: Any, x: Any) -> tuple[Any, ...]:
+        """The state with the rows x that the reduction takes in step t."""
         kernel, take = self.graph.nodes[call.node].kernel, call.takes[0]
         size, first, per_row = kernel.shape[take.dim], take.rate * t + take.first, kernel.per_row(take.dim)
-        so_far, new = (ops.clip(first, 0, size), ops.clip(first + take.length, 0, size))
         if isinstance(t, int):
             so_far, new = min(max(first, 0), size), min(max(first + take.length, 0), size)
             if new <= so_far:
@@ -189,6 +191,7 @@ class Sweep:
             valid = None if new - so_far == take.length else self._valid(call, first)
             n_a, n_b = so_far * per_row, (new - so_far) * per_row
         else:
+            so_far, new = (ops.clip(first, 0, size), ops.clip(first + take.length, 0, size))
             valid = self._valid(call, first)
             n_a, n_b = (ops.cast(n, kernel.wide) * per_row for n in (so_far, new - so_far))
         return tuple(kernel.merge(state, kernel.lift(x, valid), n_a, n_b))

@@ -13,19 +13,17 @@ TensorFlow's graph executor runs whatever is ready, side by side. So the operato
 which they are traced: a call after the call before it, and in backward, where the tape goes through the calls in reverse,
 the gradients of each call's inputs and weights before those of the next.
 
-Nothing here knows of plans. Enter at `loops`.
+Nothing here knows of plans. Enter at `Loops`; which are those of the running back end: `loops_here.py`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -162,25 +160,6 @@ def tracing(gradients: bool, executor: bool) -> Iterator[None]:
 def now_tracing() -> Tracing:
     """What `tracing` says of the trace around this call."""
     return _TRACING.get()
-
-
-@functools.cache
-def loops() -> Loops:
-    """Those of the running back end."""
-    name = keras.backend.backend()
-    if name == "jax":
-        from ranger_nn.keras.loops_jax import JaxLoops
-
-        return JaxLoops()
-    if name == "tensorflow":
-        from ranger_nn.keras.loops_tensorflow import TensorFlowLoops
-
-        return TensorFlowLoops()
-    if name == "torch":
-        from ranger_nn.keras.loops_torch import TorchLoops
-
-        return TorchLoops()
-    raise RuntimeError(f"Keras back ends jax, tensorflow and torch run region by region; this is {name!r}")
 
 
 def inside(first: Any, length: int, size: int, dim: int, rank: int) -> Any:

@@ -25,7 +25,7 @@ class TensorFlowLoops:
         """The body is traced once, and its operators run in the order in which they are traced."""
         found = tf.while_loop(
             lambda t, _: t < stop,
-            lambda t, c: (t + 1, _in_order(body, t, c)),
+            lambda t, c: (t + 1, in_order(body, t, c)),
             (tf.convert_to_tensor(start), carry),
             parallel_iterations=1,
         )
@@ -33,7 +33,7 @@ class TensorFlowLoops:
 
     def branch(self, on: Any, then: Callable[[], list[Any]], other: Callable[[], list[Any]]) -> list[Any]:
         """`tf.cond`."""
-        found = tf.cond(on, lambda: tuple(_in_order(then)), lambda: tuple(_in_order(other)))
+        found = tf.cond(on, lambda: tuple(in_order(then)), lambda: tuple(in_order(other)))
         return list(found) if isinstance(found, tuple | list) else [found]
 
     def zeros(self, shape: Sequence[int], dtype: str) -> Any:
@@ -172,7 +172,7 @@ class TensorFlowLoops:
         return list(found) if isinstance(found, tuple | list) else [found]
 
 
-def _in_order(function: Callable[..., Any], *args: Any) -> Any:
+def in_order(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args), traced into a graph of its own, with an edge from each operator that makes more than a few numbers
     to the next. A graph executor runs whatever is ready: the gradients of weights would wait, with all that they need,
     while those of activations go on.

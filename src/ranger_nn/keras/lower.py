@@ -29,9 +29,14 @@ class Ref(int):
 
 @dataclass
 class Lower:
-    """State of one capture: values and nodes made so far, and what each KerasTensor stands for."""
+    """State of one capture: values and nodes made so far, and what each KerasTensor stands for.
+
+    `lower_operation`, `lower_layer`: what adds the nodes of a call; see `lowering.py` and `lowering_layers.py`.
+    """
 
     training: bool
+    lower_operation: Callable[..., list[Any]]
+    lower_layer: Callable[..., Sequence[Any]]
     values: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     sources: dict[int, tuple[str, Any]] = field(default_factory=dict)
@@ -241,15 +246,12 @@ class Lower:
 
     def node(self, node: Any, training: Any) -> None:
         """Lower one recorded call of a layer, in this mode, or of an operation."""
-        from ranger_nn.keras.lowering import lower_operation
-        from ranger_nn.keras.lowering_layers import lower_layer
-
         operation, args, kwargs = node.operation, node.arguments.args, node.arguments.kwargs
         if isinstance(operation, keras.Layer):
             kwargs = {**kwargs, **masked(node)}
-            found = lower_layer(self, operation, args, kwargs, node.outputs, training)
+            found = self.lower_layer(self, operation, args, kwargs, node.outputs, training)
         else:
-            found = lower_operation(self, operation, args, kwargs, node.outputs)
+            found = self.lower_operation(self, operation, args, kwargs, node.outputs)
         for tensor, known in zip(node.outputs, found, strict=True):
             self.env[id(tensor)] = (tensor, known)
 

@@ -14,7 +14,7 @@ from ranger_nn.core.reach import Link, Reach
 from ranger_nn.keras import kernels_movement as M
 from ranger_nn.keras.kernels import Kernel
 from ranger_nn.keras.lower import Ref
-from ranger_nn.keras.lowering import Call, rule
+from ranger_nn.keras.operation import Call, rule
 from ranger_nn.ops import movement
 
 

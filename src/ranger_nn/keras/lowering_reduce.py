@@ -15,7 +15,7 @@ from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link
 from ranger_nn.keras.kernels import Kernel
 from ranger_nn.keras.kernels_reduce import Reduce, Spread, root
-from ranger_nn.keras.lowering import Call, rule
+from ranger_nn.keras.operation import Call, rule
 from ranger_nn.ops import reduction
 from ranger_nn.ops.pointwise import local_except, pointwise
 

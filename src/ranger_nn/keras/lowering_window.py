@@ -15,7 +15,7 @@ from ranger_nn.core.reach import Link
 from ranger_nn.keras import kernels_window as W
 from ranger_nn.keras.convolve import add_up, convolve, pool, transpose
 from ranger_nn.keras.kernels_movement import Reshape
-from ranger_nn.keras.lowering import Call, rule
+from ranger_nn.keras.operation import Call, rule
 from ranger_nn.ops import movement, window
 
 

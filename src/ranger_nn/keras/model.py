@@ -11,7 +11,7 @@ import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -28,6 +28,7 @@ from ranger_nn.keras.identity import identity
 from ranger_nn.keras.loops import tracing
 from ranger_nn.keras.lower import ITEMSIZE, inferred
 from ranger_nn.keras.lowering_layers import DECLARED, REGIONAL
+from ranger_nn.keras.ready import Found, Ready, handed_out
 from ranger_nn.keras.trace import own_mode
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.planning.report import Plan
@@ -79,43 +80,25 @@ def plan(
 
     `training`: plan forward and backward together, as `fit` does.
     """
-    options, model = Options.checked(parse_memory(memory), regions, schedule), _untouched(model)
+    options, model = Options.checked(parse_memory(memory), regions, schedule), untouched(model)
     shape = isinstance(x, tuple | list) and all(isinstance(n, int) or n is None for n in x)
     if shape and any(n is None or n < 1 for n in x):
         raise InputError(
             f"a plan is for one shape, and its sizes are positive integers, the batch's too: got {tuple(x)}"
         )
-    given = KerasTensor(tuple(x), dtype=_input_dtype(model)) if shape else x
+    given = KerasTensor(tuple(x), dtype=input_dtype(model)) if shape else x
     with _LOCK:
-        return make_rolled(_captured(model, given, training).graph, options, training).plan
+        return make_rolled(captured_for(model, given, training).graph, options, training).plan
 
 
-def _untouched(model: Any) -> Any:
+def untouched(model: Any) -> Any:
     """The model itself, of one that is regional already."""
     return model.untouched if isinstance(model, Regional) else model
 
 
-def _input_dtype(model: keras.Model) -> str:
+def input_dtype(model: keras.Model) -> str:
     inputs = tree.flatten(getattr(model, "inputs", None) or [])
     return inputs[0].dtype if inputs else keras.config.floatx()
-
-
-@dataclass
-class Ready:
-    """A plan made ready to run."""
-
-    captured: Captured
-    runner: Runner
-    checked: bool = False
-
-
-@dataclass
-class Found:
-    """What a run gives: flattened outputs, the mask of each or None, and what activity regularisers add to the loss."""
-
-    outputs: list[Any]
-    masks: list[Any]
-    losses: list[Any]
 
 
 PLANS = 64
@@ -141,7 +124,7 @@ class Regional(keras.Model):
     ) -> None:
         if not isinstance(model, keras.Layer):
             raise InputError(f"regionalize takes a keras.Model, got {type(model).__name__}")
-        model = _untouched(model)
+        model = untouched(model)
         options = Options.checked(parse_memory(memory), regions, schedule)
         super().__init__(**{"name": model.name, "dtype": model.dtype_policy, "trainable": model.trainable, **kwargs})
         self.untouched = model
@@ -232,7 +215,7 @@ class Regional(keras.Model):
             key, plans = self._key(inputs, masks, training), self._plans.value
             found = plans.get(key)
             if found is None:
-                captured = _captured(self.untouched, inputs, training, masks)
+                captured = captured_for(self.untouched, inputs, training, masks)
                 rolled = make_rolled(captured.graph, self._options.value, bool(training))
                 found = Ready(captured, Runner(rolled, exporting.unrolled() if self._unrolled.value else None))
                 plans[key] = found
@@ -312,16 +295,6 @@ class _Quiet:
         return _Quiet(OrderedDict() if isinstance(self.value, OrderedDict) else self.value)
 
 
-def handed_out(captured: Captured, found: Found) -> Any:
-    """Outputs in the model's structure, with their masks attached; losses added where the layers add them."""
-    for y, mask in zip(found.outputs, found.masks, strict=True):
-        if mask is not None:
-            private.set_mask(y, mask)
-    for (layer, _), loss in zip(captured.losses, found.losses, strict=True):
-        layer.add_loss(loss)
-    return captured.pack(found.outputs)
-
-
 def _mode(model: Regional, training: Any) -> Any:
     """The mode as a number, where it is given as a tensor."""
     if training is None or isinstance(training, (bool, int, float, str)):
@@ -363,7 +336,7 @@ def _accepted(model: Any, training: Any, mask: Any) -> dict[str, Any]:
     return {k: v for k, v in (("training", training), ("mask", mask)) if k in names and v is not None}
 
 
-def _captured(model: keras.Model, inputs: Any, training: Any, masks: Sequence[Any] = ()) -> Captured:
+def captured_for(model: keras.Model, inputs: Any, training: Any, masks: Sequence[Any] = ()) -> Captured:
     """The graph, with the dtypes that the back end really gives where double precision is about (Keras's symbolic
     tensors know 32 bits only).
     """

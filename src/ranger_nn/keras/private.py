@@ -364,3 +364,28 @@ def torch_device() -> Iterator[None]:
 
     with keras.device(_private(core, "DEFAULT_DEVICE")):
         yield
+
+
+@contextlib.contextmanager
+def shapes_of_repeat() -> Iterator[None]:
+    """Keras's `repeat` (of `UpSampling2D`, too) fails on PyTorch's meta device, where shapes are inferred; Keras then infers them
+    with tensors of the whole size, as large as the untouched model's. Inside, it knows the meta device.
+    """
+    if keras.backend.backend() != "torch":
+        yield
+        return
+    import torch
+    from keras.src.backend.torch import numpy as module
+
+    plain = _private(module, "repeat")
+
+    def repeat(x: Any, repeats: Any, axis: int | None = None) -> Any:
+        if isinstance(x, torch.Tensor) and x.is_meta and isinstance(repeats, int):
+            return torch.repeat_interleave(x, repeats, dim=axis)
+        return plain(x, repeats, axis)
+
+    module.repeat = repeat
+    try:
+        yield
+    finally:
+        module.repeat = plain

@@ -32,7 +32,7 @@ def matmul(left: Shape, right: Shape, out: Shape, cut_columns: bool) -> Rule:
     return Rule(((*batch_l, rows, None), (*batch_r, None, columns)))
 
 
-def attention(shapes: list[Shape], out: Shape) -> Rule:
+def attention(shapes: Sequence[Shape], out: Shape) -> Rule:
     """softmax(q k') v: batch, heads and queries are local; keys and values are read whole."""
     rank = len(out)
     rows: list[tuple[Link | None, ...]] = []

@@ -14,6 +14,7 @@ from ranger_nn.errors import PlanError
 from ranger_nn.planning.budget import format_bytes
 from ranger_nn.planning.forward import ForwardLowering, Schedule
 from ranger_nn.planning.lost import lost
+from ranger_nn.planning.plot import plot
 from ranger_nn.planning.stages import PROLOGUE
 
 
@@ -93,9 +94,7 @@ class Plan:
 
     def plot(self, path: str) -> None:
         """Memory over the steps, with the untouched network's peak and the allowed line, as a picture."""
-        from ranger_nn.planning.plot import plot
-
-        plot(self, path)
+        plot(self.model, self.timeline, self.untouched, self.allowed, path)
 
 
 def table(plan: Plan) -> str:

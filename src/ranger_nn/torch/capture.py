@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
 from traceback import walk_tb
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 import ranger_nn
 from ranger_nn.core.fuse import fuse
-from ranger_nn.core.graph import COMPUTED, CONSTANT, INPUT, PARAMETER, Graph, Node, Rule, Value
+from ranger_nn.core.graph import CONSTANT, INPUT, PARAMETER, Graph
 from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
 from ranger_nn.torch.aliases import block_of, find_aliases, is_block, op_name, running, written
@@ -44,12 +43,11 @@ from ranger_nn.torch.inplace import (
     same_result,
 )
 from ranger_nn.torch.inputs import misfit
-from ranger_nn.torch.kernels import SAVES_NOTHING, Call, Fused, Kernel, Light, Opaque
-from ranger_nn.torch.layout import result_layout
+from ranger_nn.torch.kernels import Fused, Opaque
+from ranger_nn.torch.lower import Lower, Ref, Static, closure
+from ranger_nn.torch.lowering import lower_operator
 from ranger_nn.torch.recurrent_ops import whole_recurrences
 from ranger_nn.torch.tracing import Looking, same_input
-
-SAME = {"alias", "contiguous", "lift_fresh_copy", "lift_fresh", "detach_"}
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 NOT_THE_USERS = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (torch, ranger_nn))
@@ -88,186 +86,6 @@ def read_source(model: nn.Module, source: tuple[str, Any]) -> Tensor:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.detach().to(b.device), b)
-
-
-ORDERED = {"linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "layer_norm", "native_layer_norm", "im2col"}
-"""Operators whose result lies in its usual order whatever that of their inputs."""
-
-
-class Lower:
-    """State of one capture: values made so far, and the functions that lowering rules call."""
-
-    def __init__(self, grad: bool, autocast: torch.dtype | None = None) -> None:
-        """`grad`: gradients will be asked for; `autocast`: the dtype where autocast is on."""
-        self.values: list[Value] = []
-        self.nodes: list[Node] = []
-        self.sources: dict[int, tuple[str, Any]] = {}
-        self.env: dict[FxNode, Any] = {}
-        self.tuples: dict[FxNode, list[int]] = {}
-        self.grad = grad
-        self.autocast = autocast
-        self.no_grad = 0
-        self.where = ""
-        self.names: dict[str, int] = {}
-        self.orders: dict[int, bool] = {}
-        """Values whose order in memory is known (it follows from that of what they are made of): whether it is usual."""
-        self.writes: Writes
-
-    def value(self, name: str, like: Tensor, kind: str, differentiable: bool) -> int:
-        """A new value shaped like `like`."""
-        index = len(self.values)
-        floating = like.dtype.is_floating_point or like.dtype.is_complex
-        shape = tuple(int(s) for s in like.shape)
-        self.values.append(
-            Value(index, name, shape, str(like.dtype)[6:], like.element_size(), kind, floating and differentiable)
-        )
-        return index
-
-    def external(self, name: str, like: Tensor, kind: str, source: tuple[str, Any], differentiable: bool) -> int:
-        """A value that the caller, the module or the capture provides."""
-        index = self.value(name, like, kind, differentiable and self.grad)
-        self.sources[index] = source
-        return index
-
-    def shape(self, v: int) -> tuple[int, ...]:
-        """Shape of a value."""
-        return self.values[v].shape
-
-    def emit(
-        self,
-        op: str,
-        inputs: Sequence[int],
-        like: Tensor | Sequence[Tensor],
-        rule: Rule,
-        kernel: Kernel,
-        *,
-        macs: int = 0,
-        alias: int | None = None,
-        vjp_reads: Sequence[int] | None = None,
-        random: bool = False,
-        differentiable: bool = True,
-        vjp_outputs: Sequence[int] = (),
-    ) -> Any:
-        """Add a node; its output value, or a list of them where `like` is a sequence."""
-        flows = differentiable and self.grad and not self.no_grad and any(self.values[i].differentiable for i in inputs)
-        count = self.names.get(op, 0)
-        self.names[op] = count + 1
-        name = f"{op}_{count}"
-        many = isinstance(like, (list, tuple))
-        outs = [
-            self.value(name, t, COMPUTED, flows and i not in vjp_outputs)
-            for i, t in enumerate(like if many else [like])
-        ]
-        kept = "keeps" if rule.pointwise else kernel.layout
-        before = [(len(self.values[i].shape), self.values[i].layout) for i in inputs]
-        if not many and (layout := result_layout(kept, before, like)):
-            self.values[outs[0]] = replace(self.values[outs[0]], layout=layout)
-            kernel.channels_last = True
-        kernel.dense = bool(inputs) and self.orders.get(inputs[0], False)
-        made = [i for i in inputs if self.values[i].kind in (INPUT, COMPUTED)]
-        if op in ORDERED or all(i in self.orders and not self.values[i].layout for i in made):
-            self.orders.update((v, t.is_contiguous()) for v, t in zip(outs, like if many else [like], strict=True))
-        kernel.op, kernel.pointwise = op, rule.pointwise
-        if inputs:
-            kernel.itemsize = self.values[inputs[0]].itemsize
-            kernel.itemsizes = tuple(self.values[i].itemsize for i in inputs)
-            kernel.whole_bytes = self.values[inputs[0]].nbytes
-        if not many:
-            kernel.computes = like.dtype  # type: ignore[union-attr]
-        kernel.reads_channels_last = bool(inputs) and before[0][1] != ""
-        free = isinstance(kernel, Light) or (isinstance(kernel, Call) and rule.pointwise and op in SAVES_NOTHING)
-        every = () if free else tuple(range(len(inputs)))
-        reads = every if vjp_reads is None else tuple(vjp_reads)
-        self.nodes.append(
-            Node(
-                name,
-                op,
-                tuple(inputs),
-                tuple(outs),
-                rule,
-                kernel,
-                macs,
-                alias,
-                kernel.may_copy,
-                reads,
-                random=random,
-                where=self.where,
-                vjp_outputs=tuple(vjp_outputs),
-            )
-        )
-        return outs if many else outs[0]
-
-
-def _flatten_constants(args: Any) -> tuple[list[Any], Any]:
-    return pytree.tree_flatten(args, is_leaf=lambda a: isinstance(a, FxNode))
-
-
-def closure(
-    lower: Lower, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Callable[..., Any], list[int]]:
-    """`target` with every constant bound: a function of the tensor values, and these values in order."""
-    leaves, spec = _flatten_constants((args, kwargs))
-    slots, inputs, template = [], [], []
-    for k, leaf in enumerate(leaves):
-        if (
-            isinstance(leaf, FxNode)
-            and isinstance(lower.env.get(leaf), int)
-            and not isinstance(leaf.meta.get("val"), (int, float, bool))
-        ):
-            slots.append(k)
-            inputs.append(lower.env[leaf])
-            template.append(None)
-        else:
-            template.append(_constant(lower, leaf))
-    flat = not any(isinstance(a, (list, tuple, dict)) for a in args)
-    if slots == list(range(len(slots))) and len(slots) == len(leaves) and not kwargs and flat:
-        return target, inputs
-    flat_positional = flat and not kwargs and len(leaves) == len(args)
-    if flat_positional and slots == list(range(len(slots))):
-        rest = template[len(slots) :]
-        return (lambda *xs: target(*xs, *rest)), inputs
-
-    def call(*xs: Any) -> Any:
-        filled = list(template)
-        for k, x in zip(slots, xs, strict=True):
-            filled[k] = x
-        a, kw = pytree.tree_unflatten(filled, spec)
-        return target(*a, **kw)
-
-    return call, inputs
-
-
-class Static:
-    """A Python number that a graph node stands for."""
-
-    def __init__(self, value: Any) -> None:
-        """The number."""
-        self.value = value
-
-
-def _constant(lower: Lower, leaf: Any) -> Any:
-    if isinstance(leaf, FxNode):
-        known = lower.env.get(leaf)
-        return known.value if isinstance(known, Static) else leaf.meta.get("val")
-    return leaf
-
-
-def resolve(lower: Lower, args: Any) -> Any:
-    """Arguments with graph nodes replaced by value indices wrapped as `Ref`, constants as they are."""
-    return pytree.tree_map(
-        lambda a: (
-            Ref(lower.env[a]) if isinstance(a, FxNode) and isinstance(lower.env.get(a), int) else _constant(lower, a)
-        ),
-        args,
-        is_leaf=lambda a: isinstance(a, FxNode),
-    )
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A value of the graph among an operator's arguments."""
-
-    index: int
 
 
 def export(
@@ -425,6 +243,7 @@ def _traced_line(node: FxNode) -> str:
 def _lower_program(model: nn.Module, program: Any, lower: Lower, folding: Folding) -> Captured:
     aliases = find_aliases(program.graph_module)
     lower.writes = Writes(lower, aliases, type(model).__name__, partial(lower_again, lower))
+    lower.parts = partial(lower_parts, lower)
     inputs = _lower_placeholders(model, program, lower, folding)
     lower_nodes(model, program.graph, lower, program.graph_module)
     leaves = _leaves(program, lower)
@@ -572,8 +391,6 @@ def _lower_call(model: nn.Module | None, node: FxNode, lower: Lower) -> None:
 
 
 def _lower_plain(lower: Lower, node: FxNode, target: Any) -> Any:
-    from ranger_nn.torch.lowering import lower_operator
-
     result = lower_operator(lower, node, target)
     if lower.no_grad and isinstance(result, int) and node not in lower.writes.aliases.same:
         result = lower.writes.without_gradient(result, node)  # what is no node of its own: a copy, a view of one shape
@@ -608,6 +425,33 @@ def lower_again(lower: Lower, node: FxNode) -> None:
     """A view of a value that has been written since."""
     inplace = torch.Tag.inplace_view in getattr(node.target, "tags", ())
     _lower_plain(lower, node, functional(node.target) if inplace else node.target)
+
+
+def lower_parts(lower: Lower, name: str, traced: Any, inputs: list[int]) -> Any:
+    """What the parts of operator `name` give, or None, and nothing is added, where one of them has no region rule."""
+    writes = lower.writes
+    before = len(lower.values), len(lower.nodes), dict(lower.names), dict(lower.sources)
+    lower.writes = Writes(lower, find_aliases(traced), name, partial(lower_again, lower))  # names of these parts alone
+    found = iter(inputs)
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            lower.env[node] = next(found)
+            lower.writes.made(node)
+    try:
+        lower_nodes(None, traced.graph, lower, traced)
+    except CaptureError:  # a write in place that has no other form
+        parts = None
+    else:
+        (result,) = next(n for n in traced.graph.nodes if n.op == "output").args
+        parts = pytree.tree_map(lambda n: lower.env.get(n), result)
+    finally:
+        lower.writes = writes
+    ruled = not any(node.rule.reason for node in lower.nodes[before[1] :])
+    if ruled and all(isinstance(p, int) for p in pytree.tree_leaves(parts, is_leaf=lambda p: p is None)):
+        return list(parts) if isinstance(parts, tuple) else parts
+    del lower.values[before[0] :], lower.nodes[before[1] :]
+    lower.names, lower.sources = before[2], before[3]
+    return None
 
 
 def _buffer_update(node: FxNode, lower: Lower) -> None:
@@ -652,8 +496,3 @@ def _inline(model: nn.Module | None, node: FxNode, lower: Lower, owner: nn.Modul
 
 def _autocast_off(arguments: Sequence[Any]) -> bool:
     return any(a is False for a in arguments)
-
-
-def macs_of(shape: Sequence[int], per_element: int) -> int:
-    """Multiply-adds: elements of the output times work per element."""
-    return prod(shape) * per_element

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ranger_nn.core.graph import CONSTANT
 from ranger_nn.errors import GradientError
-
-if TYPE_CHECKING:
-    from ranger_nn.torch.module import Ready, Regional
+from ranger_nn.torch.ready import Ready
 
 MOVES = {"update_buffer", "running_statistics"}
 """Operators that move buffers, once for each forward."""
@@ -23,14 +21,14 @@ class Run(torch.autograd.Function):
     """A call that can be differentiated once."""
 
     @staticmethod
-    def forward(ctx: Any, regional: Regional, ready: Ready, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, progress: Callable[[int], None] | None, ready: Ready, *tensors: Tensor) -> Any:
         """The outputs."""
         graph, device = ready.captured.graph, ready.engine.device
         ctx.rng = _random_state(device) if any(n.random for n in graph.nodes) else None
         ctx.before = {k: tensors[k].clone() for k in _external(ready, {"read_buffer"})}
         ctx.moved = {k: tensors[k] for k in _external(ready, MOVES)}
-        slots = regional._execute(ready, tensors)
-        ctx.regional, ctx.ready = regional, ready
+        slots = ready.execute(tensors, progress)
+        ctx.progress, ctx.ready = progress, ready
         # Buffers that forward moves are not among them: backward reads none, and the next call moves them again.
         ctx.save_for_backward(*(t for k, t in enumerate(tensors) if k not in ctx.moved))
         ctx.kept = slots
@@ -55,8 +53,8 @@ class Run(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         if kept is None:
             with _replayed(ctx.rng, ready.engine.device):  # a second time: the same random numbers again
-                kept = ctx.regional._execute(ready, _aside(ready, tensors, ctx.before))
-        found = ctx.regional._pull_back(ready, tensors, kept, grads)
+                kept = ready.execute(_aside(ready, tensors, ctx.before), ctx.progress)
+        found = ready.pull_back(tensors, kept, grads)
         return (None, None, *found)
 
 

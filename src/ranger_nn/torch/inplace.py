@@ -19,7 +19,7 @@ import operator
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,9 @@ from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque, pointwise
 from ranger_nn.torch.aliases import Aliases, Memory, geometry, keeps, op_name, overlap, written
 from ranger_nn.torch.kernels import Call, Light, Opaque
-
-if TYPE_CHECKING:
-    from ranger_nn.torch.capture import Lower
+from ranger_nn.torch.lower import Lower
+from ranger_nn.torch.lowering_inplace import inverse, invertible
+from ranger_nn.torch.lowering_random import seeded
 
 
 class _Overwrite(torch.autograd.Function):
@@ -248,13 +248,9 @@ class Writes:
         self._set(above, self._overwrite(self.lower.env[above], value, above) if quiet else value)
 
     def _invertible(self, below: FxNode, above: FxNode) -> bool:
-        from ranger_nn.torch.lowering_inplace import invertible
-
         return geometry(below.meta["val"]) == geometry(above.meta["val"]) or invertible(self.lower, below, above)
 
     def _inverse(self, below: FxNode, above: FxNode) -> int:
-        from ranger_nn.torch.lowering_inplace import inverse
-
         env = self.lower.env
         if geometry(below.meta["val"]) == geometry(above.meta["val"]):
             return int(env[below])
@@ -435,8 +431,6 @@ def on_copies(lower: Lower, node: FxNode, targets: list[FxNode]) -> tuple[Callab
 
 def lower_on_a_copy(lower: Lower, node: FxNode, plain: Any) -> int:
     """An in-place operator whose functional form, if any, does not fit: by regions if it is pointwise, else whole."""
-    from ranger_nn.torch.lowering import seeded
-
     function, inputs = on_copies(lower, node, written(node))
     shapes = [lower.shape(i) for i in inputs]
     like, name = node.meta["val"], op_name(node)

@@ -7,7 +7,6 @@ index of the result, or None to say "this form has no rule": the operator then s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 from typing import Any
@@ -28,7 +27,7 @@ from ranger_nn.torch import kernels_reduce as R
 from ranger_nn.torch import kernels_resample as S
 from ranger_nn.torch import kernels_window as W
 from ranger_nn.torch.aliases import NORMS, running
-from ranger_nn.torch.capture import SAME, Lower, Ref, Static, closure, resolve
+from ranger_nn.torch.lower import SAME, Lower, Ref, Static, resolve
 from ranger_nn.torch.lowering_contraction import depends_on_input, lower_bilinear, lower_einsum, lower_product
 from ranger_nn.torch.lowering_dims import (
     LOSSES,
@@ -49,7 +48,9 @@ from ranger_nn.torch.lowering_dims import (
 )
 from ranger_nn.torch.lowering_parts import taken_apart
 from ranger_nn.torch.lowering_patches import lower_fold, lower_unfold, lower_windows
+from ranger_nn.torch.lowering_random import emit_dropout, seeded
 from ranger_nn.torch.lowering_recurrent import lower_recurrent
+from ranger_nn.torch.operator import Operator
 
 aten = torch.ops.aten
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -83,66 +84,6 @@ def rule(*names: str) -> Callable[[Callable[[Operator], Any]], Callable[[Operato
         return function
 
     return register
-
-
-@dataclass
-class Operator:
-    """One call: `arg(name)` by the schema's argument name; tensors come as value indices."""
-
-    lower: Lower
-    node: FxNode
-    target: Any
-    name: str
-    like: Any
-    arguments: dict[str, Any]
-
-    def arg(self, name: str, default: Any = None) -> Any:
-        """The argument, `Ref`s replaced by value indices."""
-        found = self.arguments.get(name, default)
-        return found.index if isinstance(found, Ref) else found
-
-    @property
-    def out(self) -> tuple[int, ...]:
-        """Shape of the result."""
-        return tuple(int(s) for s in self.like.shape)
-
-    def shape(self, v: int) -> tuple[int, ...]:
-        """Shape of a value."""
-        return self.lower.shape(v)
-
-    def dim(self, name: str, rank: int, default: int = 0) -> int:
-        """A dimension argument, made non-negative."""
-        d = self.arg(name, default)
-        return d + rank if d < 0 else d
-
-    def tensors(self) -> list[int]:
-        """Value indices of all tensor arguments, in order."""
-        return closure(self.lower, self.target, self.node.args, self.node.kwargs)[1]
-
-    def call(self) -> tuple[Callable[..., Any], list[int]]:
-        """The operator with constants bound, and its tensors."""
-        return closure(self.lower, self.target, self.node.args, self.node.kwargs)
-
-    def each(self, name: str, value: Any) -> Callable[..., Any]:
-        """The operator with one constant argument replaced, as a function of its tensors."""
-        names = [a.name for a in self.target._schema.arguments]
-        args = [value if n == name else a for n, a in zip(names, self.node.args, strict=False)]
-        kwargs = dict(self.node.kwargs)
-        if names.index(name) >= len(args):
-            kwargs[name] = value
-        return closure(self.lower, self.target, tuple(args), kwargs)[0]
-
-    def in_type(self, v: int, dtype: torch.dtype) -> int:
-        """A value in another type, as autocast and type promotion put it before an operator; itself where it is of it."""
-        if self.lower.values[v].dtype == str(dtype)[6:]:
-            return v
-        shape = self.shape(v)
-        like = torch.empty(shape, dtype=dtype, device="meta")
-        return self.lower.emit("to", [v], like, pointwise([shape], shape), K.Call(lambda x: x.to(dtype)))
-
-    def emit(self, inputs: Sequence[int], region: Rule, kernel: K.Kernel, **options: Any) -> Any:
-        """Add the node."""
-        return self.lower.emit(self.name, inputs, self.like, region, kernel, **options)
 
 
 def lower_operator(lower: Lower, node: FxNode, target: Any) -> Any:
@@ -206,25 +147,6 @@ def _draws(op: Operator) -> bool:
     return tagged and op.arg("training", True) is not False and op.arg("dropout_p", 1.0) != 0.0
 
 
-def seeded(lower: Lower, function: Callable[..., Any], inputs: list[int]) -> tuple[Callable[..., Any], list[int]]:
-    """The operator drawing from a seed of this forward, so that backward, which runs it again, meets the same numbers."""
-
-    def call(*args: Any) -> Any:
-        *xs, seed = args
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(seed))
-            return function(*xs)
-
-    return call, [*inputs, _emit_seed(lower)]
-
-
-def _emit_seed(lower: Lower) -> int:
-    like = torch.empty((), dtype=torch.int64, device="meta")
-    draw = K.Opaque(lambda: torch.randint(2**40, ()))
-    seed: int = lower.emit("seed", [], like, Rule(()), draw, random=True, differentiable=False)
-    return seed
-
-
 def _guess_macs(op: Operator, shapes: list[tuple[int, ...]]) -> int:
     if op.name in RECURRENT:
         weights = sum(prod(s) for s in shapes[1:] if len(s) == 2)
@@ -286,14 +208,6 @@ def _dropout(op: Operator, source: int) -> Any:
     along = 2 if len(shape) > 2 else 0
     along = max(range(len(shape)), key=lambda d: shape[d]) if shape[along] == 1 else along
     return emit_dropout(op.lower, source, op.arg("p"), op.like, along)
-
-
-def emit_dropout(lower: Lower, source: int, p: float, like: Tensor, along: int, block: int = 1) -> int:
-    """Dropout whose mask is drawn along dimension `along`, `block` indices at a time, from one seed per forward."""
-    seed = _emit_seed(lower)
-    shape = lower.shape(source)
-    region = Rule(pointwise([shape, ()], shape).links)
-    return lower.emit("dropout", [source, seed], like, region, K.Dropout(p, shape, along, block))
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution")

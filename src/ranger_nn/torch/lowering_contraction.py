@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ranger_nn.core.graph import INPUT, Rule
 from ranger_nn.ops import contraction
 from ranger_nn.ops.pointwise import aligned
 from ranger_nn.torch import kernels as K
-
-if TYPE_CHECKING:
-    from ranger_nn.torch.lowering import Operator
+from ranger_nn.torch.operator import Operator
 
 Labels = tuple[Hashable, ...]
 

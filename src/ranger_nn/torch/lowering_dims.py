@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Sequence
 from math import isinf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,7 @@ from ranger_nn.ops.pointwise import Row, Shape, aligned, pointwise
 from ranger_nn.torch import kernels as K
 from ranger_nn.torch import kernels_reduce as R
 from ranger_nn.torch import kernels_resample as S
-
-if TYPE_CHECKING:
-    from ranger_nn.torch.lowering import Operator
+from ranger_nn.torch.operator import Operator
 
 SCANS = (
     *(

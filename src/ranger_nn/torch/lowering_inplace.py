@@ -20,7 +20,7 @@ from ranger_nn.ops import movement
 from ranger_nn.torch import kernels as K
 from ranger_nn.torch import kernels_movement as M
 from ranger_nn.torch.aliases import argument, op_name
-from ranger_nn.torch.capture import Lower, Static
+from ranger_nn.torch.lower import Lower, Static
 
 RESHAPES = {"view", "reshape", "squeeze", "unsqueeze", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view"}
 PERMUTES = {"permute", "transpose", "t", "movedim", "swapaxes", "swapdims", "moveaxis", "numpy_T", "mT", "matrix_H"}

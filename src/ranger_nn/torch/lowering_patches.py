@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -10,9 +10,7 @@ from ranger_nn.ops import movement, window
 from ranger_nn.torch import kernels as K
 from ranger_nn.torch import kernels_movement as M
 from ranger_nn.torch.kernels_patches import Fold, Patch, Unfold
-
-if TYPE_CHECKING:
-    from ranger_nn.torch.lowering import Operator
+from ranger_nn.torch.operator import Operator
 
 
 def _patches(op: Operator) -> list[Patch]:

@@ -12,7 +12,7 @@ PyTorch's own operator goes layer by layer too, so the numbers stay. Enter at `l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,9 @@ from ranger_nn.ops.recurrence import borders, carried, in_chunks
 from ranger_nn.torch import kernels_movement as M
 from ranger_nn.torch.identity import autocast_dtype
 from ranger_nn.torch.kernels_recurrent import Recurrence
+from ranger_nn.torch.lowering_random import emit_dropout
+from ranger_nn.torch.operator import Operator
 from ranger_nn.torch.workspace import available
-
-if TYPE_CHECKING:
-    from ranger_nn.torch.lowering import Operator
 
 MASK_STEPS = 64
 """Steps whose dropout mask is drawn at a time."""
@@ -135,7 +134,5 @@ class _Layers:
         return self.made.emit("cat", values, like, rule, M.Concatenate(dim), vjp_reads=())
 
     def _drop(self, x: int) -> int:
-        from ranger_nn.torch.lowering import emit_dropout
-
         like = torch.empty(self.made.shape(x), dtype=getattr(torch, self.made.values[x].dtype), device="meta")
         return emit_dropout(self.made, x, self.dropout, like, self.time, min(MASK_STEPS, like.shape[self.time]))

@@ -8,7 +8,6 @@ state of the module (`torch/identity.py`), and the last ones used are kept. Ente
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,12 +16,11 @@ from torch.fx import Proxy
 from torch.utils import _pytree as pytree
 
 from ranger_nn.errors import InputError
-from ranger_nn.execute.guard import guarded
-from ranger_nn.execute.machine import Step, bind, run
+from ranger_nn.execute.machine import bind
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.planning.report import Plan
-from ranger_nn.planning.search import Options, Planned, make_plan
-from ranger_nn.torch.capture import Captured, capture
+from ranger_nn.planning.search import Options, make_plan
+from ranger_nn.torch.capture import capture
 from ranger_nn.torch.engine import TorchEngine
 from ranger_nn.torch.function import Run
 from ranger_nn.torch.identity import Identity, autocast_dtype, settings
@@ -36,60 +34,12 @@ from ranger_nn.torch.inputs import (
     stand_in,
     stand_ins,
 )
-from ranger_nn.torch.layout import in_strides
+from ranger_nn.torch.ready import Ready
 from ranger_nn.torch.recent import Recent
 from ranger_nn.torch.untouched import Untouched
 from ranger_nn.torch.verification import verify_small
 
 Memory = int | str | None
-
-
-@dataclass
-class Ready:
-    """A plan made ready to run: closures for forward and backward; `tried`: which of them have run without a fault."""
-
-    captured: Captured
-    planned: Planned
-    engine: TorchEngine
-    forward: list[Step]
-    backward: list[Step] | None
-    autocast: torch.dtype | None = None
-    tried: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        """Constants are the caller's own tensors: whether they are trained may change."""
-        self.constants = [where for kind, where in self.captured.sources.values() if kind == "constant"]
-        self.trained = self._trained()
-
-    def _trained(self) -> list[bool]:
-        return [c.requires_grad for c in self.constants]
-
-    @property
-    def current(self) -> bool:
-        """False where a constant has become trained, or is no longer, since the plan was made."""
-        return self.backward is None or self.trained == self._trained()
-
-    @property
-    def lacks_gradients(self) -> bool:
-        """True where something is trained that no input and no parameter showed."""
-        return self.backward is None and any(self._trained())
-
-    def output(self, v: int, slots: list[Any]) -> Tensor:
-        """An output in the order of memory that the untouched network gives it, where it was held channels-last."""
-        result: Tensor = slots[self.planned.forward.results[v]]
-        if not self.captured.graph.values[v].layout:
-            return result
-        return in_strides(result, self.captured.strides.get(v))
-
-    def run(self, which: str, slots: list[Any], on_region: Callable[[int], None] | None = None) -> None:
-        """Run "forward" or "backward" over `slots`; the first time every result is held to its region."""
-        steps: list[Step] = getattr(self, which)
-        if which not in self.tried:
-            program = self.planned.forward if which == "forward" else self.planned.backward
-            assert program is not None
-            steps = guarded(steps, program.instructions, self.planned.graph, self.engine.form)
-        run(steps, slots, self.engine, on_region)
-        self.tried.add(which)
 
 
 def regionalize(
@@ -310,42 +260,6 @@ class Regional(nn.Module):
         report = self.on_region
         return None if report is None else (lambda region: report(region + 1, total))
 
-    def _execute(self, ready: Ready, tensors: Sequence[Tensor]) -> list[Any]:
-        program = ready.planned.forward
-        slots: list[Any] = [None] * program.slots
-        for (v, slot), tensor in zip(program.external.items(), tensors, strict=True):
-            slots[slot] = tensor.detach()
-            del v
-        with torch.no_grad():
-            ready.run("forward", slots, self._progress(program.regions))
-        return slots
-
-    def _pull_back(
-        self, ready: Ready, tensors: Sequence[Tensor], kept: list[Any], grads: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        program = ready.planned.backward
-        assert program is not None and ready.backward is not None
-        graph = ready.captured.graph
-        slots = kept  # the very list: a slot that is freed must not live on in a copy
-        slots.extend([None] * (program.slots - len(kept)))
-        for slot, tensor in zip(program.external.values(), tensors, strict=True):
-            slots[slot] = tensor.detach()
-        for v, grad in zip(graph.outputs, grads, strict=True):
-            if v in program.grads:
-                value = graph.values[v]
-                like = getattr(torch, value.dtype)
-                slots[program.grads[v]] = (
-                    grad if grad is not None else torch.zeros(value.shape, dtype=like, device=ready.engine.device)
-                )
-        amp, device = ready.autocast, ready.engine.device.type
-        cast = torch.autocast(
-            device, dtype=amp, enabled=amp is not None, cache_enabled=False
-        )  # it would grow by region
-        with torch.no_grad(), cast:
-            ready.run("backward", slots)
-        found = [program.results.get(v) for v in ready.captured.sources]
-        return [None if s is None else slots[s] for s in found]
-
 
 @torch.compiler.disable
 def _by_regions(regional: Regional, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -357,11 +271,12 @@ def _by_regions(regional: Regional, args: tuple[Any, ...], kwargs: dict[str, Any
             regional.on_region(1, 1)
         return result
     tensors = regional._gather(ready, inputs)
+    progress = regional._progress(ready.planned.forward.regions)
     graph, found = ready.captured.graph, ready.planned.forward.results
     if ready.backward is None:
-        slots = regional._execute(ready, tensors)
+        slots = ready.execute(tensors, progress)
         outputs = {v: ready.output(v, slots) for v in graph.outputs if v in found}
     else:
-        outputs = dict(zip(graph.outputs, Run.apply(regional, ready, *tensors), strict=True))
+        outputs = dict(zip(graph.outputs, Run.apply(progress, ready, *tensors), strict=True))
     external = dict(zip(ready.captured.sources, tensors, strict=True))
     return ready.captured.rebuild([external[v] if v in external else outputs[v] for v in ready.captured.output_values])

@@ -5,23 +5,21 @@ As in `ranger_nn.torch.layers.clustered`, which has the shapes. Enter at `cluste
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras import ops
 
 from ranger_nn.aggregate.pieces import Call, Concat, Stitch
 from ranger_nn.aggregate.pooling import WeightedMean
 from ranger_nn.keras import namespace as xp
+from ranger_nn.keras.layers.aggregated import Aggregated
 from ranger_nn.keras.layers.clusters import masked, put, taken
 from ranger_nn.keras.layers.looped import looped
 from ranger_nn.layers.clusters import Routes, check_join, check_kept
 from ranger_nn.layers.regional import Result, piecewise, reduce
 
-if TYPE_CHECKING:
-    from ranger_nn.keras.layers.regional import RegionalAggregator
 
-
-def clustered(layer: RegionalAggregator, x: Any, present: Any, mask: Any, training: bool) -> Any:
+def clustered(layer: Aggregated, x: Any, present: Any, mask: Any, training: bool) -> Any:
     """The layer's result on samples (batch, d) or tokens (batch, N, d)."""
     kind, over, clusters = layer.partition, layer.aggregator, layer.clusters
     assert clusters is not None
@@ -49,7 +47,7 @@ def clustered(layer: RegionalAggregator, x: Any, present: Any, mask: Any, traini
     return _over_tokens(layer, ops.reshape(found, (*lead, *found.shape[1:])), routes, there)
 
 
-def _run(layer: RegionalAggregator, together: Any, routes: Routes, training: bool) -> Any:
+def _run(layer: Aggregated, together: Any, routes: Routes, training: bool) -> Any:
     """Local results (*routes.shape, ...), or (regions, batch, ...) of sets."""
     if layer.allowed is not None and not layer._shapes_only:
         place = f"{layer.name}, regions of {layer.partition}"
@@ -68,7 +66,7 @@ def _there(routes: Routes, x: Any, present: Any, mask: Any) -> Any:
     return there if mask is None else ops.logical_and(there, mask)
 
 
-def _over_tokens(layer: RegionalAggregator, y: Any, routes: Routes, there: Any) -> Any:
+def _over_tokens(layer: Aggregated, y: Any, routes: Routes, there: Any) -> Any:
     """Reduction over the tokens (batch, N, ...) of all regions at once: merging in any grouping gives the same."""
     n = y.shape[1]
     result = Result(list(range(n)), ops.moveaxis(y, 1, 0))
@@ -80,7 +78,7 @@ def _over_tokens(layer: RegionalAggregator, y: Any, routes: Routes, there: Any) 
     return reduce(xp, over, [result], weights, there)
 
 
-def _over_sets(layer: RegionalAggregator, y: Any, routes: Routes, present: Any) -> Any:
+def _over_sets(layer: Aggregated, y: Any, routes: Routes, present: Any) -> Any:
     """Join of the regions' own results (regions, batch, ...); regions without a token are absent."""
     clusters, _, capacity = routes.shape
     y = ops.cast(y, layer.compute_dtype)

@@ -6,21 +6,19 @@ that activations of one step are alive at a time. Enter at `looped`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import ops
 
+from ranger_nn.keras.layers.aggregated import Aggregated
 from ranger_nn.keras.layers.estimate import at_once
 from ranger_nn.keras.layers.pure import Recomputed, applied
 from ranger_nn.keras.layers.stacked import has_state
 
-if TYPE_CHECKING:
-    from ranger_nn.keras.layers.regional import RegionalAggregator
-
 
 def looped(
-    layer: RegionalAggregator, taken: Any, ids: list[int], batch: Any, place: str, training: bool, masks: Any = None
+    layer: Aggregated, taken: Any, ids: list[int], batch: Any, place: str, training: bool, masks: Any = None
 ) -> Any:
     """Local network on stacked regions (regions, batch, ...), so many in each step of a loop as `memory` allows.
 
@@ -70,7 +68,7 @@ def looped(
     return ops.reshape(y, (len(ids), -1, *y.shape[3:]))
 
 
-def _again(layer: RegionalAggregator, taken: Any, ids: list[int], training: bool) -> Any:
+def _again(layer: Aggregated, taken: Any, ids: list[int], training: bool) -> Any:
     """A region through its own network of a list."""
 
     def run(x: Any) -> Any:
@@ -79,7 +77,7 @@ def _again(layer: RegionalAggregator, taken: Any, ids: list[int], training: bool
     return Recomputed(layer.locals[ids[0]])(run, taken)  # type: ignore[index]
 
 
-def _one_by_one(layer: RegionalAggregator, taken: Any, ids: list[int], k: int, masks: Any, training: bool) -> Any:
+def _one_by_one(layer: Aggregated, taken: Any, ids: list[int], k: int, masks: Any, training: bool) -> Any:
     """A network with state, k regions at a time: not in a loop of the back end, whose steps share what they read."""
     call, found = Recomputed(layer.local, len(ids) // k), []
     for j in range(0, len(ids), k):
@@ -92,7 +90,7 @@ def _one_by_one(layer: RegionalAggregator, taken: Any, ids: list[int], k: int, m
     return ops.concatenate(found, 0)
 
 
-def _stateless(layer: RegionalAggregator, weights: list[Any], stacked: Any, training: bool) -> Any:
+def _stateless(layer: Aggregated, weights: list[Any], stacked: Any, training: bool) -> Any:
     """The shared network with these weights, on stacked regions."""
     ids = list(range(stacked.shape[0]))
     if not weights or layer.local is None:

@@ -9,8 +9,9 @@ Under `memory` the blocks, or regions, run some at a time. Enter at `clustered`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import array_api_compat.torch as xp
 import torch
@@ -20,18 +21,41 @@ from ranger_nn.aggregate.pieces import Call, Concat, Stitch
 from ranger_nn.aggregate.pooling import WeightedMean
 from ranger_nn.errors import PartitionError
 from ranger_nn.layers.clusters import Routes, check_join, check_kept
-from ranger_nn.layers.regional import Result, piecewise, reduce
+from ranger_nn.layers.regional import Layout, Result, piecewise, reduce
 from ranger_nn.torch.layers.clusters import Clusters, drawn, masked, put, taken
 from ranger_nn.torch.layers.rematerialise import Budget, at_once, budget, key_of, rematerialised
 from ranger_nn.torch.layers.stacked import Stacked
 
-if TYPE_CHECKING:
-    from ranger_nn.torch.layers.regional import RegionalAggregator
+
+class Clustered(Protocol):
+    """What is asked here of `RegionalAggregator`, which calls this; see there for what each is."""
+
+    training: bool
+    regions: int | None
+    partition: Any
+    aggregator: Any
+    local: Any
+    allowed: int | None
+    _sizes: dict[Any, list[int]]
+
+    def _run(self, ids: list[int] | Tensor, stacked: Tensor) -> Tensor: ...
+
+    def _local_modules(self) -> list[nn.Module]: ...
+
+    def _shared(self) -> bool: ...
+
+    def _weights(
+        self, results: Sequence[Result], layout: Layout | None, numbers: bool = True
+    ) -> list[Tensor] | None: ...
+
+    def _region_weights(self, like: Tensor) -> Tensor: ...
+
+    def _check_independent(
+        self, pair: Any, parts: Sequence[Any], size: int, count: int, x: Tensor, key: Any
+    ) -> None: ...
 
 
-def clustered(
-    layer: RegionalAggregator, clusters: Clusters, x: Tensor, present: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def clustered(layer: Clustered, clusters: Clusters, x: Tensor, present: Tensor | None, mask: Tensor | None) -> Tensor:
     """The layer's result on samples (batch, d) or tokens (batch, N, d)."""
     kind, over = clusters.partition, layer.aggregator
     check_join(kind, over, x.dim())
@@ -48,7 +72,7 @@ def clustered(
     return _over_tokens(layer, found.reshape(*x.shape[:-1], *found.shape[1:]), routes, there)
 
 
-def _run(layer: RegionalAggregator, clusters: Clusters, routes: Routes, x: Tensor) -> Tensor:
+def _run(layer: Clustered, clusters: Clusters, routes: Routes, x: Tensor) -> Tensor:
     """Local results on samples by region, and a training step of the centres."""
     rows, zeros = x.reshape(-1, x.shape[-1]), clusters.partition.balanced
     if layer.allowed is None:
@@ -70,9 +94,7 @@ def _ids(routes: Routes, a: int, b: int) -> list[int] | Tensor:
     return list(range(a, b)) if routes.owner is None else routes.owner[a:b]
 
 
-def _there(
-    layer: RegionalAggregator, routes: Routes, x: Tensor, present: Tensor | None, mask: Tensor | None
-) -> Tensor | None:
+def _there(layer: Clustered, routes: Routes, x: Tensor, present: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """Samples that are there, and whose region is."""
     if present is None:
         return mask
@@ -82,7 +104,7 @@ def _there(
     return there if mask is None else there & mask
 
 
-def _over_tokens(layer: RegionalAggregator, y: Tensor, routes: Routes, there: Tensor | None) -> Tensor:
+def _over_tokens(layer: Clustered, y: Tensor, routes: Routes, there: Tensor | None) -> Tensor:
     """Reduction over the tokens (batch, N, ...) of all regions at once: merging in any grouping gives the same."""
     batch, n = y.shape[:2]
     result = Result(list(range(n)), y.movedim(1, 0))
@@ -93,7 +115,7 @@ def _over_tokens(layer: RegionalAggregator, y: Tensor, routes: Routes, there: Te
     return reduce(xp, over, [result], weights, there)
 
 
-def _over_sets(layer: RegionalAggregator, y: Tensor, routes: Routes, present: Tensor | None) -> Tensor:
+def _over_sets(layer: Clustered, y: Tensor, routes: Routes, present: Tensor | None) -> Tensor:
     """Join of the regions' own results (regions, batch, ...); regions without a token are absent."""
     clusters, batch, capacity = routes.shape
     loads = y.new_full((clusters, batch), capacity)
@@ -117,7 +139,7 @@ def _over_sets(layer: RegionalAggregator, y: Tensor, routes: Routes, present: Te
 class _Blocks:
     """Some blocks, as work for the loop under `memory`."""
 
-    layer: RegionalAggregator
+    layer: Clustered
     routes: Routes
     start: int
     stop: int
@@ -145,7 +167,7 @@ class _Blocks:
         whole.view(-1, x.shape[-1]).index_add_(0, self._slots(self.routes.take), grad)
 
 
-def _chunks(layer: RegionalAggregator, routes: Routes, x: Tensor) -> list[tuple[int, int]]:
+def _chunks(layer: Clustered, routes: Routes, x: Tensor) -> list[tuple[int, int]]:
     """Blocks that run together; what one needs is measured when shapes are first seen."""
     blocks, modules = routes.shape[0], layer._local_modules()
     key = (tuple(routes.shape), key_of(x, modules))

@@ -1,23 +1,16 @@
-"""Outputs of a run on their way: reduced, counted, and handed to the writer, region by region. Enter at `Picture`."""
+"""Sinks that are arrays of the caller's, filled in place. Enter at `ArraySink`, and `HeldSink` where the array may hold the input."""
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ranger_nn.core.reach import Box
 from ranger_nn.errors import InputError, WriteError
-from ranger_nn.io.protocol import Array
+from ranger_nn.io.protocol import Array, Box
 from ranger_nn.io.rows import RowFile
-from ranger_nn.io.tally import Tally
-from ranger_nn.torch.files import Outlet
-from ranger_nn.torch.reduce import Reduction
 
 BAND = 1 << 22
 """Bytes that are moved from a file to an array at once."""
@@ -81,16 +74,6 @@ class HeldSink(ArraySink):
         self._folder.cleanup()
 
 
-class PlacedSink:
-    """A result that has its final name already: an earlier run of the same work ended after that."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, repr(str(path))
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 def _check_array(array: Any, dtype: np.dtype[Any]) -> None:
     """Refuse an array that does not take the result as it is.
 
@@ -108,48 +91,4 @@ def _check_array(array: Any, dtype: np.dtype[Any]) -> None:
         raise InputError(
             f"the result is {dtype}, and the array that it is written to is {held}, which would cut numbers off. Give an array of "
             f"{dtype}, or reduce= that gives {held}."
-        )
-
-
-@dataclass
-class Picture:
-    """An output on its way to a sink: the owner of the handle that the program writes to."""
-
-    name: str
-    sink: Any
-    reduced: Reduction
-    tally: Tally
-    outlet: Outlet
-    absent: RowFile | None = None
-    nodata: float | None = None
-    written: int = 0
-
-    def write(self, box: Box, region: Tensor) -> None:
-        """Reduce, count, hand to the writer."""
-        output = region[0]
-        rows = self.reduced(output).contiguous().cpu()
-        pixels = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
-        absent = None
-        if self.absent is not None:
-            absent = self.absent.read(box[2:])[0] > 0
-            pixels = np.where(absent, np.asarray(self.nodata, pixels.dtype), pixels)
-        plain = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
-        self.tally.add(plain.cpu().numpy(), pixels, absent)
-        self.written += pixels.nbytes
-        self.outlet.put(lambda: self.sink.write(box[2:], pixels))
-
-
-def check_nodata(value: float | None, dtype: np.dtype[Any]) -> None:
-    """Refuse a value that the result cannot hold.
-
-    Raises:
-        InputError: it is not one of `dtype`.
-    """
-    if value is None or dtype.kind == "f":
-        return
-    kind = np.iinfo(dtype) if dtype.kind in "iu" else None
-    if kind is None or not kind.min <= value <= kind.max or value != int(value):
-        raise InputError(
-            f"result={value} of Pixels stands where the input has no data, and the result is {dtype}: give a value that "
-            f"{dtype} holds" + ("" if kind is None else f", {kind.min} to {kind.max}")
         )

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from array_api_compat import array_namespace
 
 from ranger_nn.errors import InputError
 from ranger_nn.io.fingerprint import NoFingerprintError, fingerprint
 from ranger_nn.io.journal import UNKNOWN
+from ranger_nn.io.protocol import Array
 from ranger_nn.names import nearest
 
 NAMES = ("none", "argmax", "threshold", "uint8")
@@ -27,10 +27,10 @@ _THRESHOLD = re.compile(r"threshold(?::(?P<at>[-+0-9.eE]+))?")
 
 @dataclass(frozen=True)
 class Reduction:
-    """A reduction by name, or a callable of the NumPy array (channels, rows, columns) of one region."""
+    """A reduction by name, of any namespace of the array API; or `given`, a callable of the NumPy array of one region."""
 
     name: str
-    function: Callable[[Tensor], Tensor]
+    function: Callable[[Any], Any]
     given: Any = None
 
     def identity(self) -> str:
@@ -42,15 +42,15 @@ class Reduction:
         except NoFingerprintError as error:
             return f"{UNKNOWN}{self.name} uses {error}"
 
-    def __call__(self, output: Tensor) -> Tensor:
+    def __call__(self, output: Any) -> Any:
         """(channels', rows, columns) of (channels, rows, columns).
 
         Raises:
             InputError: the result has other rows or columns.
         """
         found = self.function(output)
-        found = found.unsqueeze(0) if found.dim() == output.dim() - 1 else found
-        if found.shape[1:] != output.shape[1:]:
+        found = found[None, ...] if found.ndim == output.ndim - 1 else found
+        if tuple(found.shape[1:]) != tuple(output.shape[1:]):
             raise InputError(
                 f"reduce={self.name} must keep rows and columns: it got shape {tuple(output.shape)} and gave "
                 f"{tuple(found.shape)}"
@@ -58,11 +58,26 @@ class Reduction:
         return found
 
 
-def _as_tensor(name: str, found: Any) -> Tensor:
-    try:
-        return torch.from_numpy(np.ascontiguousarray(found))
-    except TypeError as error:
-        raise InputError(f"reduce={name} gave {type(found).__name__}, which is no array of numbers: {error}") from error
+def _numbers(name: str, found: Any) -> Array:
+    array = np.asarray(found)
+    if array.dtype.kind not in "biufc":
+        raise InputError(f"reduce={name} gave {type(found).__name__} of {array.dtype}, which is no array of numbers")
+    return array
+
+
+def _argmax(x: Any) -> Any:
+    xp = array_namespace(x)
+    return xp.astype(xp.argmax(x, axis=0), xp.uint8 if x.shape[0] <= 256 else xp.int32)
+
+
+def _uint8(x: Any) -> Any:
+    xp = array_namespace(x)
+    bright = xp.clip(x, 0, 1) * 255
+    return xp.astype(xp.round(xp.where(xp.isnan(bright), xp.zeros_like(bright), bright)), xp.uint8)
+
+
+def _above(x: Any, at: float) -> Any:
+    return array_namespace(x).astype(x > at, array_namespace(x).uint8)
 
 
 def reduction(given: str | Callable[[Any], Any] | None) -> Reduction:
@@ -81,11 +96,11 @@ def reduction(given: str | Callable[[Any], Any] | None) -> Reduction:
     if callable(given):
         function = given
         name = getattr(given, "__qualname__", type(given).__name__)
-        return Reduction(name, lambda x: _as_tensor(name, function(x.cpu().numpy())), given)
+        return Reduction(name, lambda x: _numbers(name, function(x)), given)
     if given == "argmax":
-        return Reduction("argmax", lambda x: x.argmax(0).to(torch.uint8 if len(x) <= 256 else torch.int32))
+        return Reduction("argmax", _argmax)
     if given == "uint8":
-        return Reduction("uint8", lambda x: (x.nan_to_num().clamp(0, 1) * 255).round_().to(torch.uint8))
+        return Reduction("uint8", _uint8)
     match = _THRESHOLD.fullmatch(given) if isinstance(given, str) else None
     if match is None:
         raise InputError(
@@ -95,4 +110,4 @@ def reduction(given: str | Callable[[Any], Any] | None) -> Reduction:
         at = float(match["at"] or 0.5)
     except ValueError as error:
         raise InputError(f"reduce={given!r}: {match['at']!r} is no number; for example threshold:0.5") from error
-    return Reduction(f"threshold:{at!r}", lambda x: (x > at).to(torch.uint8))
+    return Reduction(f"threshold:{at!r}", lambda x: _above(x, at))
