@@ -25,12 +25,12 @@ def said(found: Candidate) -> tuple[object, ...]:
 
 
 def schedules(axes: int, r: random.Random) -> list[Schedule]:
-    """Slides of one step and of many, with and without columns, and tiles."""
+    """Two of: slides of one step and of many, with and without columns, and tiles."""
     ones, two = [1] * axes, [1, r.randint(2, 3), *[1] * axes][:axes]
     steps = [1, r.randint(2, 5), r.randint(6, 40)]
     found = [Schedule(n, tuple(ones), grain=bool(n % 2)) for n in steps]
     found += [Schedule(steps[1], tuple(two)), Schedule(0, tuple(r.randint(1, 4) for _ in ones))]
-    return found
+    return r.sample(found, 2)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -39,7 +39,7 @@ def test_counted_as_written(entry: Entry, training: bool) -> None:
     """Whatever was counted before with the same memo."""
     if entry.needs is not None:
         pytest.importorskip(entry.needs)
-    model, r = entry.make(torch.float32), random.Random(entry.name)
+    model, r = entry.make(torch.float32), random.Random(entry.name + str(training))
     inputs = tuple(torch.zeros(shape) for shape in entry.shapes)
     graph = capture(model, inputs, grad=training).graph
     axes, memo = find_axes(graph), Memo()
