@@ -87,12 +87,17 @@ def spoilt(result: Any, damage: Callable[[Tensor], Tensor]) -> Any:
 
 
 def test_a_region_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row joined in front that every region is given, not its own alone: the message names node and region."""
+    """A row joined in front that every region is given, not its own alone: seen when the plan is made, and were it not, when
+    it runs; both messages name the node.
+    """
     box = Bounds.box
     monkeypatch.setattr(
         Bounds, "box", lambda self, node, i, out: tuple((0, 1) if b == (1, 1) else b for b in box(self, node, i, out))
     )
     net = ranger_nn.regionalize(Net(), regions=(5, 12), schedule="slide")
+    with pytest.raises(PlanError, match=r"run of cat_0.*rows .* are asked for, \(0, 1\) are given"):
+        net(torch.randn(1, 2, 17, 12))
+    monkeypatch.setattr(search, "check", lambda *args: None)
     with pytest.raises(
         PlanError, match=r"Net: cat_0 gave shape \(1, 4, \d+, 12\).*of region \(\(0, 1\), \(0, 4\), \(2"
     ):
