@@ -16,6 +16,7 @@ from ranger_nn.core import program as P
 from ranger_nn.core.program import Instruction
 from ranger_nn.execute.guard import guarded, lengths
 from ranger_nn.execute.machine import bind
+from ranger_nn.planning import search
 from ranger_nn.planning.search import Options, make_plan
 from ranger_nn.torch.capture import capture
 from ranger_nn.torch.engine import TorchEngine
