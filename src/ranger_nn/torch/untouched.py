@@ -27,7 +27,7 @@ from ranger_nn.torch.alone import alone
 from ranger_nn.torch.folding import is_real
 from ranger_nn.torch.kernels import packed
 from ranger_nn.torch.kernels_recurrent import FUNCTIONS
-from ranger_nn.torch.one_call import Call
+from ranger_nn.torch.one_call import Call, Shaped
 from ranger_nn.torch.tracing import Before
 from ranger_nn.torch.twin import Twin
 from ranger_nn.torch.workspace import Convolved, attention
@@ -58,6 +58,7 @@ HIDDEN = {"_transformer_encoder_layer_fwd", "_native_multi_head_attention", "mkl
 """Operators that are whole networks inside: nothing is said of what they take."""
 
 
+NARROW = (torch.float16, torch.bfloat16)
 BESIDE = 4096
 """Bytes that a kernel may take beside what is said of it: scalars, and a few for each channel or thread."""
 ROOM = 128 << 20
@@ -89,7 +90,12 @@ class Untouched:
 
         None where it cannot be told, or certainly is more than `enough` and than `most`.
         """
-        return self._used.counted(enough, most) if self._used is not None else None
+        used = self._used
+        if used is None:
+            return None
+        if used.narrow or torch.is_autocast_enabled("cpu"):  # counted alone, calls in 16 bits took less than in the network
+            return used.peak() + used.peak() // SHARE + BESIDE
+        return used.counted(enough, most)
 
 
 def untouched_peak(
@@ -280,6 +286,11 @@ class _Used(TorchDispatchMode):
                 return peak
             told = self._calls[call].counted(not self._left_out.isdisjoint(self._made[call]))
             self._asked[call] = self._taken(call, self._said[call]) if told is None else told
+
+    @property
+    def narrow(self) -> bool:
+        """Whether some operator computes in 16 bits."""
+        return any(isinstance(x, Shaped) and x.dtype in NARROW for call in self._calls for x in call.leaves)
 
     def _taken(self, call: int, said: int) -> int:
         """What a call was counted to take, or else what is said of it, and a little."""
