@@ -54,7 +54,8 @@ def check(
         PlanError: a region is not what its operator asks for, a row is missing, met twice or another one, a slot is read or
             freed that holds nothing, a gradient is not complete, or more bytes are held than is said.
     """
-    return _Check(graph, forward, backward, periods or {}, on_disk).run()
+    with np.errstate(over="ignore"):  # sums and products are meant modulo 2**64
+        return _Check(graph, forward, backward, periods or {}, on_disk).run()
 
 
 class _Check:
