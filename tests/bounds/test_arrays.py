@@ -16,7 +16,7 @@ from ranger_nn.core.reach import Border, Link, Reach
 @st.composite
 def links(draw: st.DrawFn) -> tuple[Link, int, int]:
     """A link, rows of its input and of its output; a border of mirrored or wrapped rows is shorter than the input."""
-    num, den, first = draw(st.integers(0, 4)), draw(st.integers(1, 3)), draw(st.integers(-5, 5))
+    num, den, first = draw(st.integers(-4, 4)), draw(st.integers(1, 3)), draw(st.integers(-5, 5))
     reach, size, out = (
         Reach(num, first, first + draw(st.integers(0, 6)), den),
         draw(st.integers(1, 14)),

@@ -13,7 +13,7 @@ from ranger_nn.ops.window import transposed_reach, window_reach
 
 reaches = st.builds(
     lambda num, first, width, den: Reach(num, first, first + width, den),
-    st.integers(0, 4),
+    st.integers(-4, 4),
     st.integers(-9, 9),
     st.integers(0, 9),
     st.integers(1, 4),
@@ -60,7 +60,7 @@ def test_a_link_stays_inside_and_covers(reach: Reach, interval: tuple[int, int],
         assert lo <= i < hi
 
 
-@pytest.mark.parametrize("bad", [{"den": 0}, {"num": -1}, {"first": 1, "last": 0}])
+@pytest.mark.parametrize("bad", [{"den": 0}, {"den": -1}, {"first": 1, "last": 0}])
 def test_integers_that_describe_nothing(bad: dict[str, int]) -> None:
     """Refused when made."""
     with pytest.raises(ValueError, match="a reach needs"):

@@ -16,7 +16,8 @@ Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 def reached(reach: Reach, start: Rows, stop: Rows) -> tuple[Rows, Rows]:
     """First row, and the row after the last, not clipped to the value: rows before 0 and beyond its size go on evenly."""
-    return (start * reach.num + reach.first) // reach.den, ((stop - 1) * reach.num + reach.last) // reach.den + 1
+    low, high = (start, stop - 1) if reach.num >= 0 else (stop - 1, start)
+    return (low * reach.num + reach.first) // reach.den, (high * reach.num + reach.last) // reach.den + 1
 
 
 def needs(link: Link, start: Rows, stop: Rows, size: int) -> tuple[Rows, Rows]:

@@ -98,19 +98,19 @@ class Bounds:
         if d is None:
             return np.full_like(row, end)
         link = node.rule.links[position][d]
-        if link is None or link.out_dim != self.dim(node.outputs[0], axis):
+        if link is None or not link.reach.advances or link.out_dim != self.dim(node.outputs[0], axis):
             return np.full_like(row, self.graph.values[value].shape[d] * end)
         return arrays.reached(link.reach, row - 1, row)[1] if end else arrays.reached(link.reach, row, row + 1)[0]
 
     def blocked(self, node: Node, position: int, axis: int) -> bool:
-        """True where input `position` is cut along `axis` but must be read whole."""
+        """True where input `position` is cut along `axis` but must be whole before any of it is read."""
         value = node.inputs[position]
         d = self.dim(value, axis)
         if d is None:
             return False
         link = node.rule.links[position][d]
         several = len(node.outputs) != 1 and node.rule.ordered is None
-        return link is None or several or link.out_dim != self.dim(node.outputs[0], axis)
+        return link is None or several or not link.reach.advances or link.out_dim != self.dim(node.outputs[0], axis)
 
     def is_cut(self, value: int) -> bool:
         """True where the value has a dimension on one of the axes."""

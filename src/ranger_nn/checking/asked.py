@@ -22,8 +22,8 @@ def asked(link: Link, out: Interval, size: int, round_: bool = False) -> Interva
     if out[1] <= out[0] or size == 0:
         return 0, 0
     reach = link.reach
-    first = (out[0] * reach.num + reach.first) // reach.den
-    last = ((out[1] - 1) * reach.num + reach.last) // reach.den
+    ends = [row * reach.num for row in (out[0], out[1] - 1)]
+    first, last = (min(ends) + reach.first) // reach.den, (max(ends) + reach.last) // reach.den
     if round_ or (first >= 0 and last < size):
         return first, last + 1
     if link.border is Border.REPLICATE:
@@ -59,6 +59,8 @@ def returned(
     at = np.arange(*out) * reach.num
     first, last = (at + reach.first) // reach.den, (at + reach.last) // reach.den
     x = np.moveaxis(numbers, axis, 0)
+    if reach.num < 0:  # the last output row reads first
+        first, last, x = first[::-1], last[::-1], x[::-1]
     folds = link.border is not Border.FILL and not round_
     if folds and len(at) and (first[0] < 0 or last[-1] >= size):
         found = _folded(link.border, x, first, last, size)[slice(*box)]

@@ -4,7 +4,7 @@ Four integers describe every local operator (convolution, pooling, resampling, s
 
     output [a, b)  needs  input [ (a*num + first) // den ,  ((b-1)*num + last) // den + 1 )
 
-    conv k=3 s=2 p=1        num=2 first=-1 last=1 den=1
+    conv k=3 s=2 p=1        num=2 first=-1 last=1 den=1                (num < 0: rows that run the other way, from b-1 to a)
                  out:   0     1     2
                        /|\\   /|\\   /|\
            in:    -1  0  1  2  3  4  5          (-1 is border, the rest that overlaps is halo)
@@ -36,7 +36,10 @@ class Border(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """The four integers of a local operator along one axis (`den` > 0, `num` >= 0, `first` <= `last`)."""
+    """The four integers of a local operator along one axis (`den` > 0, `first` <= `last`).
+
+    Where `num` is not above 0 later rows ask for no later rows (a flip, indices in no order): what they read is finished before.
+    """
 
     num: int = 1
     first: int = 0
@@ -44,19 +47,24 @@ class Reach:
     den: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse integers that do not describe a monotone operator."""
-        if self.den <= 0 or self.num < 0 or self.first > self.last:
-            raise ValueError(f"a reach needs den > 0, num >= 0 and first <= last; got {self}")
+        """Refuse integers that describe no interval."""
+        if self.den <= 0 or self.first > self.last:
+            raise ValueError(f"a reach needs den > 0 and first <= last; got {self}")
 
     def needs(self, start: int, stop: int) -> Interval:
         """Input interval, not clipped to the value, for output [start, stop)."""
-        lo = (start * self.num + self.first) // self.den
-        return lo, ((stop - 1) * self.num + self.last) // self.den + 1
+        low, high = (start, stop - 1) if self.num >= 0 else (stop - 1, start)
+        return (low * self.num + self.first) // self.den, (high * self.num + self.last) // self.den + 1
+
+    @property
+    def advances(self) -> bool:
+        """Whether later output rows ask for later rows, so that both can be slid along."""
+        return self.num > 0
 
     @property
     def halo(self) -> int:
         """Input indices read beyond an output's own share, both sides together."""
-        return max(0, (self.last - self.first + self.den - 1) // self.den - max(0, -(-self.num // self.den) - 1))
+        return max(0, (self.last - self.first + self.den - 1) // self.den - max(0, -(-abs(self.num) // self.den) - 1))
 
 
 IDENTITY = Reach()
