@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from ranger_nn.core.reach import Link, Reach
@@ -146,6 +147,33 @@ class Repeat(Kernel):
             return self.function
         first = start - start // self.repeats * self.repeats
         return lambda x: cut(ops.repeat(x, self.repeats, axis=dim), dim, first, rows)
+
+
+class Pick(Kernel):
+    """Indices of one dimension, in any order: from the rows that lie near, or where none do from all of them."""
+
+    tame, positional = True, True
+
+    def __init__(self, dim: int, places: Sequence[int], reach: Reach) -> None:
+        """`places`: one index of the whole input for each of the whole output; `reach`: that of the link."""
+        self.places = np.asarray(places, "int32")
+        super().__init__(lambda x: ops.take(x, self.places, axis=dim))
+        self.dim, self.reach = dim, reach
+
+    def region(self, dim: int | None, rows: int, start: int = 0) -> Local:
+        """The indices of these rows, counted from the first row that is given."""
+        if dim != self.dim:
+            function = self.function
+            return lambda x, position=None: function(x)
+        reach, most = self.reach, len(self.places) - 1
+
+        def local(x: Any, position: Any) -> Any:
+            wanted = ops.clip(ops.arange(rows, dtype="int32") + position, 0, most)
+            first = (position * reach.num + reach.first) // reach.den if reach.advances else 0
+            index = ops.clip(ops.take(self.places, wanted, axis=0) - first, 0, x.shape[dim] - 1)
+            return ops.take(x, index, axis=dim)
+
+        return local
 
 
 class Shuffle(Kernel):

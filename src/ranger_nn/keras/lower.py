@@ -107,7 +107,7 @@ class Lower:
         if isinstance(leaf, np.ndarray) and leaf.ndim:
             return Ref(self.constant(leaf))
         if _holds_number(leaf) or (ops.is_tensor(leaf) and len(leaf.shape)):
-            return Ref(self.tensor(leaf) if _may_change(leaf) else self.constant(leaf))
+            return Ref(self.tensor(leaf) if may_change(leaf) else self.constant(leaf))
         if ops.is_tensor(leaf):
             return Ref(self.tensor(leaf)) if _trained(leaf) else np.asarray(ops.convert_to_numpy(leaf))
         return leaf
@@ -278,7 +278,7 @@ def _holds_number(leaf: Any) -> bool:
     return keras.backend.backend() == "tensorflow" and hasattr(leaf, "assign") and hasattr(leaf, "handle")
 
 
-def _may_change(tensor: Any) -> bool:
+def may_change(tensor: Any) -> bool:
     """Whether a tensor may have other numbers at the next call."""
     return keras.backend.backend() == "torch" or _holds_number(tensor)
 

@@ -7,13 +7,14 @@ from math import prod
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
-from ranger_nn.core.graph import Rule
+from ranger_nn.core.graph import COMPUTED, INPUT, Rule
 from ranger_nn.core.reach import Link, Reach
 from ranger_nn.keras import kernels_movement as M
 from ranger_nn.keras.kernels import Kernel
-from ranger_nn.keras.lower import Ref
+from ranger_nn.keras.lower import Ref, may_change
 from ranger_nn.keras.operation import Call, rule
 from ranger_nn.ops import movement
 
@@ -65,21 +66,66 @@ def _permute(call: Call) -> Any:
 def _getitem(call: Call) -> Any:
     key = call.args[1] if len(call.args) > 1 else call.kwargs["key"]
     x = call.arg("x")
-    found = _crop(call.shape(x), key if isinstance(key, tuple) else (key,))
+    x, full = _backwards(call, x, _full(call.shape(x), key if isinstance(key, tuple) else (key,)))
+    found = _crop(call.shape(x), full)
     if found is None:
         return None
-    full, region, where = found
+    region, where = found
     return call.emit([x], region, M.Crop(lambda t: t[full], full, where))
 
 
-def _crop(shape: Sequence[int], key: tuple[Any, ...]) -> tuple[tuple[Any, ...], Rule, dict[int, int]] | None:
-    """The key with one entry for each dimension, the rule, and the place in the key of each output dimension."""
-    if not all(k is None or k is Ellipsis or isinstance(k, (int, slice)) for k in key):
-        return None
+def _full(shape: Sequence[int], key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The key with one entry for each dimension, besides those for new ones."""
     taken = sum(k is not None and k is not Ellipsis for k in key)
-    fill = (slice(None),) * (len(shape) - taken)
     at = next((i for i, k in enumerate(key) if k is Ellipsis), len(key))
-    full = (*key[:at], *fill, *key[at + 1 :])
+    return (*key[:at], *(slice(None),) * (len(shape) - taken), *key[at + 1 :])
+
+
+def _backwards(call: Call, x: int, full: tuple[Any, ...]) -> tuple[int, tuple[Any, ...]]:
+    """The value with the slices taken that go backwards, and the rest of the key."""
+    rest, dim = list(full), 0
+    for at, k in enumerate(full):
+        places = range(*k.indices(call.shape(x)[dim])) if isinstance(k, slice) else range(0)
+        if dim and places and places.step < 0:
+            x, rest[at] = picked(call, x, dim, places), slice(None)
+        dim += k is not None
+    return x, tuple(rest)
+
+
+def picked(call: Call, x: int, dim: int, places: Sequence[int]) -> int:
+    """The value with these indices of `dim`, in this order: negative ones count from the end."""
+    shape = call.shape(x)
+    rows = [n + shape[dim] if n < 0 else n for n in places]
+    region = movement.pick(shape, dim, rows)
+    link = region.links[0][dim]
+    out = (*shape[:dim], len(rows), *shape[dim + 1 :])
+    kern = M.Pick(dim, rows, link.reach if link is not None else Reach())
+    return int(call.lower.emit("pick", [x], [(out, call.lower.values[x].dtype)], region, kern)[0])
+
+
+@rule("Flip", "Flipud", "Fliplr")
+def _flip(call: Call) -> Any:
+    """The last row first."""
+    x = call.arg("x")
+    rank = len(call.shape(x))
+    axis = {"Flipud": 0, "Fliplr": 1}.get(call.name, getattr(call.op, "axis", None))
+    for d in range(rank) if axis is None else [axis] if isinstance(axis, int) else axis:
+        x = picked(call, x, d % rank, range(call.shape(x)[d])[::-1]) if d % rank else _turned(call, x)
+    return [x]
+
+
+def _turned(call: Call, x: int) -> int:
+    """The last sample first, however many there are."""
+    shape = call.shape(x)
+    row = tuple(Link(d) if d else None for d in range(len(shape)))
+    kern = Kernel(lambda t: ops.flip(t, axis=0), tame=True)
+    return int(call.lower.emit("flip", [x], [(shape, call.lower.values[x].dtype)], Rule((row,)), kern)[0])
+
+
+def _crop(shape: Sequence[int], full: tuple[Any, ...]) -> tuple[Rule, dict[int, int]] | None:
+    """The rule of a full key, and the place in the key of each output dimension."""
+    if not all(k is None or isinstance(k, (int, slice)) for k in full):
+        return None
     row: list[Link | None] = []
     where, out = {}, 0
     for place, k in enumerate(full):
@@ -96,7 +142,7 @@ def _crop(shape: Sequence[int], key: tuple[Any, ...]) -> tuple[tuple[Any, ...], 
         row.append(Link(out, Reach(step, start, start)))
         where[out] = place
         out += 1
-    return full, Rule((tuple(row),)), where
+    return Rule((tuple(row),)), where
 
 
 @rule("Split", "Unstack")
@@ -108,7 +154,8 @@ def _split(call: Call) -> Any:
     for n, out in enumerate(call.outs):
         width = out.shape[axis] if call.name == "Split" else 1
         one: Any = slice(position, position + width) if call.name == "Split" else n
-        full, region, where = _crop(shape, (*(slice(None),) * axis, one)) or ((), Rule(()), {})
+        full = _full(shape, (*(slice(None),) * axis, one))
+        region, where = _crop(shape, full) or (Rule(()), {})
         kern = M.Crop(lambda t, full=full: t[full], full, where)
         found += call.lower.emit("split", [x], [(tuple(out.shape), call.dtype)], region, kern)
         position += width
@@ -202,6 +249,9 @@ def _sampled(call: Call) -> Any:
 @rule("Take")
 def _take(call: Call) -> Any:
     table, indices = call.arg("x"), call.arg("indices")
+    places = _places(call, table, call.named.get("indices"))
+    if places is not None:
+        return [picked(call, table, call.op.axis % len(call.shape(table)), places)]
     if not isinstance(table, Ref) or not isinstance(indices, Ref) or call.op.axis is None:
         return None
     function, inputs = call.function()
@@ -215,12 +265,30 @@ def _take(call: Call) -> Any:
     return call.emit(inputs, Rule(links), Kernel(function))
 
 
+def _places(call: Call, table: Any, indices: Any) -> list[int] | None:
+    """A row of indices whose numbers are fixed, along what may be cut; of arrays those that nobody can write into."""
+    known = isinstance(indices, (list, tuple, range, np.ndarray)) or (
+        ops.is_tensor(indices) and not may_change(indices)
+    )
+    axis = call.op.axis % len(call.shape(table)) if isinstance(table, Ref) and call.op.axis is not None else 0
+    if not known or not axis or call.lower.values[table].kind not in (COMPUTED, INPUT):
+        return None
+    found, size = np.asarray(ops.convert_to_numpy(indices)), call.shape(table)[axis]
+    fits = found.ndim == 1 and found.size and found.dtype.kind in "iu" and -size <= found.min() <= found.max() < size
+    return [int(n) for n in found] if fits else None
+
+
 @rule("Tile")
 def _tile(call: Call) -> Any:
-    """Along the dimensions that are not repeated."""
+    """All indices of a dimension, and again; of dimensions of length one along the others alone."""
     function, inputs = call.function()
     shape, out = call.shape(inputs[0]), call.out
     more = len(out) - len(shape)
+    if not more and 1 not in shape[1:] and shape[0] == out[0]:
+        (x,) = inputs
+        for d, (n, m) in enumerate(zip(shape, out, strict=True)):
+            x = picked(call, x, d, list(range(n)) * (m // n)) if m != n else x
+        return [x]
     row = tuple(Link(d + more) if n == out[d + more] else None for d, n in enumerate(shape))
     return call.emit(inputs, Rule((row,)), Kernel(function))
 

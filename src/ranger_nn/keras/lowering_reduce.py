@@ -216,7 +216,7 @@ def _channel_norm(call: Call) -> Any:
 # ---------------------------------------------------------------- along axes of which all is read
 
 
-ALONG = ("Argsort", "Cumprod", "Cumsum", "Flip", "Nancumprod", "Nancumsum", "Roll", "Sort")
+ALONG = ("Argsort", "Cumprod", "Cumsum", "Nancumprod", "Nancumsum", "Roll", "Sort")
 """Operations that keep the shape; everything where they have no axis."""
 
 OVER = (

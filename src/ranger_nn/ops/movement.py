@@ -9,8 +9,11 @@ recognisable, because memory order makes it the slowest:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from fractions import Fraction
 from math import prod
+
+import numpy as np
 
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Border, Link, Reach
@@ -90,6 +93,48 @@ def windows(shape: Shape, dim: int, size: int, step: int) -> Rule:
 def select(shape: Shape, dim: int) -> Rule:
     """One index of `dim`: the dimension is gone and read whole."""
     return Rule((tuple(None if d == dim else Link(d - (d > dim)) for d in range(len(shape))),))
+
+
+SLOPES = (1, 2, 4, 8, 16)
+"""Denominators of the lines that are tried along indices: small ones, so that steps stay even."""
+
+
+def line(places: Sequence[int]) -> Reach:
+    """The four integers that cover output index o reading input index places[o], with the least that is read besides.
+
+    A slice or a repetition is met exactly; indices near a line get a halo; those that run backwards a negative slope; and
+    where no line is near, each output reads all from the least of them to the greatest.
+    """
+    n, least, most = len(places), min(places), max(places)
+    ends = [
+        Fraction(places[-1] - places[0], max(1, n - 1)),
+        Fraction(most + 1 - least, n),
+        Fraction(least - most - 1, n),
+    ]
+    covers = [_cover(places, slope) for slope in {end.limit_denominator(den) for end in ends for den in SLOPES}]
+    widths = {r: Fraction(r.last - r.first, r.den) for r in covers if 2 * (r.last - r.first) <= (most - least) * r.den}
+    if not widths:
+        return Reach(0, least, most)
+    closest = min(widths.values())
+    enough = 2 * closest + 2 if closest else 0  # an even slope keeps step with the values around, for a row or two
+    return min((r for r, w in widths.items() if w <= enough), key=lambda r: (r.den, widths[r], not r.advances))
+
+
+def _cover(places: Sequence[int], slope: Fraction) -> Reach:
+    num, den = slope.numerator, slope.denominator
+    off = np.asarray(places) * den - np.arange(len(places)) * num
+    last = int(off.max())
+    return Reach(num, min(int(off.min()) + den - 1, last), last, den)
+
+
+def pick(shape: Shape, dim: int, places: Sequence[int]) -> Rule:
+    """Output index o of `dim` is input index places[o]."""
+    return Rule((tuple(Link(d) if d != dim else Link(d, line(places)) for d in range(len(shape))),))
+
+
+def flip(shape: Shape, dims: Collection[int]) -> Rule:
+    """`dims` run the other way."""
+    return Rule((tuple(Link(d, Reach(-1, n - 1, n - 1)) if d in dims else Link(d) for d, n in enumerate(shape)),))
 
 
 def pad(shape: Shape, before: Sequence[int], border: Border) -> Rule:

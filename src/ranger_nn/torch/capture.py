@@ -243,7 +243,7 @@ def _traced_line(node: FxNode) -> str:
 def _lower_program(model: nn.Module, program: Any, lower: Lower, folding: Folding) -> Captured:
     aliases = find_aliases(program.graph_module)
     lower.writes = Writes(lower, aliases, type(model).__name__, partial(lower_again, lower))
-    lower.parts = partial(lower_parts, lower)
+    lower.parts, lower.constant = partial(lower_parts, lower), folding.numbers
     inputs = _lower_placeholders(model, program, lower, folding)
     lower_nodes(model, program.graph, lower, program.graph_module)
     leaves = _leaves(program, lower)

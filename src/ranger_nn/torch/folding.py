@@ -101,9 +101,18 @@ class Folding(TorchFunctionMode):
     def _fold(self, func: Any, found: Known) -> Any:
         with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
             for source in found.sources:
-                real = self.state[source[1]] if source[0] == "state" else source[1]
-                self.folded[_name(source)] = source, real.detach().clone()
+                self._note(source)
             return func(found.compute())
+
+    def _note(self, source: Source) -> Tensor:
+        """The real tensor of a source, of which numbers are taken."""
+        real: Tensor = self.state[source[1]] if source[0] == "state" else source[1]
+        self.folded[_name(source)] = source, real.detach().clone()
+        return real
+
+    def numbers(self, source: Source) -> Tensor | None:
+        """A constant of the traced program, to take numbers from; None where forward changes it."""
+        return None if _name(source) in self.changed else self._note(source)
 
     def _follow(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], result: Any) -> None:
         made = [result] if isinstance(result, Tensor) else list(result)

@@ -101,21 +101,6 @@ class Expand(Movement):
         return lambda x: x.expand(sizes)
 
 
-class Repeat(Movement):
-    """Tile along the dimensions that are read whole."""
-
-    shift_invariant = False
-
-    def __init__(self, repeats: Sequence[int]) -> None:
-        """`repeats` as in `Tensor.repeat`."""
-        super().__init__()
-        self.repeats = list(repeats)
-
-    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
-        """`Tensor.repeat`."""
-        return lambda x: x.repeat(self.repeats)
-
-
 class Crop(Movement):
     """Slice with a step: the region read starts at the first index and ends at the last."""
 
@@ -136,6 +121,44 @@ class Crop(Movement):
         if step == 1 and (first, stop) == (0, hi - lo):
             return lambda x: x
         return lambda x: torch.ops.aten.slice.Tensor(x, dim, first, stop, step)
+
+
+class Pick(Movement):
+    """Indices of one dimension, in any order."""
+
+    shift_invariant = False
+    may_copy = False
+
+    def __init__(self, dim: int, places: Sequence[int]) -> None:
+        """`places`: of the whole input, one for each index of the whole output."""
+        super().__init__()
+        self.dim, self.places = dim, tuple(places)
+
+    def scratch(self, at: Extent) -> int:
+        """None: one row after the other is copied."""
+        return 0
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """`index_select` from the rows that are read."""
+        dim, (start, stop), base = self.dim, out_box[self.dim], in_boxes[0][self.dim][0]
+        index = table([n - base for n in self.places[start:stop]], np.int64)
+        return lambda x: x.index_select(dim, index.to(x.device))
+
+
+class Flip(Movement):
+    """Dimensions the other way round: a region of them is, too."""
+
+    shift_invariant = False
+    may_copy = False
+
+    def __init__(self, dims: Sequence[int]) -> None:
+        """Not negative."""
+        super().__init__()
+        self.dims = list(dims)
+
+    def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
+        """`Tensor.flip`."""
+        return lambda x: x.flip(self.dims)
 
 
 class Pad(Movement):

@@ -95,6 +95,8 @@ class Lower:
         self.orders: dict[int, bool] = {}
         """Values whose order in memory is known (it follows from that of what they are made of): whether it is usual."""
         self.writes: Names
+        self.constant: Callable[[tuple[str, Any]], Tensor | None]
+        """A constant's source -> the tensor whose numbers the plan may hold, or None: `folding.Folding.numbers`."""
         self.parts: Callable[[str, GraphModule, list[int]], Any]
         """(name, traced, inputs) -> what a graph that an operator was traced to gives, or None: `capture.lower_parts`."""
 

@@ -36,9 +36,7 @@ from ranger_nn.torch.lowering_dims import (
     emit_extremum,
     emit_pointwise,
     emit_reduce,
-    lower_gather,
     lower_grid,
-    lower_index,
     lower_loss,
     lower_one_hot,
     lower_reduction,
@@ -46,6 +44,7 @@ from ranger_nn.torch.lowering_dims import (
     lower_search,
     results_read,
 )
+from ranger_nn.torch.lowering_indices import lower_flip, lower_indices, lower_repeat, lower_rotation, lower_select
 from ranger_nn.torch.lowering_parts import taken_apart
 from ranger_nn.torch.lowering_patches import lower_fold, lower_unfold, lower_windows
 from ranger_nn.torch.lowering_random import emit_dropout, seeded
@@ -542,8 +541,11 @@ for _names, _function in (
     (SCANS, lower_scan),
     (REDUCTIONS, lower_reduction),
     (LOSSES, lower_loss),
-    (("gather", "index_select"), lower_gather),
-    (("index",), lower_index),
+    (("gather", "index_select"), lower_select),
+    (("index",), lower_indices),
+    (("flip",), lower_flip),
+    (("rot90",), lower_rotation),
+    (("repeat", "tile"), lower_repeat),
     (("one_hot",), lower_one_hot),
     (("bucketize", "isin"), lower_search),
     (("im2col",), lower_unfold),
@@ -759,19 +761,6 @@ def _expand(op: Operator) -> Any:
     links = pointwise([op.shape(x)], op.out).links
     links = (tuple(link if n > 1 else None for link, n in zip(links[0], op.shape(x), strict=True)),)
     return op.emit([x], Rule(links), M.Expand(), alias=0)
-
-
-@rule("repeat", "tile")
-def _repeat(op: Operator) -> Any:
-    x, repeats = op.arg("self"), list(op.arg("repeats", op.arg("dims")))
-    shape = op.shape(x)
-    repeats = [1] * (len(op.out) - len(repeats)) + repeats
-    shift = len(op.out) - len(shape)
-    row = tuple(Link(d + shift) if repeats[d + shift] == 1 else None for d in range(len(shape)))
-    sizes = [1] * shift + list(shape)
-    if any(r > 1 and n > 1 for r, n in zip(repeats, sizes, strict=True)):
-        return op.emit([x], Rule((row,)), M.Repeat(repeats)) if not shift else None
-    return op.emit([x], Rule((row,)), M.Expand())
 
 
 @rule("roll")

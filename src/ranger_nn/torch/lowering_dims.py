@@ -34,7 +34,6 @@ SCANS = (
         "cumsum",
         "cumprod",
         "logcumsumexp",
-        "flip",
     ),
     *("argsort", "sort", "topk", "cummax", "cummin", "glu", "linalg_cross", "renorm", "channel_shuffle"),
     *(f"fft_{kind}{rank}" for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft") for rank in ("", "2", "n")),
@@ -68,7 +67,7 @@ def lower_scan(op: Operator) -> Any:
         return None
     _, inputs = op.call()
     rank = len(op.shape(x))
-    plain = ("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "flip", "glu")
+    plain = ("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "glu")
     kernel = K.Call if op.name in plain else K.Copying
     return emit_each(op, inputs, [_except(op.shape(v), axes, rank) for v in inputs], kernel)
 
