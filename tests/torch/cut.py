@@ -30,8 +30,10 @@ def check_cut(
     small = regional(copy.deepcopy(model))
     with torch.no_grad():
         torch.testing.assert_close(small(x), model(x), rtol=1e-11, atol=1e-11 * model(x).abs().max().item())
-        plans = [small.plan_for(x), trained.plan_for(x.clone().requires_grad_())]
-    for plan in plans:
+        plans = [small.plan_for(x)]
+    plans.append(trained.plan_for(x.clone().requires_grad_()))
+    for plan, training in zip(plans, (False, True), strict=True):
+        assert plan.training == training
         assert [w for w in plan.whole if not w.startswith(tuple(whole))] == []
         assert max(row.regions for row in plan.sweeps) > 1
     return plans

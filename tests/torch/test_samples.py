@@ -28,6 +28,7 @@ OPERATORS = (
     "unfold",
     "unfold_copy",
     *("index_select", "gather", "take_along_dim", "__getitem__", "flip", "rot90", "repeat", "tile"),
+    *("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "cumulative_trapezoid"),
 )
 SCHEDULES = ("slide", "tile")
 

@@ -20,6 +20,7 @@ from typing import Any
 import keras
 from keras import tree
 
+from ranger_nn.bounds.scans import settled
 from ranger_nn.core.fuse import fuse
 from ranger_nn.core.graph import INPUT, NHWC, Graph
 from ranger_nn.errors import InputError, LayerError, RangerError
@@ -89,7 +90,7 @@ def capture(model: keras.Model, inputs: Any, training: Any = None) -> Captured:
     masks = tuple(None if get_mask(leaf) is None else int(lower.resolve(get_mask(leaf))) for leaf in leaves)
     kept = dict.fromkeys([v for v in (*outputs, *masks) if v is not None] + [v for _, v in (*updates, *lower.losses)])
     graph = Graph(model.name, tuple(lower.values), tuple(lower.nodes), (*found, *masks_given), tuple(kept))
-    graph = fuse(_pruned(graph), Fused)
+    graph = settled(fuse(_pruned(graph), Fused), carries=False)
 
     def pack(given: Sequence[Any]) -> Any:
         return tree.pack_sequence_as(structure, list(given))

@@ -14,9 +14,11 @@ from ranger_nn.aggregate.monoid import Extremum, Moments, Sum
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link
 from ranger_nn.keras.kernels import Kernel
+from ranger_nn.keras.kernels_cumulative import Cumulative
 from ranger_nn.keras.kernels_reduce import Reduce, Spread, root
+from ranger_nn.keras.lower import ITEMSIZE
 from ranger_nn.keras.operation import Call, rule
-from ranger_nn.ops import reduction
+from ranger_nn.ops import cumulative, reduction
 from ranger_nn.ops.pointwise import local_except, pointwise
 
 
@@ -216,7 +218,7 @@ def _channel_norm(call: Call) -> Any:
 # ---------------------------------------------------------------- along axes of which all is read
 
 
-ALONG = ("Argsort", "Cumprod", "Cumsum", "Nancumprod", "Nancumsum", "Roll", "Sort")
+ALONG = ("Argsort", "Nancumprod", "Nancumsum", "Roll", "Sort")
 """Operations that keep the shape; everything where they have no axis."""
 
 OVER = (
@@ -245,6 +247,18 @@ def _along(call: Call) -> Any:
         return None
     axes = _axes(call.op.axis, len(call.out))
     return call.emit(inputs, local_except([call.shape(inputs[0])], call.out, set(axes)), Kernel(function))
+
+
+@rule("Cumsum", "Cumprod")
+def _cumulative(call: Call) -> Any:
+    """All rows so far; which form of them, the axes of the network decide."""
+    function, inputs = call.function()
+    axis = None if call.op.axis is None else call.op.axis % len(call.out)
+    if not axis or call.lower.values[inputs[0]].dtype != call.dtype or not call.as_declared():
+        return _along(call)
+    wide = wide_of(call.dtype)
+    kern = Cumulative(function, call.name == "Cumprod", axis, call.out, call.dtype, wide, ITEMSIZE.get(wide, 4))
+    return call.emit(inputs, cumulative.so_far(call.out), kern)
 
 
 @rule(*OVER)

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 import ranger_nn
+from ranger_nn.bounds.scans import settled
 from ranger_nn.core.fuse import fuse
 from ranger_nn.core.graph import CONSTANT, INPUT, PARAMETER, Graph
 from ranger_nn.errors import CaptureError, InputError
@@ -260,7 +261,8 @@ def _lower_program(model: nn.Module, program: Any, lower: Lower, folding: Foldin
         lowered.kernel.given = any(v in outputs for v in lowered.outputs)
     graph = Graph(type(model).__name__, tuple(lower.values), tuple(nodes), tuple(inputs), tuple(dict.fromkeys(outputs)))
     parts = [m.code for m in program.graph_module.modules() if hasattr(m, "code")]
-    return Captured(fuse(graph, Fused), lower.sources, rebuild, outputs, text="\n".join(map(str, parts)))
+    graph = settled(fuse(graph, Fused), carries=not lower.grad)
+    return Captured(graph, lower.sources, rebuild, outputs, text="\n".join(map(str, parts)))
 
 
 def _lower_placeholders(model: nn.Module, program: Any, lower: Lower, folding: Folding) -> list[int]:

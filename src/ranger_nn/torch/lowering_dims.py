@@ -17,11 +17,12 @@ from torch import Tensor
 from ranger_nn.aggregate.monoid import Extremum, Moments, Monoid, Sum
 from ranger_nn.core.graph import Rule
 from ranger_nn.core.reach import Link
-from ranger_nn.ops import reduction
+from ranger_nn.ops import cumulative, reduction
 from ranger_nn.ops.pointwise import Row, Shape, aligned, pointwise
 from ranger_nn.torch import kernels as K
 from ranger_nn.torch import kernels_reduce as R
 from ranger_nn.torch import kernels_resample as S
+from ranger_nn.torch.kernels_cumulative import FORMS, Cumulative
 from ranger_nn.torch.operator import Operator
 
 SCANS = (
@@ -65,11 +66,26 @@ def lower_scan(op: Operator) -> Any:
     axes = _named(op, x)
     if not axes:
         return None
+    if op.name in FORMS and (found := _cumulative(op, x, axes)) is not None:
+        return found
     _, inputs = op.call()
     rank = len(op.shape(x))
     plain = ("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "glu")
     kernel = K.Call if op.name in plain else K.Copying
     return emit_each(op, inputs, [_except(op.shape(v), axes, rank) for v in inputs], kernel)
+
+
+def _cumulative(op: Operator, x: int, axes: Collection[int]) -> Any:
+    """All rows so far; which form of them, the axes of the network decide."""
+    several, function = not isinstance(op.like, Tensor), op.call()[0]
+    like = op.like[0] if several else op.like
+    if like.dtype.is_complex or like.dtype == torch.bool or (several and not results_read(op) <= {0}):
+        return None
+    x, (dim,) = op.in_type(x, like.dtype), axes
+    shape = op.shape(x)
+    kernel = Cumulative(FORMS[op.name], _pick(function, 0) if several else function, dim, shape[dim], like.dtype)
+    found = op.lower.emit(op.name, [x], like, cumulative.so_far(shape), kernel)
+    return [found, None] if several else found
 
 
 def _named(op: Operator, x: int) -> set[int]:
