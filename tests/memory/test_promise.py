@@ -62,8 +62,8 @@ def peak(work: Callable[[], Tensor]) -> int:
 
 def work_of(net: nn.Module, x: Tensor, training: bool) -> Callable[[], Tensor]:
     """A forward (its first result), and in training a backward whose output gradient exists before."""
-    with torch.no_grad():
-        weights = torch.ones_like(leaves(net(x))[0])
+    with torch.set_grad_enabled(training):  # a plan for inference may need more: oneDNN's LSTM is not used in training
+        weights = torch.ones_like(leaves(net(x))[0].detach())
 
     def work() -> Tensor:
         with torch.set_grad_enabled(training):

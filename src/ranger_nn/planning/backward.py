@@ -35,6 +35,10 @@ from ranger_nn.planning.stages import REDUCE, REGIONAL
 NOTHING = Read(())
 
 
+class NotKept(Exception):
+    """Backward reads a value that forward was not told to keep."""
+
+
 class BackwardLowering:
     """State of lowering backward: where gradients are. `forward` tells where kept values are."""
 
@@ -143,7 +147,7 @@ class BackwardLowering:
         return self.f.read(v, box, windows) if v in (windows or {}) or v in self.f.places else self._absent(v)
 
     def _absent(self, v: int) -> Read:
-        raise AssertionError(f"value {v} is read by backward but was not kept")
+        raise NotKept(f"value {v} is read by backward but was not kept")
 
     # ---- gradients of whole values ------------------------------------------------------------------------
 

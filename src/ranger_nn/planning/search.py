@@ -17,9 +17,8 @@ same that runs. The first schedule that fits wins; while none does, these are tr
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -32,12 +31,13 @@ from ranger_nn.core.program import Program
 from ranger_nn.errors import BudgetError, InputError
 from ranger_nn.ops.recurrence import chunked, halved, unchunked
 from ranger_nn.planning.along import input_size, slide_first
-from ranger_nn.planning.backward import BackwardLowering
+from ranger_nn.planning.backward import BackwardLowering, NotKept
 from ranger_nn.planning.budget import format_bytes
 from ranger_nn.planning.count import BackwardCount, ForwardCount, Memo
 from ranger_nn.planning.forward import ForwardLowering, Schedule
 from ranger_nn.planning.pace import FOREVER
 from ranger_nn.planning.report import Plan, describe, in_one
+from ranger_nn.planning.resting import resting
 from ranger_nn.planning.stages import REGIONAL, Stages, stage
 from ranger_nn.planning.weights import sink
 
@@ -58,6 +58,8 @@ COARSE_STEPS = 16
 """Steps on which structural moves are compared: what is held weighs the same on few steps as on many."""
 MOST_TILES = 32
 """Along one axis: more of them compute more than half of a usual network twice."""
+FEW_TILES = 3
+"""Along one axis: one at each border and one within, which between them nearly always read all that any tile reads."""
 SCHEDULES = ("tile", "slide")
 
 
@@ -152,13 +154,19 @@ def lower(
     bounds = Bounds(halved(graph, schedule.halvings), tuple(cut), circle)
     stages = stage(bounds, schedule.cuts, schedule.slides)
     sink(bounds.graph, stages)
-    used = read_by_backward(bounds, stages, slim, memo) if training else frozenset[int]()
-    state = _lowering(bounds, stages, slim, used, True, memo)
-    forward = state.lower()
     if not training:
+        state = _lowering(bounds, stages, slim, (), True, memo)
+        forward = state.lower()
         return Candidate(schedule, bounds, forward, None, state, forward.peak, forward.macs, state.builder.charged)
-    back = BackwardCount(state) if isinstance(state, ForwardCount) else BackwardLowering(state)
-    backward = back.lower()
+    for most in (FEW_TILES, FOREVER):
+        used = read_by_backward(bounds, stages, slim, memo, most)
+        state = _lowering(bounds, stages, slim, used, True, memo)
+        forward = state.lower()
+        back = BackwardCount(state) if isinstance(state, ForwardCount) else BackwardLowering(state)
+        with suppress(NotKept):
+            backward = back.lower()
+        if back.used <= used:
+            break
     size = state.builder.charged + back.builder.charged
     peak, macs = max(forward.peak, backward.peak), forward.macs + backward.macs
     return Candidate(schedule, bounds, forward, backward, state, peak, macs, size)
@@ -172,9 +180,14 @@ def _lowering(
     return ForwardCount(bounds, stages, schedule, keep, streaming, memo)
 
 
-def read_by_backward(bounds: Bounds, stages: Stages, schedule: Schedule, memo: Memo | None) -> frozenset[int]:
-    """Values of the forward program that backward reads: the same for any number of steps, so found with one."""
-    one = replace(schedule, steps=min(1, schedule.steps))
+def read_by_backward(
+    bounds: Bounds, stages: Stages, schedule: Schedule, memo: Memo | None, most: int
+) -> frozenset[int]:
+    """Values of the forward program that backward reads: the same for any number of steps, so found with one.
+
+    `most`: tiles along an axis; with few of them a value may be missing which some tile between them reads.
+    """
+    one = replace(schedule, steps=min(1, schedule.steps), tiles=tuple(min(n, most) for n in schedule.tiles))
     known = memo if memo is not None else Memo()
     if one not in known.used:
         everything = {v for n in bounds.graph.nodes for v in n.outputs}
@@ -493,21 +506,8 @@ class Search:
 def search(
     graph: Graph, axes: Sequence[Axis], options: Options, training: bool, counted: Counted | None = None
 ) -> Candidate:
-    """The first schedule within the budget, or the best found: counted, not written. The garbage collector rests meanwhile."""
-    with _resting():
-        return Search(graph, axes, options, training, counted or Counted()).run()
-
-
-@contextmanager
-def _resting() -> Iterator[None]:
-    """Without the garbage collector: what a search makes is kept, and looked through again and again in vain."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
+    """The first schedule within the budget, or the best found: counted, not written."""
+    return Search(graph, axes, options, training, counted or Counted()).run()
 
 
 class Untouched(Protocol):
@@ -520,6 +520,7 @@ class Untouched(Protocol):
         """The same as closely as can be, down to `enough`; None where it certainly is more than `most`, too."""
 
 
+@resting()
 def make_plan(graph: Graph, options: Options, training: bool, untouched: Untouched | None = None) -> Planned:
     """Plan and programs for a graph; raises BudgetError where nothing fits.
 
@@ -550,8 +551,7 @@ def make_plan(graph: Graph, options: Options, training: bool, untouched: Untouch
             least, found = counted, whole
         raise _too_small(graph, options.allowed, min(with_margin(whole.peak), counted or FOREVER), least, found)
     if best is cut and options.allowed is not None:
-        with _resting():
-            best = cut = lower(graph, axes, best.schedule, training)
+        best = cut = lower(graph, axes, best.schedule, training)
     follow = partial(
         check, best.bounds.graph, best.forward, best.backward, _periods(best.bounds), options.disk and best is cut
     )
@@ -572,8 +572,7 @@ def _chosen(graph: Graph, axes: Sequence[Axis], options: Options, training: bool
     """What a search finds, counted; where no budget is stated the first schedule, written at once."""
     if options.allowed is not None:
         return search(graph, axes, options, training, known)
-    with _resting():
-        return lower(graph, axes, starting(graph, axes, options)[0], training)
+    return lower(graph, axes, starting(graph, axes, options)[0], training)
 
 
 def _periods(bounds: Bounds) -> dict[int, tuple[int, int]]:

@@ -19,6 +19,7 @@ from ranger_nn.errors import InputError
 from ranger_nn.execute.machine import bind
 from ranger_nn.planning.budget import parse_memory
 from ranger_nn.planning.report import Plan
+from ranger_nn.planning.resting import resting
 from ranger_nn.planning.search import Options, make_plan
 from ranger_nn.torch.capture import capture
 from ranger_nn.torch.engine import TorchEngine
@@ -227,6 +228,7 @@ class Regional(nn.Module):
             key, lambda: self._make(leaves, spec, grad, device), lambda r: r.current and r.captured.holds(self.module)
         )
 
+    @resting()
     def _make(self, leaves: list[Any], spec: Any, grad: bool, device: torch.device) -> Ready:
         if grad:
             check_gradient_hooks(self.module)
