@@ -5,6 +5,7 @@ RANGER_EXAMPLES=200 draws that many new random cases for the property tests of e
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -15,6 +16,12 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True, database=None)
 if "RANGER_EXAMPLES" not in os.environ:
     settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """What frameworks and tests are made of stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup() -> None:

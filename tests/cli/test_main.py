@@ -184,7 +184,7 @@ def test_signals_leave_no_file(tmp_path, number, status):
         "--memory",
         "1GB",
         "--regions",
-        "16x16",
+        "64x64",
         "--schedule",
         "tile",
         "--threads",

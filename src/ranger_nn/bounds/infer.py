@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -10,7 +11,10 @@ from ranger_nn.bounds import arrays
 from ranger_nn.bounds.arrays import Rows
 from ranger_nn.bounds.axes import Axis
 from ranger_nn.core.graph import Graph, Node
-from ranger_nn.core.reach import Box, Interval
+from ranger_nn.core.reach import Box, Interval, Link
+
+Side = tuple[Interval, "int | None", "Link | None", bool]
+"""All of a dimension of an input; the output's dimension that decides of it; by which link; whether it goes round."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +79,40 @@ class Bounds:
         A dimension of length one lies on no axis (`find_axes`), yet what it is linked to may be cut: a class token
         is read by the region that holds its row, and by no other.
         """
-        value, result = node.inputs[position], node.outputs[0]
-        shape, box = self.graph.values[value].shape, []
-        places = {axis.dims.get(value): a for a, axis in enumerate(self.axes)}
-        cut = {axis.dims.get(result) for axis in self.axes}
-        for d, (size, link) in enumerate(zip(shape, node.rule.links[position], strict=True)):
-            if d in places:
-                o = self.dim(result, places[d])
-                box.append(self.needs(node, position, places[d], *(out[o] if o is not None else (0, 1))))
-            elif link is not None and link.out_dim in cut:
-                box.append(link.needs(*out[link.out_dim], size))
+        place = (node.outputs[0], position)
+        sides = self._sides.get(place)
+        if sides is None:
+            sides = self._sides[place] = [self._side(node, position, d) for d in range(len(node.rule.links[position]))]
+        box = []
+        for whole, made, link, circle in sides:
+            if made is None:
+                box.append(whole)
+                continue
+            start, stop = out[made]
+            if stop <= start:
+                box.append((0, 0))
+            elif link is None:
+                box.append(whole)
             else:
-                box.append((0, size))
+                box.append(link.reach.needs(start, stop) if circle else link.needs(start, stop, whole[1]))
         return tuple(box)
+
+    @cached_property
+    def _sides(self) -> dict[tuple[int, int], list[Side]]:
+        """What is known of the inputs of nodes, by (first output, position)."""
+        return {}
+
+    def _side(self, node: Node, position: int, d: int) -> Side:
+        """Dimension `d` of an input: all of it; which dimension of the output decides of it, by which link."""
+        value, result = node.inputs[position], node.outputs[0]
+        size, link = self.graph.values[value].shape[d], node.rule.links[position][d]
+        axis = next((a for a, axis in enumerate(self.axes) if axis.dims.get(value) == d), None)
+        if axis is not None:
+            out = self.dim(result, axis)
+            linked = link is not None and link.out_dim == out
+            return (0, size), out, link if linked else None, axis == self.circle
+        cut = {a.dims[result] for a in self.axes if result in a.dims}
+        return ((0, size), link.out_dim, link, False) if link is not None and link.out_dim in cut else ((0, size), None, None, False)
 
     def follow(self, node: Node, position: int, axis: int, row: Rows, end: bool) -> Rows:
         """First rows of input `position` that output rows from `row` on read; with `end`, the row after the last

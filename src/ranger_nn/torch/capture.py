@@ -47,8 +47,8 @@ from ranger_nn.torch.inputs import misfit
 from ranger_nn.torch.kernels import Fused, Opaque
 from ranger_nn.torch.lower import Lower, Ref, Static, closure
 from ranger_nn.torch.lowering import lower_operator
-from ranger_nn.torch.recurrent_ops import whole_recurrences
-from ranger_nn.torch.tracing import Looking, same_input
+from ranger_nn.torch.recurrent_ops import WholeRecurrences
+from ranger_nn.torch.tracing import Aside, Looking, same_input
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 NOT_THE_USERS = tuple(os.path.dirname(str(module.__file__)) + os.sep for module in (torch, ranger_nn))
@@ -100,9 +100,9 @@ def export(
         with as_called(twin), same_input(twin, args, kwargs):
             return torch.export.export(twin, args, kwargs, strict=False)
 
-    recurrences = whole_recurrences()  # it runs some, outside of all modes
+    looking, recurrences = Looking(model, grad), WholeRecurrences()  # which runs some, outside of all modes
     try:
-        with warnings.catch_warnings(), Looking(model, grad), recurrences, folding:
+        with warnings.catch_warnings(), looking.on(), Aside(looking, recurrences, folding):
             warnings.simplefilter("ignore")
             return exported(model, traced, folding.very)
     except CaptureError:

@@ -51,10 +51,9 @@ class Convolving(Kernel):
     """Whether the weights are in their usual order, not channels-last."""
 
     def _cast(self, at: Extent) -> tuple[int, int]:
-        """Bytes of input and weights in autocast's type; 0 where they are of it."""
-        if self.itemsize == self.computes.itemsize:
-            return 0, 0
-        x, *others = (n * self.computes.itemsize // self.itemsize for n in at.in_bytes)
+        """Bytes of input and weights in autocast's type; 0 of those that are of it: an input often is, weights rarely."""
+        wide = self.computes.itemsize
+        x, *others = (0 if own == wide else n * wide // own for n, own in zip(at.in_bytes, self.itemsizes, strict=True))
         return x, sum(others)
 
     def _copied(self, at: Extent) -> int:
@@ -100,7 +99,7 @@ class Convolving(Kernel):
 
     def _directly(self, called: Convolved) -> bool:
         """Whether oneDNN is called in PyTorch's place."""
-        return self.on_cpu and self.itemsize == self.computes.itemsize and called.direct
+        return self.on_cpu and set(self.itemsizes) == {self.computes.itemsize} and called.direct
 
     @staticmethod
     def _weight_gradient(found: Tensor | None) -> Tensor | None:

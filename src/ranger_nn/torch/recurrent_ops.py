@@ -1,7 +1,7 @@
 """Recurrent calls while a model is exported: one operator each, whose shapes are known without running its steps.
 
 `torch.export` runs an operator on fake tensors to learn the shapes of its results; PyTorch's LSTM, GRU and RNN are
-loops over time there, which takes minutes for long series. `whole_recurrences` puts operators of the same name and
+loops over time there, which takes minutes for long series. `WholeRecurrences` puts operators of the same name and
 arguments in their place, for as long as it is entered. Nothing but an export ever calls them.
 """
 
@@ -51,8 +51,8 @@ for _name in NAMES:
     torch.library.register_fake(f"ranger_nn::{_name}", _shapes(_name), lib=_LIBRARY)
 
 
-class whole_recurrences(TorchFunctionMode):  # noqa: N801 (used as a function)
-    """Context: `torch.lstm` and the like become `ranger_nn::lstm`, in the dtypes that they would give.
+class WholeRecurrences(TorchFunctionMode):
+    """Makes of `torch.lstm` and the like `ranger_nn::lstm`, in the dtypes that they would give.
 
     `dtype` is that of the output and the hidden state, `cell` that of an LSTM's second state: under autocast they differ
     where the output is projected.
