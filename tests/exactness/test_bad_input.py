@@ -55,7 +55,7 @@ def test_unknown_unit(memory: str) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_budget_too_small(training: bool) -> None:
     """The error names the least that fits and the operator that binds, and that least does fit."""
-    (x,) = random_inputs(((1, 3, 131, 97),))
+    (x,) = random_inputs(((1, 3, 67, 49),))
     with pytest.raises(BudgetError) as caught:
         ranger_nn.plan(unet(), x, memory=1000, training=training)
     error = caught.value

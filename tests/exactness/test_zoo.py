@@ -1,4 +1,4 @@
-"""Every network of the zoo, tile and slide: the untouched numbers and gradients."""
+"""Every network of the zoo, tile or slide (both with the slow tests): the untouched numbers and gradients."""
 
 from __future__ import annotations
 
@@ -27,6 +27,20 @@ def entries(names: tuple[str, ...] = (), slow: tuple[str, ...] = ()) -> list[obj
     ]
 
 
+def both_ways() -> list[object]:
+    """The zoo by tiles and by a slide, in turns; the other way of each is marked slow."""
+    return [
+        pytest.param(
+            entry,
+            schedule,
+            id=f"{entry.name}-{schedule}",
+            marks=[pytest.mark.slow] if entry.heavy or schedule != SCHEDULES[n % 2] else [],
+        )
+        for n, entry in enumerate(ZOO)
+        for schedule in SCHEDULES
+    ]
+
+
 @lru_cache(maxsize=1)
 def reference(entry: Entry) -> Gradients:
     """The untouched network's numbers, computed once for all cases of an entry."""
@@ -42,8 +56,7 @@ def entry(request: pytest.FixtureRequest) -> Entry:
     return chosen
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("entry", entries(), indirect=True, scope="module")
+@pytest.mark.parametrize(("entry", "schedule"), both_ways(), indirect=["entry"], scope="module")
 def test_regions_that_do_not_divide(entry: Entry, schedule: str) -> None:
     """Regions of a fixed odd size: forward, gradients of inputs and of all parameters."""
     small = ranger_nn.regionalize(entry.make(), regions=entry.regions, schedule=schedule)
@@ -72,13 +85,12 @@ def test_inside_a_budget(entry: Entry) -> None:
     check(run(small, inputs, entry.pick), reference(entry))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("entry", entries(SINGLE), indirect=True)
-def test_single_precision(entry: Entry, schedule: str) -> None:
+def test_single_precision(entry: Entry) -> None:
     """The same in float32, to its own rounding."""
 
     def regional(model: torch.nn.Module) -> torch.nn.Module:
-        return ranger_nn.regionalize(model, regions=entry.regions, schedule=schedule)
+        return ranger_nn.regionalize(model, regions=entry.regions)
 
     model, inputs = entry.make(torch.float32), entry.inputs(torch.float32)
     compare(model, regional, inputs, entry.pick, FLOAT32_FORWARD, FLOAT32_GRADIENT)

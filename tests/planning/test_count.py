@@ -24,13 +24,13 @@ def said(found: Candidate) -> tuple[object, ...]:
     return found.peak, found.macs, found.profile, found.worst.binding, values
 
 
-def schedules(axes: int, r: random.Random) -> list[Schedule]:
-    """Two of: slides of one step and of many, with and without columns, and tiles."""
+def schedules(axes: int, r: random.Random, count: int) -> list[Schedule]:
+    """Some of: slides of one step and of many, with and without columns, and tiles."""
     ones, two = [1] * axes, [1, r.randint(2, 3), *[1] * axes][:axes]
     steps = [1, r.randint(2, 5), r.randint(6, 40)]
     found = [Schedule(n, tuple(ones), grain=bool(n % 2)) for n in steps]
     found += [Schedule(steps[1], tuple(two)), Schedule(0, tuple(r.randint(1, 4) for _ in ones))]
-    return r.sample(found, 2)
+    return r.sample(found, count)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -43,7 +43,7 @@ def test_counted_as_written(entry: Entry, training: bool) -> None:
     inputs = tuple(torch.zeros(shape) for shape in entry.shapes)
     graph = capture(model, inputs, grad=training).graph
     axes, memo = find_axes(graph), Memo()
-    for schedule in schedules(len(axes), r) if axes else [Schedule(0, ())]:
+    for schedule in schedules(len(axes), r, 2 if training else 1) if axes else [Schedule(0, ())]:
         written = lower(graph, axes, schedule, training)
         for _ in range(2):
             assert said(lower(graph, axes, schedule, training, memo)) == said(written), schedule
