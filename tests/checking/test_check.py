@@ -54,6 +54,17 @@ def test_a_plan_is_right(form: str, training: bool) -> None:
     assert did.instructions > 50
 
 
+@pytest.mark.parametrize("form", [None, *FORMS])
+@pytest.mark.parametrize("size", [33, 34, 35, 36])
+def test_rows_behind_the_last_window_have_no_gradient(size: int, form: str | None) -> None:
+    """Windows that step over rows: the last ones may be read by none, also where there is one region only."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, stride=4), nn.MaxPool2d(2, 3))
+    x = torch.empty(1, 3, size, 37 - size % 3, requires_grad=True)
+    regions, schedule = FORMS[form] if form else (None, None)
+    found = make_plan(capture(model, (x,), grad=True).graph, Options.checked(None, regions, schedule), True)
+    assert check(found.graph, found.forward, found.backward).results == 1 + 3
+
+
 Damage = Callable[[Program, random.Random], bool]
 """Damages a program; False where there is nothing of the kind in it."""
 

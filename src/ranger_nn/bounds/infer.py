@@ -111,8 +111,9 @@ class Bounds:
             out = self.dim(result, axis)
             linked = link is not None and link.out_dim == out
             return (0, size), out, link if linked else None, axis == self.circle
-        cut = {a.dims[result] for a in self.axes if result in a.dims}
-        return ((0, size), link.out_dim, link, False) if link is not None and link.out_dim in cut else ((0, size), None, None, False)
+        if link is not None and link.out_dim in {a.dims[result] for a in self.axes if result in a.dims}:
+            return (0, size), link.out_dim, link, False
+        return (0, size), None, None, False
 
     def follow(self, node: Node, position: int, axis: int, row: Rows, end: bool) -> Rows:
         """First rows of input `position` that output rows from `row` on read; with `end`, the row after the last

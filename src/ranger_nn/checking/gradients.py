@@ -128,11 +128,10 @@ def _cut(graph: Graph, programs: Sequence[Program]) -> set[tuple[int, int]]:
     values, found = graph.values, set()
     for value in values:
         found |= {(value.index, d) for d, n in enumerate(value.shape) if n == 0}
+    full = [tuple((0, n) for n in value.shape) for value in values]
     for v, box in _regions(graph, programs):
-        shape = values[v].shape
-        for d, (lo, hi) in enumerate(box):
-            if hi - lo != shape[d] or lo:
-                found.add((v, d))
+        if box != full[v]:
+            found |= {(v, d) for d, (side, whole) in enumerate(zip(box, full[v], strict=True)) if side != whole}
     return found
 
 
@@ -140,7 +139,10 @@ def _regions(graph: Graph, programs: Sequence[Program]) -> Iterator[tuple[int, B
     for program in programs:
         for i in program.instructions:
             if i.op in (P.RUN, P.VJP):
-                yield graph.nodes[i.node].outputs[0], i.out_box
+                node = graph.nodes[i.node]
+                yield node.outputs[0], i.out_box
+                for v, read in zip(node.inputs, i.reads):  # rows behind the last window are no part of it
+                    yield v, read.box
             elif i.op in (P.LIFT, P.REDUCE_VJP):
                 yield graph.nodes[i.node].inputs[0], i.reads[0].box
             elif i.op in (P.ALLOC, P.ZEROS):

@@ -32,6 +32,7 @@ from ranger_nn.errors import CaptureError, InputError
 from ranger_nn.ops.pointwise import opaque
 from ranger_nn.torch.aliases import block_of, find_aliases, is_block, op_name, running, written
 from ranger_nn.torch.alone import alone
+from ranger_nn.torch.environment import unchanged, watched
 from ranger_nn.torch.fast_paths import as_called
 from ranger_nn.torch.folding import Folding
 from ranger_nn.torch.frozen import exported
@@ -65,14 +66,17 @@ class Captured:
     output_values: list[int | Any]
     folded: list[tuple[tuple[str, Any], Tensor]] = field(default_factory=list)
     """Sources of constants of which numbers were taken, and the values that they had then."""
+    environment: dict[str, str | None] = field(default_factory=dict)
+    """Variables of the environment that forward read."""
     strides: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Of each output, as the untouched network gives it."""
     text: str = ""
     """The exported program as text: operators with all their arguments."""
 
     def holds(self, model: nn.Module) -> bool:
-        """Whether the constants of which numbers were taken still have these values."""
-        return all(_equal(read_source(model, source), value) for source, value in self.folded)
+        """Whether the constants of which numbers were taken still have these values, and variables of the environment."""
+        same = all(_equal(read_source(model, source), value) for source, value in self.folded)
+        return same and unchanged(self.environment)
 
 
 def read_source(model: nn.Module, source: tuple[str, Any]) -> Tensor:
@@ -188,10 +192,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | No
     kwargs = kwargs or {}
     with alone():
         folding = Folding(model)
-        program = export(model, args, kwargs, folding, grad)
+        with watched() as environment:
+            program = export(model, args, kwargs, folding, grad)
         _refuse_data_dependent(model, program.graph_module)
         captured = _lower_program(model, program, Lower(grad), folding)
-    return replace(captured, strides=_output_strides(program, captured), folded=list(folding.folded.values()))
+    found = list(folding.folded.values())
+    return replace(captured, strides=_output_strides(program, captured), folded=found, environment=environment)
 
 
 def _output_strides(program: Any, captured: Captured) -> dict[int, tuple[int, ...]]:

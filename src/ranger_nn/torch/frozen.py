@@ -1,6 +1,6 @@
 """What capture would freeze and no plan can follow: attributes that forward writes for its next call, and Python's dice.
 
-A module that counts its calls, or keeps the last output, gives another result each time; a plan would give the first one
+A module that counts its calls, takes the next of an iterator, or keeps the last output, gives another result each time; a plan would give the first one
 for ever. Notes and caches (sizes seen, positions computed once) are written too and change nothing: a second capture, of
 the state that the first one left, tells which it is. Enter at `exported`.
 """
@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 
 from ranger_nn.errors import CaptureError
-from ranger_nn.torch.identity import token
+from ranger_nn.torch.identity import is_iterator, position, token
 from ranger_nn.torch.twin import Twin, inside, plain
 
 _OF_MODULES = frozenset(nn.Module().__dict__)
@@ -77,6 +77,8 @@ def _now(x: Any, depth: int = 0) -> Any:
         return set(map(token, x))
     if isinstance(x, types.CellType):
         return _now(inside(x), depth + 1)
+    if is_iterator(x):
+        return position(x)
     if plain(x) and not isinstance(x, nn.Module):
         return _now(x.__dict__, depth + 1)
     return token(x)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import contextvars
 import ctypes
 import enum
@@ -23,6 +24,7 @@ import struct
 import sys
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Container, Iterator
 from multiprocessing.sharedctypes import SynchronizedBase
@@ -252,6 +254,11 @@ class Walk:
             self._constant(x)
         elif isinstance(x, np.generic):
             self._values.append((kind, x.tobytes()))
+        elif is_iterator(x):
+            self._values.append(_Same(x))
+            self._alive.append(x)
+            held = _reference(x)
+            self._probe(lambda: position(held()))
         else:
             visit = self._visit(x, kind)
             if visit is None:
@@ -565,6 +572,29 @@ def _top(cls: Any) -> str:
 
 def _library(module: Any) -> bool:
     return str(module).partition(".")[0] in _LIBRARY
+
+
+def is_iterator(x: Any) -> bool:
+    """Whether `x` is one of Python's own iterators, such as of a list, a generator or a counter."""
+    return isinstance(x, Iterator) and type(x).__module__ in ("builtins", "itertools")
+
+
+def position(x: Any, depth: int = 4) -> Any:
+    """How far an iterator, or those that it takes from, have come; of anything else what it is.
+
+    `depth`: of iterators over iterators.
+    """
+    if type(x) is tuple:
+        return tuple(position(part, depth) for part in x)
+    if not is_iterator(x) or not depth:
+        return token(x) if type(x) in _SCALARS else id(x)
+    if isinstance(x, types.GeneratorType):
+        frame = x.gi_frame
+        return None if frame is None else (frame.f_lasti, position(tuple(frame.f_locals.values()), depth - 1))
+    with warnings.catch_warnings(), contextlib.suppress(TypeError):
+        warnings.simplefilter("ignore")  # later Pythons no longer pickle iterators
+        return position(x.__reduce__(), depth - 1)
+    return operator.length_hint(x, -1), repr(x)
 
 
 def _reference(x: Any) -> Callable[[], Any]:

@@ -11,12 +11,15 @@ import collections
 import copy
 import enum
 import functools
+import sys
 import types
 from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from ranger_nn.errors import CaptureError
 
 LARGEST = 4096
 """Containers of more items are data (vocabularies, samples), no place for modules: shared, not copied."""
@@ -129,6 +132,8 @@ class Twin:
                 made.__dict__[name] = self._parameters(value)
             else:
                 made.__dict__[name] = value if name in shared else self._of(value)
+        if type(made.__dict__.get("_buffers")) is dict:
+            made.__dict__["_buffers"] = Buffers(made.__dict__["_buffers"])
         return made
 
     def _parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +209,19 @@ class Twin:
         self._keep(x, made)
         made.__dict__.update({name: self._of(value) for name, value in list(x.__dict__.items())})
         return made
+
+
+class Buffers(dict[str, Any]):
+    """Buffers of a module of a twin: `torch.export` sees `module.name = value`, and nothing of what is put here directly."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Refuses code that is not PyTorch's."""
+        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "torch":
+            raise CaptureError(
+                f"forward puts a tensor into _buffers[{name!r}], which no graph of operators shows: assign it to the module "
+                f"(self.{name} = value), or write in place (self.{name}.copy_(value))."
+            )
+        super().__setitem__(name, value)
 
 
 def inside(cell: types.CellType, empty: Any = None) -> Any:

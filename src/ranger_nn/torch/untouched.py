@@ -93,7 +93,8 @@ class Untouched:
         used = self._used
         if used is None:
             return None
-        if used.narrow or torch.is_autocast_enabled("cpu"):  # counted alone, calls in 16 bits took less than in the network
+        # Counted alone, calls in 16 bits took less than in the network.
+        if used.narrow or torch.is_autocast_enabled("cpu"):
             return used.peak() + used.peak() // SHARE + BESIDE
         return used.counted(enough, most)
 
