@@ -13,9 +13,12 @@ from tests.support import FLOAT32_FORWARD, FLOAT32_GRADIENT, Entry, Gradients, c
 from tests.zoo import ZOO
 
 SCHEDULES = ("tile", "slide")
-PLANNED_LONG = ("swin_tiny", "efficientnet_b0", "segformer", "unet2d", "vnet", "wavenet", "mobilenetv2")
-"""Networks for which a search inside a budget takes ten seconds and more."""
 SINGLE = ("basicunet_batch", "segresnet_padded", "mobilenetv2", "convnextv2", "unet_3d", "tcn", "tagger")
+"""One of each kind."""
+HEAVIER = ("mobilenetv2", "unet_3d")
+"""Of these with the slow tests, where several schedules or precisions of a network are tried."""
+BUDGETED = ("basicunet", "segresnet_padded", "convnextv2", "highresnet_3d", "tcn", "tagger")
+"""Searched inside a budget with the quick tests; `tests/memory` does so with others, `tests/golden` with all."""
 
 
 def entries(names: tuple[str, ...] = (), slow: tuple[str, ...] = ()) -> list[object]:
@@ -63,7 +66,7 @@ def test_regions_that_do_not_divide(entry: Entry, schedule: str) -> None:
     check(run(small, entry.inputs(), entry.pick), reference(entry))
 
 
-@pytest.mark.parametrize("entry", entries(SINGLE), indirect=True)
+@pytest.mark.parametrize("entry", entries(SINGLE, slow=HEAVIER), indirect=True)
 def test_along_the_last_axis(entry: Entry) -> None:
     """A slide along columns (in a series along time), by regions that have all of the other axes."""
     *others, last = entry.regions
@@ -71,7 +74,7 @@ def test_along_the_last_axis(entry: Entry) -> None:
     check(run(small, entry.inputs(), entry.pick), reference(entry))
 
 
-@pytest.mark.parametrize("entry", entries(slow=PLANNED_LONG), indirect=True)
+@pytest.mark.parametrize("entry", entries(slow=tuple(e.name for e in ZOO if e.name not in BUDGETED)), indirect=True)
 def test_inside_a_budget(entry: Entry) -> None:
     """Regions and schedules of the planner's choice, at six tenths of what the fastest plan needs."""
     model, inputs = entry.make(), entry.inputs()
@@ -85,7 +88,7 @@ def test_inside_a_budget(entry: Entry) -> None:
     check(run(small, inputs, entry.pick), reference(entry))
 
 
-@pytest.mark.parametrize("entry", entries(SINGLE), indirect=True)
+@pytest.mark.parametrize("entry", entries(SINGLE, slow=HEAVIER), indirect=True)
 def test_single_precision(entry: Entry) -> None:
     """The same in float32, to its own rounding."""
 

@@ -55,9 +55,13 @@ def _any_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+SEARCHED_LONG = ("densenet121", "unet2d", "segformer", "vnet", "vnet_3d")
+"""Networks for which searches inside budgets take tens of seconds: with the slow tests."""
+
+
 @pytest.mark.parametrize(
     "entry",
-    [pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.name in ("densenet121", "unet2d") else []) for e in ZOO],
+    [pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.name in SEARCHED_LONG else []) for e in ZOO],
 )
 def test_plan(entry: Entry) -> None:
     """The text of the plan is what it was."""
