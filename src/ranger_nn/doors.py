@@ -49,7 +49,7 @@ def plan(
     schedule: str | None = None,
     training: bool = False,
 ) -> Any:
-    """The `Plan` for `model` on `x` (arrays, or a shape); nothing is run.
+    """The `Plan` for `model` on `x` (arrays, or a shape); the model is not run.
 
     Raises:
         InputError: the model is of neither framework.
