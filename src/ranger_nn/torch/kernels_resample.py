@@ -29,6 +29,11 @@ PERIOD = 8
 PLANE = 128 * 128
 """Places of an output below which the framework resizes images channels-last, whatever order they are in."""
 
+TAPS = {"nearest": 1, "nearest-exact": 1, "linear": 2, "cubic": 4}
+"""Inputs that each output index reads along a dimension."""
+INDEX = 8
+"""Bytes of an index."""
+
 MODES = {
     "nearest": ("nearest", "nearest", "nearest"),
     "nearest-exact": ("nearest-exact", "nearest-exact", "nearest-exact"),
@@ -144,8 +149,20 @@ class Resample(Kernel):
         return size if cropped else 0
 
     def scratch(self, at: Extent) -> int:
-        """The result before it is cropped, or taps of a gather; a copy of what is not in order."""
-        return (self._uncropped(at) if self.native else self._gathered(at)) + self._copied(at)
+        """The result before it is cropped, or taps of a gather; a copy of what is not in order; tables of taps."""
+        return (self._uncropped(at) if self.native else self._gathered(at)) + self._copied(at) + self._tables(at)
+
+    def _tables(self, at: Extent) -> int:
+        """Bytes of index and weight of each tap, which the framework writes down for every output index of a dimension.
+
+        Of images next to nothing, of a long series of few channels more than the series.
+        """
+        box, lead = at.reads[0].box, len(at.out_box) - len(self.axes)
+        places = 0
+        for i, axis in enumerate(self.axes):
+            (a, b), (lo, hi) = at.out_box[lead + i], box[lead + i]
+            places += max(b - a, (hi - lo) * (axis.exact_factor or 0))
+        return places * TAPS[self.mode] * (INDEX + self.itemsize)
 
     def _copied(self, at: Extent) -> int:
         """Bytes of the input made contiguous, and of small planes that the framework resizes channels-last and copies back."""
@@ -175,8 +192,8 @@ class Resample(Kernel):
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again and the gradient before the crop."""
         if self.native:
-            return at.out_bytes + self._uncropped(at) + self._copied(at)
-        return (8 * at.out_bytes + 2 * at.in_bytes[0]) * self._wide + at.out_bytes + self._gathered(at) // 4
+            return at.out_bytes + self._uncropped(at) + self._copied(at) + self._tables(at)
+        return self._tables(at) + (8 * at.out_bytes + 2 * at.in_bytes[0]) * self._wide + at.out_bytes + self._gathered(at) // 4
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Native on a crop, or a gather along each cut dimension after the native call on the others."""
