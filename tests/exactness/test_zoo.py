@@ -15,6 +15,8 @@ from tests.zoo import ZOO
 SCHEDULES = ("tile", "slide")
 SINGLE = ("basicunet_batch", "segresnet_padded", "mobilenetv2", "convnextv2", "unet_3d", "tcn", "tagger")
 """One of each kind."""
+LARGEST = ("efficientnet_b0", "swin_tiny")
+"""By the number of their operators."""
 HEAVIER = ("mobilenetv2", "unet_3d")
 """Of these with the slow tests, where several schedules or precisions of a network are tried."""
 BUDGETED = ("basicunet", "segresnet_padded", "convnextv2", "highresnet_3d", "tcn", "tagger")
@@ -31,13 +33,13 @@ def entries(names: tuple[str, ...] = (), slow: tuple[str, ...] = ()) -> list[obj
 
 
 def both_ways() -> list[object]:
-    """The zoo by tiles and by a slide, in turns; the other way of each is marked slow."""
+    """The zoo by tiles and by a slide, in turns; the other way of each is marked slow, both of the largest."""
     return [
         pytest.param(
             entry,
             schedule,
             id=f"{entry.name}-{schedule}",
-            marks=[pytest.mark.slow] if entry.heavy or schedule != SCHEDULES[n % 2] else [],
+            marks=[pytest.mark.slow] if entry.name in LARGEST or entry.heavy or schedule != SCHEDULES[n % 2] else [],
         )
         for n, entry in enumerate(ZOO)
         for schedule in SCHEDULES
