@@ -365,7 +365,7 @@ class _Check:
     def _give(self, slot: int, k: int, p: int, grads: Sequence[Numbers | None], box: Box, out: Box) -> None:
         v = self.graph.nodes[k].inputs[p]
         numbers = self.gradients.given_back(k, p, grads, box, out)
-        self.slots.hold(slot, Held(GRADIENT, v, numbers=numbers.copy()), self.slots.nbytes(v, box))
+        self.slots.hold(slot, Held(GRADIENT, v, numbers=numbers), self.slots.nbytes(v, box))
 
     def _pull_reduction(self, i: Instruction) -> None:
         node = self.graph.nodes[i.node]

@@ -8,6 +8,7 @@ known in each of them, it adds up to the same if nothing is lost and nothing cou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,13 +17,30 @@ from ranger_nn.checking.numbers import Bits, Numbers, named, rows
 from ranger_nn.core import program as P
 from ranger_nn.core.graph import Graph, Node
 from ranger_nn.core.program import Program
-from ranger_nn.core.reach import Box
+from ranger_nn.core.reach import Box, Link
 
 GIVEN = 1 << 40
 """Stands for a node's number in the gradient of an output, which the caller gives."""
 ONE = Bits(1)
 NOTHING = np.ones(1, Bits)
 """Stands for a side along which all rows have the number 1."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """From the gradients of a node's output to one of its inputs.
+
+    `links`: of dimensions that are cut; `others`: dimensions of the output that are summed; `order`: of the output's dimensions,
+    so that those of the input come first and in their order, which is another one if `turned`; `free`: dimensions of the input
+    along which a reduction gives each row its own number.
+    """
+
+    links: tuple[tuple[int, Link], ...]
+    others: tuple[int, ...]
+    order: tuple[int, ...]
+    turned: bool
+    free: frozenset[int]
+    name: Bits
 
 
 class Gradients:
@@ -33,6 +51,7 @@ class Gradients:
         self.graph, self.periods = graph, periods
         self.cut = _closed(graph, _cut(graph, programs))
         self.expected: dict[int, Numbers] = {}
+        self._ways: dict[tuple[int, int], Way] = {}
 
     def full(self, v: int) -> Box:
         """All of a value."""
@@ -68,27 +87,45 @@ class Gradients:
     ) -> Numbers:
         """What a region of node k's output, whose gradients are `grads`, gives to the region `box` of its input i."""
         node = self.graph.nodes[k]
-        v, name = node.inputs[i], named(k, i)
+        v, way = node.inputs[i], self._way(k, i, len(out))
         total, moved = self._gathered(node, grads, len(out)), [1] * len(box)
-        places: dict[int, int] = {}
+        for d, link in way.links:
+            size, round_ = self.graph.values[v].shape[d], region and self.period(v, d) > 0
+            total = returned(link, total, link.out_dim, out[link.out_dim], box[d], size, round_)
+            moved[d] = box[d][1] - box[d][0]
+        if any(total.shape[d] != 1 for d in way.others):
+            total = total.sum(way.others, dtype=Bits, keepdims=True)
+        if way.turned:
+            total = total.transpose(way.order)
+        total = total.reshape(moved) * way.name
+        if way.free:
+            total = total * self._product(
+                v, [rows(d, *side) if d in way.free else NOTHING for d, side in enumerate(box)]
+            )
+        shape = self.shape(v, box)
+        return total if total.shape == shape else np.broadcast_to(total, shape).copy()
+
+    def _way(self, k: int, i: int, rank: int) -> Way:
+        """How gradients of node k's output, of `rank` dimensions, get to its input i."""
+        if (k, i) in self._ways:
+            return self._ways[k, i]
+        node, links, places = self.graph.nodes[k], list[tuple[int, Link]](), dict[int, int]()
+        v = node.inputs[i]
         for d, link in enumerate(node.rule.links[i]) if len(node.outputs) == 1 else ():
             if link is None or (v, d) not in self.cut:
                 continue
             if link.out_dim in places:
                 raise NotImplementedError(f"{node.op}: two dimensions of an input that are one of the output")
             places[link.out_dim] = d
-            size, round_ = self.graph.values[v].shape[d], region and self.period(v, d) > 0
-            total = returned(link, total, link.out_dim, out[link.out_dim], box[d], size, round_)
-            moved[d] = box[d][1] - box[d][0]
-        others = tuple(d for d in range(total.ndim) if d not in places)
-        total = total.sum(others, dtype=Bits) if others else total
-        order = sorted(places, key=places.__getitem__)
-        kept = sorted(places)
-        total = total.transpose([kept.index(d) for d in order]).reshape(moved) * name
-        if i == 0 and node.rule.reduces:
-            free = [d for d, link in enumerate(node.rule.links[0]) if link is None]
-            total = total * self._product(v, [rows(d, *side) if d in free else NOTHING for d, side in enumerate(box)])
-        return np.broadcast_to(total, self.shape(v, box))
+            links.append((d, link))
+        others = tuple(d for d in range(rank) if d not in places)
+        order = (*sorted(places, key=places.__getitem__), *others)
+        reduces = i == 0 and node.rule.reduces
+        free = (
+            frozenset(d for d, link in enumerate(node.rule.links[0]) if link is None) if reduces else frozenset[int]()
+        )
+        self._ways[k, i] = way = Way(tuple(links), others, order, order != tuple(range(rank)), free, named(k, i))
+        return way
 
     def _gathered(self, node: Node, grads: Sequence[Numbers | None], rank: int) -> Numbers:
         """The gradients of all outputs of a node in one array: where there are several, in one number."""
@@ -119,7 +156,7 @@ class Gradients:
                 if not graph.values[v].differentiable:
                     continue
                 whole = self.given_back(k, i, grads, self.full(v), out, False)
-                found[v] = found[v] + whole if v in found else whole.copy()
+                found[v] = found[v] + whole if v in found else whole
         return found
 
 
