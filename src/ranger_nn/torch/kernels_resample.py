@@ -137,16 +137,21 @@ class Resample(Kernel):
         exact = not align or mode.startswith("nearest")
         self.native = exact and all(a.exact_factor for a in self.axes)
 
-    def _uncropped(self, at: Extent) -> int:
-        """Bytes of the native result before it is cropped; 0 where it is not."""
+    def _crops(self, at: Extent) -> list[int]:
+        """Bytes of the native result before each dimension that is cropped: the largest last, none where it is not."""
         lead, box = len(at.out_box) - len(self.axes), at.reads[0].box
-        size, cropped = at.out_bytes, False
-        for i, axis in enumerate(self.axes):
+        sizes, size = [], at.out_bytes
+        for i, axis in reversed(list(enumerate(self.axes))):
             (a, b), (lo, hi) = at.out_box[lead + i], box[lead + i]
             full = (hi - lo) * (axis.exact_factor or 1)
-            cropped |= full != b - a
             size = size * full // max(1, b - a)
-        return size if cropped else 0
+            if full != b - a:
+                sizes.append(size)
+        return sizes
+
+    def _uncropped(self, at: Extent) -> int:
+        """Bytes of the native result before it is cropped; 0 where it is not."""
+        return max(self._crops(at), default=0)
 
     def scratch(self, at: Extent) -> int:
         """The result before it is cropped, or taps of a gather; a copy of what is not in order; tables of taps."""
@@ -192,8 +197,14 @@ class Resample(Kernel):
     def vjp_scratch(self, at: Extent) -> int:
         """Forward again and the gradient before the crop."""
         if self.native:
-            return at.out_bytes + self._uncropped(at) + self._copied(at) + self._tables(at)
-        return self._tables(at) + (8 * at.out_bytes + 2 * at.in_bytes[0]) * self._wide + at.out_bytes + self._gathered(at) // 4
+            padded = sum(self._crops(at)[-2:])  # the gradient, dimension by dimension
+            return at.out_bytes + padded + self._copied(at) + self._tables(at)
+        return (
+            self._tables(at)
+            + (8 * at.out_bytes + 2 * at.in_bytes[0]) * self._wide
+            + at.out_bytes
+            + self._gathered(at) // 4
+        )
 
     def bind(self, out_box: Box, in_boxes: Sequence[Box]) -> Local:
         """Native on a crop, or a gather along each cut dimension after the native call on the others."""
