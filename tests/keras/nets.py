@@ -83,8 +83,6 @@ LOCAL: dict[str, Callable[[], tuple[keras.Model, Shape]]] = {
     "joined rows": lambda: functional(lambda x: L.Concatenate(axis=1)([x, ops.relu(x)])),
     "joined channels": lambda: functional(lambda x: L.Concatenate()([x, ops.relu(x)])),
     "reflected": lambda: functional(lambda x: ops.pad(x, ((0, 0), (2, 3), (1, 1), (0, 0)), mode="reflect")),
-    "mirrored": lambda: functional(lambda x: ops.pad(x, ((0, 0), (2, 3), (1, 1), (0, 0)), mode="symmetric")),
-    "rolled": lambda: functional(lambda x: ops.roll(x, (2, -1), axis=(1, 2))),
     "sliced": lambda: functional(lambda x: x[:, 1::2, :-1]),
     "split": lambda: functional(lambda x: ops.multiply(*ops.split(x, 2, axis=-1))),
     "depth to space": lambda: functional(lambda x: ops.nn.depth_to_space(x, 2)),
