@@ -96,14 +96,17 @@ class Pad(Kernel):
 
 
 class Mirror(Kernel):
-    """Reflected or symmetric padding along the cut dimension: the rows are picked one by one."""
+    """Mirrored borders, or the edge repeated, along the cut dimension: the rows are picked one by one."""
+
+    modes = ("reflect", "symmetric", "edge")
+    """What may stand outside: the rows mirrored without the edge or with it, or the edge."""
 
     tame, positional = True, True
 
-    def __init__(self, function: Any, mode: str, shape: Ints, widths: Sequence[tuple[int, int]]) -> None:
-        """`mode`: "reflect" or "symmetric"."""
+    def __init__(self, function: Any, name: str, mode: str, shape: Ints, widths: Sequence[tuple[int, int]]):
+        """`mode`: one of `modes`; `name`: what the back end calls it."""
         super().__init__(function)
-        self.mode, self.shape, self.widths = mode, shape, tuple(widths)
+        self.name, self.mode, self.shape, self.widths = name, mode, shape, tuple(widths)
 
     @staticmethod
     def reach(before: int, after: int) -> Reach:
@@ -117,18 +120,25 @@ class Mirror(Kernel):
             return lambda x, position=None: rest(x)
         n, (before, after) = self.shape[dim], self.widths[dim]
         others = [(0, 0) if d == dim else w for d, w in enumerate(self.widths)]
-        again, mode = int(self.mode == "symmetric"), self.mode
+        name = self.name
         lo, hi = self.reach(before, after).needs(start, start + rows)
 
         def local(x: Any, position: Any) -> Any:
-            source = ops.arange(rows, dtype="int32") + position - before
-            source = ops.where(source < 0, -source - again, source)
-            source = ops.where(source >= n, 2 * (n - 1) + again - source, source)
+            source = self._source(ops.arange(rows, dtype="int32") + position - before, n)
             index = ops.clip(source - (position - before - 2 * after), 0, hi - lo - 1)
             x = ops.take(x, index, axis=dim)
-            return ops.pad(x, others, mode=mode) if any(w for pair in others for w in pair) else x
+            return ops.pad(x, others, mode=name) if any(w for pair in others for w in pair) else x
 
         return local
+
+    def _source(self, place: Any, size: int) -> Any:
+        """The row of the input that stands at each place, which may lie outside."""
+        if self.mode == "edge":
+            return ops.clip(place, 0, size - 1)
+        again = int(self.mode == "symmetric")
+        period = max(1, 2 * (size - 1 + again))  # wider borders are mirrored again; 1: one row is all
+        place = place % period
+        return ops.where(place < size, place, period - again - place)
 
 
 class Repeat(Kernel):

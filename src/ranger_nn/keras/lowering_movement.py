@@ -114,6 +114,22 @@ def _flip(call: Call) -> Any:
     return [x]
 
 
+@rule("Roll")
+def _roll(call: Call) -> Any:
+    """The rows of the other end come first: along what is cut the input is finished before, and the result is cut."""
+    x, axis, shift = call.arg("x"), call.op.axis, call.op.shift
+    axes = [axis] if isinstance(axis, int) else list(axis or ())
+    shifts = list(shift) if isinstance(shift, (tuple, list)) else [shift] * len(axes)
+    plain = len(shifts) == len(axes) and all(isinstance(n, int) for n in shifts)
+    rank = len(call.out)
+    if not axes or not plain or any(d % rank == 0 for d in axes):
+        return None
+    for d, by in zip(axes, shifts, strict=True):
+        size = call.shape(x)[d % rank]
+        x = picked(call, x, d % rank, [(n - by) % size for n in range(size)]) if size else x
+    return [x]
+
+
 def _turned(call: Call, x: int) -> int:
     """The last sample first, however many there are."""
     shape = call.shape(x)
@@ -175,10 +191,12 @@ def _pad(call: Call) -> Any:
             return None
         row = tuple(Link(d, Reach(1, -a, -a)) for d, (a, _) in enumerate(widths))
         return call.emit([x], Rule((row,)), M.Pad(function, widths, float(value or 0.0)))
-    if op.mode not in {"reflect", "symmetric"} or (op.mode == "symmetric" and keras.backend.backend() == "torch"):
-        return None  # the PyTorch back end repeats the edge instead
+    mode = "edge" if op.mode == "symmetric" and keras.backend.backend() == "torch" else op.mode  # it repeats the edge
+    if mode not in M.Mirror.modes:
+        along = tuple(None if any(w) else Link(d) for d, w in enumerate(widths))  # whole where it pads, cut elsewhere
+        return call.emit([x], Rule((along,)), Kernel(function))
     row = tuple(Link(d, M.Mirror.reach(*w)) for d, w in enumerate(widths))
-    return call.emit([x], Rule((row,)), M.Mirror(function, op.mode, shape, widths))
+    return call.emit([x], Rule((row,)), M.Mirror(function, op.mode, mode, shape, widths))
 
 
 @rule("Repeat")

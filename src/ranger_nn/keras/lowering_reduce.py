@@ -218,7 +218,7 @@ def _channel_norm(call: Call) -> Any:
 # ---------------------------------------------------------------- along axes of which all is read
 
 
-ALONG = ("Argsort", "Nancumprod", "Nancumsum", "Roll", "Sort")
+ALONG = ("Argsort", "Nancumprod", "Nancumsum", "Sort")
 """Operations that keep the shape; everything where they have no axis."""
 
 OVER = (
