@@ -85,7 +85,7 @@ def promises() -> list[object]:
     for entry, training, share in product([e for e in ZOO if e.name in NAMES], (False, True), SHARES):
         name = f"{entry.name}-{'training' if training else 'inference'}-{share}"
         slow = entry.name in HEAVIER if training else entry.name in SEARCHED_LONG
-        slow |= share == max(SHARES) and entry.name != "unet"
+        slow |= share == max(SHARES) and (training or entry.name != "unet")
         found.append(pytest.param(entry, training, share, id=name, marks=[pytest.mark.slow] if slow else []))
     return found
 

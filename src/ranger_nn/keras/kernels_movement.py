@@ -103,7 +103,7 @@ class Mirror(Kernel):
 
     tame, positional = True, True
 
-    def __init__(self, function: Any, name: str, mode: str, shape: Ints, widths: Sequence[tuple[int, int]]):
+    def __init__(self, function: Any, name: str, mode: str, shape: Ints, widths: Sequence[tuple[int, int]]) -> None:
         """`mode`: one of `modes`; `name`: what the back end calls it."""
         super().__init__(function)
         self.name, self.mode, self.shape, self.widths = name, mode, shape, tuple(widths)
