@@ -103,7 +103,9 @@ class Gradients:
                 v, [rows(d, *side) if d in way.free else NOTHING for d, side in enumerate(box)]
             )
         shape = self.shape(v, box)
-        return total if total.shape == shape else np.broadcast_to(total, shape).copy()
+        if total.shape == shape:
+            return np.asarray(total)  # products of no dimension are no arrays, and could not be added to
+        return np.broadcast_to(total, shape).copy()
 
     def _way(self, k: int, i: int, rank: int) -> Way:
         """How gradients of node k's output, of `rank` dimensions, get to its input i."""
