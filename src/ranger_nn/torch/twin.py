@@ -215,8 +215,8 @@ class Buffers(dict[str, Any]):
     """Buffers of a module of a twin: `torch.export` sees `module.name = value`, and nothing of what is put here directly."""
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Refuses code that is not PyTorch's; a copy of the module is its own."""
-        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] not in ("torch", "copy"):
+        """Refuses code that is neither PyTorch's nor ours; `copy` fills a dictionary of its own."""
+        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] not in ("torch", "copy", "ranger_nn"):
             raise CaptureError(
                 f"forward puts a tensor into _buffers[{name!r}], which no graph of operators shows: assign it to the module "
                 f"(self.{name} = value), or write in place (self.{name}.copy_(value))."
