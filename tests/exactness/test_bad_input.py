@@ -52,7 +52,7 @@ def test_unknown_unit(memory: str) -> None:
         ranger_nn.regionalize(unet(), memory=memory)
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_budget_too_small(training: bool) -> None:
     """The error names the least that fits and the operator that binds, and that least does fit."""
     (x,) = random_inputs(((1, 3, 67, 49),))

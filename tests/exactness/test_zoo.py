@@ -15,11 +15,11 @@ from tests.zoo import ZOO
 SCHEDULES = ("tile", "slide")
 SINGLE = ("basicunet_batch", "segresnet_padded", "mobilenetv2", "convnextv2", "unet_3d", "tcn", "tagger")
 """One of each kind."""
-LARGEST = ("efficientnet_b0", "swin_tiny")
+LARGEST = ("efficientnet_b0", "swin_tiny", "mobilenetv2", "segformer", "unet2d", "resnet18")
 """By the number of their operators."""
-HEAVIER = ("mobilenetv2", "unet_3d")
+HEAVIER = ("mobilenetv2", "unet_3d", "basicunet_batch", "segresnet_padded")
 """Of these with the slow tests, where several schedules or precisions of a network are tried."""
-BUDGETED = ("basicunet", "segresnet_padded", "convnextv2", "highresnet_3d", "tcn", "tagger")
+BUDGETED = ("basicunet", "highresnet_3d", "tagger")
 """Searched inside a budget with the quick tests; `tests/memory` does so with others, `tests/golden` with all."""
 
 

@@ -55,7 +55,7 @@ def _any_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-SEARCHED_LONG = ("densenet121", "unet2d", "segformer", "vnet", "vnet_3d")
+SEARCHED_LONG = ("densenet121", "unet2d", "segformer", "vnet", "vnet_3d", "swin_tiny", "efficientnet_b0", "resnet50")
 """Networks for which searches inside budgets take tens of seconds: with the slow tests."""
 
 

@@ -243,7 +243,14 @@ def test_state_dict(update: str) -> None:
     assert {"clusters.centres", "clusters.unseen"} < set(net.state_dict())
 
 
-@pytest.mark.parametrize("kind", [KMeans(3), KMeans(3, balanced=True), KMeans(3, update="gradient")], ids=str)
+KINDS = [
+    KMeans(3, balanced=True),
+    pytest.param(KMeans(3), marks=pytest.mark.slow),
+    pytest.param(KMeans(3, update="gradient"), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_compile(kind: KMeans) -> None:
     """Forward, backward, and a training step of the centres, in one graph; then another batch size."""
     net = RegionExperts(kind, mlp(), features=4)

@@ -227,6 +227,7 @@ def command(path, out, *more):
     return [sys.executable, "-c", code, "run", "tests.torch.scenes:Gated", str(path), "-o", str(out), *options, *more]
 
 
+@pytest.mark.slow
 def test_killed(tmp_path):
     """SIGKILL at random moments of a process; the same command goes on; the bytes are those of one run."""
     pixels = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), dtype=np.uint8)
