@@ -57,7 +57,7 @@ def test_predict_with_a_last_batch_that_is_smaller() -> None:
     assert apart(small.predict(taller, verbose=0), model.predict(taller, verbose=0)) < 1e-5
 
 
-@pytest.mark.parametrize("source", ["arrays", "dataset"])
+@pytest.mark.parametrize("source", [pytest.param("arrays", marks=pytest.mark.slow), "dataset"])
 def test_fit_with_a_last_batch_that_is_smaller(source: str) -> None:
     """Losses, weights, running statistics and a validation set of ten images in batches of four, two epochs."""
     model, twin = twins()

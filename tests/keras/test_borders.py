@@ -15,8 +15,12 @@ SHAPE = (2, 13, 6, 3)
 MODES = ("reflect", "symmetric", *(("edge",) if JAX else ()))
 
 
+WIDTHS = [(2, 15) if JAX else (12, 12), pytest.param((0, 3), marks=pytest.mark.slow)]
+"""As wide as may be (JAX mirrors wider ones again), and on one side only."""
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("width", [(0, 3), (12, 12), *(((2, 15),) if JAX else ())])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_rows_outside(mode: str, width: tuple[int, int]) -> None:
     """Nothing is whole, also where the border is as wide as may be (JAX mirrors wider ones again)."""
     check(lambda h: ops.pad(h, ((0, 0), width, (1, 2), (0, 0)), mode=mode), SHAPE, 4)
