@@ -87,7 +87,11 @@ def test_configuration_shape_and_file(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [*((n, "mixed_bfloat16") for n in CASES if n != "attention"), ("softmax", "mixed_float16"), ("attention", "mixed_float16")],
+    [
+        *((n, "mixed_bfloat16") for n in CASES if n != "attention"),
+        ("softmax", "mixed_float16"),
+        ("attention", "mixed_float16"),
+    ],
 )
 def test_mixed_precision(name: str, policy: str) -> None:
     """Results in half, weights in full, near the numbers in full."""
