@@ -29,13 +29,22 @@ HEAVY = (
 """Compiled for more than some fifteen seconds by XLA and tf.function: slow there, run by `make test` on PyTorch."""
 
 
+LAYERS = ("test_regional", "test_experts", "test_recurrence", "test_citizens", "test_attention")
+"""Tests of layers: most of their time is compiling, so that the first case of each is quick there, and the others are slow."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is heavy on this back end."""
     if os.environ["KERAS_BACKEND"] == "torch":
         return
+    met: set[str] = set()
     for item in items:
-        if any(name in item.nodeid for name in HEAVY):
+        function = item.nodeid.partition("[")[0]
+        again = function in met and item.path.stem in LAYERS
+        if again or any(name in item.nodeid for name in HEAVY):
             item.add_marker(pytest.mark.slow)
+        met.add(function)
 
 
 def pytest_report_header() -> str:
