@@ -13,8 +13,6 @@ from tests.keras.between import check
 JAX = keras.backend.backend() == "jax"
 SHAPE = (2, 13, 6, 3)
 MODES = ("reflect", "symmetric", *(("edge",) if JAX else ()))
-
-
 WIDTHS = [(2, 15) if JAX else (12, 12), pytest.param((0, 3), marks=pytest.mark.slow)]
 """As wide as may be (JAX mirrors wider ones again), and on one side only."""
 

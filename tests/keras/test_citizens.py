@@ -89,6 +89,7 @@ def test_configuration_shape_and_file(name: str, tmp_path: Path) -> None:
     ("name", "policy"),
     [
         *((n, "mixed_bfloat16") for n in CASES if n != "attention"),
+        pytest.param("attention", "mixed_bfloat16", marks=pytest.mark.slow),
         ("softmax", "mixed_float16"),
         ("attention", "mixed_float16"),
     ],
